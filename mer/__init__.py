@@ -1,0 +1,1 @@
+"""Run Mixture-of-Experts language models that are bigger than memory."""

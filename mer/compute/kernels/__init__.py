@@ -1,0 +1,1 @@
+"""Numba leaf kernels, one concept each: plain addresses and arrays, no trio, no attrs."""

@@ -1,0 +1,102 @@
+"""One tree of errors: everything `mer` raises on purpose is a `MerError` whose text says what, where and what would work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class MerError(Exception):
+    """Base of every error that `mer` raises on purpose."""
+
+
+class ConfigError(MerError, ValueError):
+    """A setting is malformed or contradicts another one."""
+
+
+class RequestError(MerError, ValueError):
+    """A generation request is malformed: prompt, sampling parameters, stop strings or limits."""
+
+
+class ContextOverflow(RequestError):
+    """A prompt and its `max_tokens` need more KV positions than the engine has."""
+
+
+class ModelFileError(MerError):
+    """A model file cannot be used; the subclasses say why."""
+
+
+class GGUFError(ModelFileError):
+    """A GGUF file is malformed.
+
+    Args:
+        path: the file.
+        offset: byte offset of the offending field, or None where no single field is to blame.
+        reason: what is wrong, and what would have been valid.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
+        self.path = Path(path)
+        self.offset = offset
+        self.reason = reason
+        where = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{self.path}{where}: {reason}")
+
+
+class UnsupportedModel(ModelFileError):
+    """A well-formed model file needs something that `mer` does not implement."""
+
+
+class TokenizerError(ModelFileError):
+    """The tokenizer described by a model file's metadata cannot be built."""
+
+
+class TemplateError(MerError):
+    """A chat template is missing, malformed, or failed to render."""
+
+
+class NotEnoughMemory(MerError):
+    """The memory budget is below what the model needs; the text carries the plan's arithmetic.
+
+    Args:
+        message: the arithmetic as text.
+        budget_bytes: the budget that was given.
+        needed_bytes: the smallest budget that works.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, needed_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.needed_bytes = needed_bytes
+        super().__init__(message)
+
+
+class ReadError(MerError):
+    """Bytes of a model file could not be read.
+
+    Args:
+        path: the file.
+        offset: first byte of the failed read.
+        n_bytes: its length.
+        reason: the cause as text.
+        errno: the operating system's error number, or None (a truncated file has none).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int, n_bytes: int, reason: str, errno: int | None = None) -> None:
+        self.path = Path(path)
+        self.offset = offset
+        self.n_bytes = n_bytes
+        self.reason = reason
+        self.errno = errno
+        super().__init__(f"{self.path}: reading {n_bytes} bytes at byte {offset} failed: {reason}")
+
+
+class NumericsError(MerError):
+    """The model computed NaN or infinity where a finite number was needed: the weights are damaged."""
+
+
+class ComputeError(MerError):
+    """A compute worker failed while running a job."""
+
+
+class EngineClosed(MerError):
+    """The engine is closed, or can no longer serve requests."""

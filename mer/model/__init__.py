@@ -1,0 +1,1 @@
+"""GGUF architectures as pure data: hyperparameters, tensor names and the layer plan, one small file each."""

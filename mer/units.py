@@ -1,0 +1,62 @@
+"""Bytes and durations as text, and text as bytes."""
+
+from __future__ import annotations
+
+import re
+
+from mer.errors import ConfigError
+
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_FACTORS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgtp", 1)
+    for name, base in ((letter, 1024), (letter + "ib", 1024), (letter + "b", 1000))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_bytes(value: int | str) -> int:
+    """Return a number of bytes given as an int or as text such as "8GiB", "8G" (both 2**30) or "8GB" (10**9).
+
+    Raises:
+        ConfigError: the text is not a size, the unit is missing on a number with a fraction, or the size is negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f"{value!r} is not a size; write an int of bytes or text such as '8GiB' or '512MiB'")
+    if isinstance(value, int):
+        if value < 0:
+            raise ConfigError(f"a size cannot be negative: {value}")
+        return value
+    match = _SIZE.fullmatch(value)
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None or (factor == 1 and "." in match[1]):
+        raise ConfigError(f"{value!r} is not a size; write for example '8GiB', '8G' (both 2**30), '8GB' (10**9) or '512MiB'")
+    whole, _, fraction = match[1].partition(".")
+    return int(whole + fraction) * factor // 10 ** len(fraction)
+
+
+def format_bytes(n_bytes: int | float) -> str:
+    """Return a byte count as text in binary units with three significant digits, e.g. "1.55 GiB"."""
+    value = float(n_bytes)
+    for unit in _BINARY:
+        if abs(value) < 999.5 or unit == _BINARY[-1]:
+            break
+        value /= 1024
+    if unit == "B":
+        return f"{value:.0f} B"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as text with a fitting unit, e.g. "340 us", "12.5 ms", "3.20 s", "2 min 05 s"."""
+    if seconds < 0.9995e-3:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.1f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
