@@ -7,7 +7,7 @@ import re
 from mer.errors import ConfigError
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_FACTORS = {"": 1, "b": 1} | {
+_FACTORS = {"b": 1} | {
     name: base**power
     for power, letter in enumerate("kmgtp", 1)
     for name, base in ((letter, 1024), (letter + "ib", 1024), (letter + "b", 1000))
@@ -19,7 +19,7 @@ def parse_bytes(value: int | str) -> int:
     """Return a number of bytes given as an int or as text such as "8GiB", "8G" (both 2**30) or "8GB" (10**9).
 
     Raises:
-        ConfigError: the text is not a size, the unit is missing on a number with a fraction, or the size is negative.
+        ConfigError: the text is not a size, has no unit (a bare "8" is ambiguous), or the size is negative.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(f"{value!r} is not a size; write an int of bytes or text such as '8GiB' or '512MiB'")
