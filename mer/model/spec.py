@@ -11,7 +11,7 @@ class RopeStyle(enum.Enum):
     """Which pairs of a head's elements RoPE rotates together."""
 
     INTERLEAVED = "interleaved"  # (2i, 2i + 1): llama-arch files, whose Q and K rows are stored permuted for it
-    NEOX = "neox"  # (i, i + C/2): qwen3moe
+    NEOX = "neox"  # (i, i + rope_dim/2): qwen3moe
 
 
 class Routing(enum.Enum):
@@ -25,11 +25,12 @@ class Routing(enum.Enum):
 class ModelSpec:
     """Hyperparameters of one model, checked against each other and against the file's tensors.
 
-    Shape letters: L layers, D d_model, F d_ff per expert, E experts, K experts used, H heads, G kv heads, C head dim, V vocab.
+    Shape letters: L layers, D d_model, F d_ff per expert, E experts, K experts used, H heads, G kv heads, C head dim,
+    V vocab.
     """
 
     architecture: str
-    name: str
+    name: str  # general.name, or the file's name without its suffix
     n_layers: int  # L
     d_model: int  # D
     d_ff: int  # F, per expert
@@ -51,3 +52,6 @@ class ModelSpec:
 
 
 DENSE_LAYER_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate_inp")
+
+QK_NORM_TENSORS = ("attn_q_norm", "attn_k_norm")
+"""More tensors of every layer of a model with `qk_norm`."""

@@ -1,0 +1,35 @@
+"""The architectures that can be run: one file and one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from mer.errors import UnsupportedModel
+from mer.model import llama, qwen3moe
+from mer.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from mer.io.gguf import GGUFFile
+
+ARCHITECTURES: Final[dict[str, Callable[[GGUFFile], ModelSpec]]] = {
+    "llama": llama.spec,
+    "qwen3moe": qwen3moe.spec,
+}
+
+
+def model_spec(gguf: GGUFFile) -> ModelSpec:
+    """Return the specification of the model in a file, by its `general.architecture`.
+
+    Raises:
+        GGUFError: a hyperparameter is missing, out of range or contradicts another one.
+        UnsupportedModel: the architecture, or a feature that the model uses, is not implemented.
+    """
+    arch = gguf.get_str("general.architecture")
+    read = ARCHITECTURES.get(arch)
+    if read is None:
+        raise UnsupportedModel(
+            f"{gguf.paths[0]}: architecture {arch[:80]!r} is not implemented; these are: "
+            + ", ".join(sorted(ARCHITECTURES))
+        )
+    return read(gguf)
