@@ -1,0 +1,163 @@
+"""Text to token ids and back, for the tokenizer that a GGUF file carries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from mer.errors import RequestError
+from mer.io.gguf_file import GGUFFile
+from mer.text.bpe import BpeCodec
+from mer.text.spm import SpmCodec
+from mer.text.vocabulary import TokenType, Vocabulary, read_vocabulary
+
+
+class Codec(Protocol):
+    """What the two kinds of vocabulary have in common: plain text to ids, and the bytes of one token."""
+
+    add_bos: bool
+    space_prefix: bool
+
+    def encode(self, text: str) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class Tokenizer:
+    """The tokenizer of one model file.
+
+    Control tokens never take part in the encoding of plain text: they are not in the vocabulary that text is encoded
+    with, so that no spelling of one in a user's text can become one.
+
+    Args:
+        vocabulary: the checked vocabulary.
+        codec: encodes plain text with it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, codec: Codec) -> None:
+        self._vocabulary = vocabulary
+        self._codec = codec
+        silent = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
+        self._silent = frozenset(silent)
+        self._control_ids = {vocabulary.tokens[i]: i for i in silent}
+        # The longest token wins where several begin at one place.
+        longest_first = sorted(self._control_ids, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.vocab_size = len(vocabulary.tokens)
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.eos_ids = vocabulary.eos_ids
+        asked = codec.add_bos if vocabulary.add_bos is None else vocabulary.add_bos
+        self.add_bos = asked and vocabulary.bos_id is not None
+        self.add_eos = vocabulary.add_eos
+
+    @classmethod
+    def from_gguf(cls, gguf: GGUFFile) -> Tokenizer:
+        """Return the tokenizer that a GGUF file's metadata describes.
+
+        Raises:
+            TokenizerError: the description is missing, malformed or of an unknown kind.
+            GGUFError: a metadata value has the wrong type.
+        """
+        vocabulary = read_vocabulary(gguf)
+        codec: Codec = SpmCodec(gguf, vocabulary) if vocabulary.model == "llama" else BpeCodec(gguf, vocabulary)
+        return cls(vocabulary, codec)
+
+    @property
+    def space_prefix(self) -> bool:
+        """Whether encoding puts a space before the text, which decoding takes away again."""
+        return self._codec.space_prefix
+
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Return the token ids of a text; an end-of-sequence token is never appended, whatever `add_eos` says.
+
+        Args:
+            text: any text without lone surrogates.
+            add_bos: whether the beginning-of-sequence token goes first; None is what the file asks for.
+            parse_special: whether spellings of control tokens ("</s>", "<|im_end|>") become these tokens. Leave it
+                False for text that is not the program's own.
+
+        Raises:
+            RequestError: the text is not valid Unicode, or `add_bos` is asked of a vocabulary without that token.
+        """
+        return self.encode_parts(self.split_special(text) if parse_special else [text], add_bos=add_bos)
+
+    def split_special(self, text: str) -> list[str | int]:
+        """Return a text cut at the spellings of control tokens: plain text as str, control tokens as ids."""
+        parts: list[str | int] = []
+        end = 0
+        for match in self._control_pattern.finditer(text):
+            if match.start() > end:
+                parts.append(text[end : match.start()])
+            parts.append(self._control_ids[match[0]])
+            end = match.end()
+        if end < len(text):
+            parts.append(text[end:])
+        return parts
+
+    def encode_parts(self, parts: Iterable[str | int], *, add_bos: bool | None = None) -> list[int]:
+        """Return the token ids of plain texts and ids in order; texts that follow one another are encoded as one.
+
+        Raises:
+            RequestError: a text is not valid Unicode, or `add_bos` is asked of a vocabulary without that token.
+        """
+        ids: list[int] = []
+        if self.add_bos if add_bos is None else add_bos:
+            if self.bos_id is None:
+                raise RequestError("add_bos=True, but the model's vocabulary has no beginning-of-sequence token")
+            ids.append(self.bos_id)
+        pending: list[str] = []
+        for part in parts:
+            if isinstance(part, str):
+                pending.append(part)
+                continue
+            ids += self._encode_plain("".join(pending))
+            pending.clear()
+            ids.append(part)
+        ids += self._encode_plain("".join(pending))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids: control tokens are dropped, bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            RequestError: an id is not in the vocabulary.
+        """
+        data = b"".join(map(self.token_bytes, ids))
+        if self.space_prefix:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token adds to a text; b"" for control tokens and the unknown token.
+
+        Raises:
+            RequestError: the id is not in the vocabulary.
+        """
+        self._check_id(token_id)
+        return b"" if token_id in self._silent else self._codec.token_bytes(token_id)
+
+    def is_control(self, token_id: int) -> bool:
+        """Return whether a token stands for no text: a control token or the unknown token."""
+        return token_id in self._silent
+
+    def token_text(self, token_id: int) -> str:
+        """Return a token as the model file spells it, control tokens included.
+
+        Raises:
+            RequestError: the id is not in the vocabulary.
+        """
+        self._check_id(token_id)
+        return self._vocabulary.tokens[token_id]
+
+    def _check_id(self, token_id: int) -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(f"token id {token_id} is not in the vocabulary, whose ids end at {self.vocab_size - 1}")
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        try:
+            return self._codec.encode(text)
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text has a lone surrogate at position {error.start}; give valid Unicode") from None
