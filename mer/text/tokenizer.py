@@ -42,7 +42,10 @@ class Tokenizer:
         self._control_ids = {vocabulary.tokens[i]: i for i in silent}
         # The longest token wins where several begin at one place.
         longest_first = sorted(self._control_ids, key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        spellings = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        self._control_pattern = re.compile(spellings)
+        self._control_anywhere = re.compile(f"(?={spellings})")
+        self._longest_control = len(longest_first[0]) if longest_first else 0
         self.vocab_size = len(vocabulary.tokens)
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
@@ -94,6 +97,19 @@ class Tokenizer:
         if end < len(text):
             parts.append(text[end:])
         return parts
+
+    def control_starts(self, text: str) -> list[int]:
+        """Return where spellings of control tokens begin, including those that overlap or that the text's end cuts off.
+
+        White space at the text's end is looked through, because what follows the text may stand in its place.
+        """
+        starts = {match.start() for match in self._control_anywhere.finditer(text)}
+        for end in {len(text), len(text.rstrip())}:
+            for start in range(max(0, end - self._longest_control + 1), end):
+                cut = text[start:end]
+                if any(spelling.startswith(cut) for spelling in self._control_ids):
+                    starts.add(start)
+        return sorted(starts)
 
     def encode_parts(self, parts: Iterable[str | int], *, add_bos: bool | None = None) -> list[int]:
         """Return the token ids of plain texts and ids in order; texts that follow one another are encoded as one.
