@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,15 +18,15 @@ from typing import NamedTuple
 import attrs
 import numpy as np
 
-from mer.io.ggml import REMOVED_TYPES, GGMLType
+from mer.io.ggml import BLOCKS, REMOVED_TYPES, GGMLType
 from mer.io.gguf_file import GGUFFile, MetadataValue, TensorInfo
 from mer.io.gguf_source import HeaderSource
 from mer.units import format_bytes
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 2**20
-MAX_KEYS = 2**16  # real files have fewer than a hundred
-MAX_TENSORS = 2**16  # per file; one tensor per expert and projection makes tens of thousands
+MAX_KEYS = 2**12  # real files have fewer than a hundred
+MAX_TENSORS = 2**15  # per file; real ones have some thousand even with one tensor per expert and projection
 MAX_STRINGS = 2**20  # in the arrays of one file: tokens and merges of the largest vocabularies are three quarters of it
 MAX_KEY_BYTES = 2**16 - 1
 MAX_NAME_BYTES = 64
@@ -58,7 +59,7 @@ _u32 = struct.Struct("<I").unpack_from
 _u64 = struct.Struct("<Q").unpack_from
 _array = struct.Struct("<IQ").unpack_from
 _dims_type_offset = {n: struct.Struct(f"<{n}QIQ").unpack_from for n in range(1, MAX_DIMS + 1)}
-_types: Mapping[int, GGMLType] = {int(member): member for member in GGMLType}
+_types = {int(type_): (type_, *blocks) for type_, blocks in BLOCKS.items()}
 
 
 @attrs.frozen
@@ -79,7 +80,7 @@ class _Found(NamedTuple):
     stored_at: int  # where the file says the offset; unique
     name: str
     type: GGMLType
-    dims: list[int]  # fastest first
+    dims: tuple[int, ...]  # fastest first
 
 
 def read_part(path: Path, index: int) -> GGUFFile:
@@ -151,7 +152,8 @@ def _walk_keys(source: HeaderSource, n_keys: int) -> tuple[dict[str, _Field], in
         scalar = SCALARS.get(value_type)
         if scalar is not None:
             at = offset + scalar[1].size
-            source.need(at, offset, f"the value of {key!r}")
+            if at > len(source.data):
+                source.need(at, offset, f"the value of {key!r}")
             if value_type == BOOL and source.data[offset] > 1:
                 raise source.error(offset, f"{key!r} is a bool of value {source.data[offset]}; only 0 and 1 are bools")
             fields[key] = _Field(value_type, offset)
@@ -241,27 +243,28 @@ def _walk_tensors(
         if unpack is None:
             raise source.error(dims_at, f"the tensor {name!r} has {n_dims} dimensions; it must have 1 to {MAX_DIMS}")
         at = dims_at + 4 + 8 * n_dims + 12
-        source.need(at, dims_at, f"the description of the tensor {name!r}")
-        *dims, type_id, offset = unpack(source.data, dims_at + 4)
-        elements = 1
-        for size in dims:
-            elements *= size
+        if at > len(source.data):
+            source.need(at, dims_at, f"the description of the tensor {name!r}")
+        info = unpack(source.data, dims_at + 4)
+        dims, type_id, offset = info[:n_dims], info[-2], info[-1]
+        elements = prod(dims)
         if not 0 < elements <= MAX_INT64:
-            what = f"the tensor {name!r} has the dimensions {dims}"
+            what = f"the tensor {name!r} has the dimensions {list(dims)}"
             raise source.error(dims_at + 4, f"{what}; each must be positive and their product below 2**63")
-        type_ = _types.get(type_id)
-        if type_ is None:
+        known = _types.get(type_id)
+        if known is None:
             old = REMOVED_TYPES.get(type_id)
             what = f"type {old}, which ggml removed" if old else f"unknown type {type_id}"
             raise source.error(at - 12, f"the tensor {name!r} has the {what}; quantize the original model again")
-        if dims[0] % type_.block_size:
+        type_, block_size, block_bytes = known
+        if dims[0] % block_size:
             what = f"the tensor {name!r} has rows of {dims[0]}"
-            raise source.error(dims_at + 4, f"{what}; {type_.name} needs a multiple of {type_.block_size}")
+            raise source.error(dims_at + 4, f"{what}; {type_.name} needs a multiple of {block_size}")
         if offset % alignment:
             raise source.error(
                 at - 8, f"the tensor {name!r} has the offset {offset}; it must be a multiple of {alignment}"
             )
-        found[name] = _Found(offset, elements // type_.block_size * type_.block_bytes, at - 8, name, type_, dims)
+        found[name] = _Found(offset, elements // block_size * block_bytes, at - 8, name, type_, dims)
     data_start = -(-at // alignment) * alignment
     _check_extents(source, data_start, found.values())
     tensors = {
@@ -289,7 +292,8 @@ def _check_extents(source: HeaderSource, data_start: int, found: Iterable[_Found
 
 def _read_name(source: HeaderSource, at: int, max_bytes: int, what: str) -> tuple[str, int]:
     """Return the strict UTF-8 string at `at` and the offset after it, with at least four bytes readable there."""
-    source.need(at + 8, at, f"the length of {what}")
+    if at + 8 > len(source.data):
+        source.need(at + 8, at, f"the length of {what}")
     (length,) = _u64(source.data, at)
     if not 0 < length <= max_bytes:
         raise source.error(at, f"{what} has a length of {length} bytes; it must have 1 to {max_bytes}")
@@ -320,7 +324,7 @@ def _decode(data: bytes, field: _Field) -> MetadataValue:
     if field.element == STRING:
         return _decode_strings(data, at, field.count)
     dtype = np.dtype(SCALARS[field.element][1].format)
-    array = np.frombuffer(data[at : at + field.count * dtype.itemsize], dtype).copy()
+    array = np.ndarray(field.count, dtype, buffer=data, offset=at).copy()
     array.flags.writeable = False
     return array
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from types import MappingProxyType
@@ -45,7 +46,7 @@ def read_all_parts(path: Path) -> GGUFFile:
         part_path = path.with_name(f"{match['model']}-{index + 1:05}-of-{count:05}.gguf")
         if index == 0 and part_path == path:
             part = given
-        elif part_path.exists():
+        elif os.path.lexists(part_path):
             part = read_part(part_path, index)
         else:
             raise GGUFError(part_path, None, f"part {index + 1} of {count} is missing; all parts must be in one folder")
