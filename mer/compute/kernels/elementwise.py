@@ -1,0 +1,71 @@
+"""Steps on rows of float32: RMSNorm, row gathering, SwiGLU, and the weighted sum of expert outputs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64
+from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.vector import add_scaled, dot, scale_product, swiglu16
+
+
+@step
+def rms_norm(row: int, thread: int, n_threads: int) -> None:
+    """Write out = x / sqrt(mean(x**2) + eps) * weight for rows of d floats, padded with zeros to a multiple of 16.
+
+    Arguments: x, x_stride_bytes, index (int32 row numbers, or 0), n, d, weight (padded with zeros), eps (address of a
+    float32), out, out_stride_bytes.
+    """
+    x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    n, d, weight = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    eps = load_f32(load_i64(row, ARG0 + 6), 0)
+    out, out_stride = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
+    padded = (d + 15) // 16 * 16
+    for t in range(thread, n, n_threads):
+        source = x + (load_i32(index, t) if index != 0 else t) * x_stride
+        mean = dot(source, source, padded) / np.float32(d)
+        scale = np.float32(1) / np.float32(math.sqrt(mean + eps))
+        scale_product(out + t * out_stride, source, weight, scale, padded)
+
+
+@step
+def gather(row: int, thread: int, n_threads: int) -> None:
+    """Copy chosen rows of float32 side by side.
+
+    Arguments: x, x_stride_bytes, index (int32 row numbers), n, row_bytes, out, out_stride_bytes.
+    """
+    x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    n, row_bytes = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
+    out, out_stride = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
+    for t in range(thread, n, n_threads):
+        copy_bytes(out + t * out_stride, x + load_i32(index, t) * x_stride, row_bytes)
+
+
+@step
+def swiglu(row: int, thread: int, n_threads: int) -> None:
+    """Write gate = silu(gate) * up for n contiguous float32, a multiple of 16.
+
+    Arguments: gate, up, n.
+    """
+    gate, up, vectors = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2) // 16
+    first, last = vectors * thread // n_threads, vectors * (thread + 1) // n_threads
+    swiglu16(gate + 64 * first, up + 64 * first, 16 * (last - first))
+
+
+@step
+def combine(row: int, thread: int, n_threads: int) -> None:
+    """Add to each residual row the weighted outputs of its k experts, in router order.
+
+    Arguments: x, stride_bytes (of x and y), n, padded_d, y, weights (float32 [n, k]), places (int32 [n, k]: rows of y), k.
+    Threads split the columns.
+    """
+    x, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    vectors, y = load_i64(row, ARG0 + 3) // 16, load_i64(row, ARG0 + 4)
+    weights, places, k = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
+    first, last = vectors * thread // n_threads, vectors * (thread + 1) // n_threads
+    for t in range(n):
+        for j in range(t * k, (t + 1) * k):
+            source = y + load_i32(places, j) * stride + 64 * first
+            add_scaled(x + t * stride + 64 * first, source, load_f32(weights, j), 16 * (last - first))

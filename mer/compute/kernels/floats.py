@@ -1,0 +1,138 @@
+"""F32, F16 and BF16 matrix products on float32 activations, on rows as they lie in the file.
+
+Each result is 16 partial sums along K, lane i taking k = i, i + 16, ...; the lanes are added in one fixed tree.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import literally, njit, types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from mer.compute.kernels.ir import (
+    F32,
+    I64,
+    LANES,
+    V16F32,
+    V16I16,
+    atomic_add,
+    const,
+    fma,
+    i64,
+    lane_mask,
+    load,
+    load_i64,
+    masked_load,
+    store,
+    sum16,
+    widen_bfloat,
+    widen_half,
+)
+from mer.compute.kernels.step import ARG0, COUNTER, step
+
+F32_KIND, F16_KIND, BF16_KIND = 0, 1, 30  # ggml type ids
+
+
+def _weights(b: Any, kind: int, address: Any, index: Any, mask: Any = None) -> Any:
+    """Load 16 weights starting at element `index` (a multiple of 16), or the masked ones of them."""
+    vector, size = (V16F32, 4) if kind == F32_KIND else (V16I16, 2)
+    offset = b.mul(index, i64(size))
+    raw = load(b, address, offset, vector) if mask is None else masked_load(b, address, offset, vector, mask)
+    if kind == F32_KIND:
+        return raw
+    return widen_half(b, raw) if kind == F16_KIND else widen_bfloat(b, raw)
+
+
+@intrinsic(prefer_literal=True)
+def float_tile(
+    _ctx: Any, kind: Any, rows: Any, columns: Any, w: Any, row_bytes: Any, k: Any, x: Any, x_stride: Any, out: Any,
+    out_stride: Any, add: Any,
+) -> Any:
+    """Multiply `rows` weight rows with `columns` activation rows; x is zero-padded to a multiple of 16 floats."""
+    n_rows, n_columns, ty = rows.literal_value, columns.literal_value, kind.literal_value
+    signature = types.void(kind, rows, columns, *[types.int64] * 8)
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        w, row_bytes, k, x, x_stride, out, out_stride, add = args[3:]
+        zero = const(V16F32, 0.0)
+        acc = [[cgutils.alloca_once_value(b, zero) for _ in range(n_columns)] for _ in range(n_rows)]
+        row = [b.add(w, b.mul(row_bytes, i64(r))) for r in range(n_rows)]
+        column = [b.add(x, b.mul(x_stride, i64(c))) for c in range(n_columns)]
+
+        def accumulate(index: Any, mask: Any = None) -> None:
+            xs = [load(b, a, b.mul(index, i64(4)), V16F32, 4) for a in column]
+            for r in range(n_rows):
+                weights = _weights(b, ty, row[r], index, mask)
+                for c in range(n_columns):
+                    b.store(fma(b, weights, xs[c], b.load(acc[r][c])), acc[r][c])
+
+        with cgutils.for_range(b, b.lshr(k, i64(4)), intp=I64) as loop:
+            accumulate(b.mul(loop.index, i64(LANES)))
+        rest = b.and_(k, i64(LANES - 1))
+        with b.if_then(b.icmp_signed(">", rest, i64(0))):
+            accumulate(b.sub(k, rest), lane_mask(b, rest))
+        adds = b.icmp_signed("!=", add, i64(0))
+        for r in range(n_rows):
+            for c in range(n_columns):
+                offset = b.add(i64(4 * r), b.mul(out_stride, i64(c)))
+                old = b.select(adds, load(b, out, offset, F32, 4), zero.type.element(0.0))
+                store(b, b.fadd(old, sum16(b, b.load(acc[r][c]))), out, offset)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@njit
+def float_rows(row, kind):  # type: ignore[no-untyped-def]
+    """Body of every float matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed chunks of rows.
+
+    Arguments: w, n_rows, k, row_bytes, n (columns), x, x_stride_bytes, out, out_stride_bytes, add, chunk.
+    """
+    literally(kind)
+    w, n_rows, k, row_bytes = (load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3))
+    n, x, x_stride = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
+    out, out_stride, add = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
+    chunk = load_i64(row, ARG0 + 10)
+    while True:
+        first = atomic_add(row + 8 * COUNTER, chunk)
+        if first >= n_rows:
+            return
+        last = min(first + chunk, n_rows)
+        r = first
+        while r < last:
+            wr, to = w + r * row_bytes, out + 4 * r
+            four = r + 4 <= last
+            t = 0
+            while t + 4 <= n:
+                if four:
+                    float_tile(kind, 4, 4, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
+                else:
+                    float_tile(kind, 1, 4, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
+                t += 4
+            while t < n:
+                if four:
+                    float_tile(kind, 4, 1, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
+                else:
+                    float_tile(kind, 1, 1, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
+                t += 1
+            r += 4 if four else 1
+
+
+@step
+def matmul_f32(row: int, _thread: int, _n_threads: int) -> None:
+    """F32 matrix product; arguments as in `float_rows`."""
+    float_rows(row, F32_KIND)
+
+
+@step
+def matmul_f16(row: int, _thread: int, _n_threads: int) -> None:
+    """F16 matrix product; arguments as in `float_rows`."""
+    float_rows(row, F16_KIND)
+
+
+@step
+def matmul_bf16(row: int, _thread: int, _n_threads: int) -> None:
+    """BF16 matrix product; arguments as in `float_rows`."""
+    float_rows(row, BF16_KIND)

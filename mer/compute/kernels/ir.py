@@ -1,0 +1,306 @@
+"""Emitting LLVM IR from numba intrinsics: 16-lane vectors, fused multiply-add, integer dot products, atomics, futexes.
+
+Every helper takes an `llvmlite` builder first. The vector forms are written once for 16 lanes; LLVM splits them on targets
+with narrower registers, so that every instruction-set form computes the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from mer.compute.kernels.target import FORM, Form
+
+LANES = 16
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+V64I8, V32I16, V16I32 = ir.VectorType(I8, 64), ir.VectorType(I16, 32), ir.VectorType(I32, 16)
+V16I8, V16I16, V16F32, V16F16 = (ir.VectorType(t, 16) for t in (I8, I16, F32, F16))
+V16I1 = ir.VectorType(ir.IntType(1), 16)
+_LLVM_MAJOR = binding.llvm_version_info[0]
+_VNNI_ARG = V64I8 if _LLVM_MAJOR >= 22 else V16I32  # operand type of the vpdpbusd intrinsic
+
+
+def const(vector: ir.VectorType, value: float | int) -> ir.Constant:
+    """Return a vector constant with every lane equal to `value`."""
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def i64(value: int) -> ir.Constant:
+    """Return a 64-bit integer constant."""
+    return ir.Constant(I64, value)
+
+
+def at(b: ir.IRBuilder, address: Any, offset: Any, ty: Any) -> Any:
+    """Return the pointer to `ty` at an integer address plus a byte offset (an int or an IR value)."""
+    offset = i64(offset) if isinstance(offset, int) else offset
+    return b.inttoptr(b.add(address, offset), ty.as_pointer())
+
+
+def load(b: ir.IRBuilder, address: Any, offset: Any, ty: Any, align: int = 1) -> Any:
+    """Load a value of type `ty` that may be aligned to as little as `align` bytes."""
+    value = b.load(at(b, address, offset, ty))
+    value.align = align
+    return value
+
+
+def store(b: ir.IRBuilder, value: Any, address: Any, offset: Any, align: int = 4) -> None:
+    """Store a value that may be aligned to as little as `align` bytes."""
+    b.store(value, at(b, address, offset, value.type)).align = align
+
+
+def splat(b: ir.IRBuilder, scalar: Any, vector: ir.VectorType) -> Any:
+    """Broadcast a scalar to every lane."""
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), const(ir.VectorType(I32, vector.count), 0))
+
+
+def call(b: ir.IRBuilder, name: str, result: Any, *args: Any) -> Any:
+    """Call an LLVM intrinsic or an external C function by name."""
+    signature = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, signature, name), args)
+
+
+def fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    """Return x * y + z rounded once, for float32 scalars or 16-lane vectors."""
+    return call(b, "llvm.fma.v16f32" if x.type == V16F32 else "llvm.fma.f32", x.type, x, y, z)
+
+
+def widen_half(b: ir.IRBuilder, half: Any) -> Any:
+    """Convert 16 IEEE half floats, given as <16 x i16>, to float32, exactly.
+
+    Without a conversion instruction: shift exponent and fraction into place and multiply by 2**112, which also makes
+    subnormals right; an exponent of all ones (infinity, NaN) is then forced.
+    """
+    if FORM is Form.AVX512_VNNI:
+        return b.fpext(b.bitcast(half, V16F16), V16F32)
+    wide = b.zext(half, V16I32)
+    magnitude = b.shl(b.and_(wide, const(V16I32, 0x7FFF)), const(V16I32, 13))
+    scaled = b.bitcast(b.fmul(b.bitcast(magnitude, V16F32), const(V16F32, 2.0**112)), V16I32)
+    special = b.icmp_unsigned(">=", magnitude, const(V16I32, 0x7C00 << 13))
+    forced = b.or_(magnitude, const(V16I32, 0x7F800000))
+    sign = b.shl(b.and_(wide, const(V16I32, 0x8000)), const(V16I32, 16))
+    return b.bitcast(b.or_(b.select(special, forced, scaled), sign), V16F32)
+
+
+def widen_bfloat(b: ir.IRBuilder, brain: Any) -> Any:
+    """Convert 16 bfloat16, given as <16 x i16>, to float32, exactly."""
+    return b.bitcast(b.shl(b.zext(brain, V16I32), const(V16I32, 16)), V16F32)
+
+
+def dot4(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
+    """Add to each of 16 int32 lanes the dot product of its 4 unsigned and 4 signed bytes; both operands are <64 x i8>."""
+    if FORM is Form.AVX512_VNNI:
+        args = (b.bitcast(unsigned, _VNNI_ARG), b.bitcast(signed, _VNNI_ARG))
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", V16I32, total, *args)
+    for byte in range(4):
+        lanes = ir.Constant(V16I32, [4 * lane + byte for lane in range(16)])
+        pick = [b.shuffle_vector(v, ir.Constant(V64I8, ir.Undefined), lanes) for v in (unsigned, signed)]
+        total = b.add(total, b.mul(b.zext(pick[0], V16I32), b.sext(pick[1], V16I32)))
+    return total
+
+
+def sum16(b: ir.IRBuilder, vector: Any) -> Any:
+    """Add 16 float32 lanes in one fixed tree: lanes i and i + 8, then + 4, + 2, + 1."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        half = ir.VectorType(I32, width)
+        low = b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(half, list(range(width))))
+        high = b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(half, list(range(width, 2 * width))))
+        vector = b.fadd(low, high)
+    return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def lane_mask(b: ir.IRBuilder, count: Any) -> Any:
+    """Return <16 x i1> whose first `count` (an i64 value) lanes are true."""
+    lanes = ir.Constant(V16I32, list(range(16)))
+    return b.icmp_unsigned("<", lanes, splat(b, b.trunc(count, I32), V16I32))
+
+
+def masked_load(b: ir.IRBuilder, address: Any, offset: Any, vector: ir.VectorType, mask: Any) -> Any:
+    """Load the masked lanes; the others are zero and their memory is not touched."""
+    element = {F32: "f32", I16: "i16"}[vector.element]
+    pointer = at(b, address, offset, vector)
+    # LLVM 22 takes the alignment as an attribute of the pointer, earlier releases as an argument
+    name = f"llvm.masked.load.v16{element}.p0"
+    zero = ir.Constant(vector, None)
+    if _LLVM_MAJOR >= 22:
+        return call(b, name, vector, pointer, mask, zero)
+    return call(b, name, vector, pointer, ir.Constant(I32, 1), mask, zero)
+
+
+@intrinsic
+def atomic_load(_ctx: Any, address: Any) -> Any:
+    """Load the int32 at an address, with acquire ordering."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        return b.sext(b.load_atomic(at(b, args[0], 0, I32), "acquire", 4), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_store(_ctx: Any, address: Any, value: Any) -> Any:
+    """Store an int32 at an address, with release ordering."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        b.store_atomic(b.trunc(args[1], I32), at(b, args[0], 0, I32), "release", 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_add(_ctx: Any, address: Any, value: Any) -> Any:
+    """Add to the int32 at an address, sequentially consistent, and return what it was before."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        return b.sext(b.atomic_rmw("add", at(b, args[0], 0, I32), b.trunc(args[1], I32), "seq_cst"), I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(_ctx: Any) -> Any:
+    """Tell the processor that this is a spin loop, where it has such an instruction."""
+
+    def codegen(context: Any, b: Any, _signature: Any, _args: Any) -> Any:
+        if FORM is Form.AVX512_VNNI:
+            call(b, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def syscall6(_ctx: Any, number: Any, a: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
+    """Call the C library's `syscall` with six integer arguments and return its result."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        function = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64], var_arg=True), "syscall")
+        return b.call(function, args)
+
+    return types.int64(*[types.int64] * 7), codegen
+
+
+@intrinsic
+def call_step(_ctx: Any, function: Any, row: Any, thread: Any, n_threads: Any) -> Any:
+    """Call the C function at an address with (row address, thread, number of threads)."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        pointer = b.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [I64, I64, I64]).as_pointer())
+        b.call(pointer, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+def _scalar_loader(ir_type: Any, numba_type: Any) -> Any:
+    @intrinsic
+    def load_scalar(_ctx: Any, address: Any, index: Any) -> Any:
+        def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+            size = ir_type.width // 8 if isinstance(ir_type, ir.IntType) else 4
+            return load(b, args[0], b.mul(args[1], i64(size)), ir_type, size)
+
+        return numba_type(types.int64, types.int64), codegen
+
+    return load_scalar
+
+
+load_i64 = _scalar_loader(I64, types.int64)
+load_i32 = _scalar_loader(I32, types.int32)
+load_f32 = _scalar_loader(F32, types.float32)
+
+
+@intrinsic
+def store_i64(_ctx: Any, address: Any, value: Any) -> Any:
+    """Store an int64 at an address."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        store(b, args[1], args[0], 0, 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_f32(_ctx: Any, address: Any, index: Any, value: Any) -> Any:
+    """Store a float32 at an address plus an index in floats."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        store(b, args[2], args[0], b.mul(args[1], i64(4)), 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def store_i32(_ctx: Any, address: Any, index: Any, value: Any) -> Any:
+    """Store an int32 at an address plus an index in int32s."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        store(b, args[2], args[0], b.mul(args[1], i64(4)), 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int32), codegen
+
+
+@intrinsic
+def move_u32(_ctx: Any, target: Any, source: Any, flip: Any) -> Any:
+    """Copy 4 bytes of any alignment, exclusive-or'ed with `flip`."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        store(b, b.xor(load(b, args[1], 0, I32, 1), b.trunc(args[2], I32)), args[0], 0, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def move_u16(_ctx: Any, target: Any, source: Any) -> Any:
+    """Copy 2 bytes of any alignment."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        store(b, load(b, args[1], 0, I16, 1), args[0], 0, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def move_u8(_ctx: Any, target: Any, source: Any) -> Any:
+    """Copy one byte."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        store(b, load(b, args[1], 0, I8, 1), args[0], 0, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def copy_bytes(_ctx: Any, target: Any, source: Any, n_bytes: Any) -> Any:
+    """Copy bytes between areas that do not overlap."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        pointers = [b.inttoptr(a, I8.as_pointer()) for a in args[:2]]
+        cgutils.raw_memcpy(b, pointers[0], pointers[1], args[2], 1, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def zero_bytes(_ctx: Any, target: Any, n_bytes: Any) -> Any:
+    """Set bytes to zero."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        cgutils.memset(b, b.inttoptr(args[0], I8.as_pointer()), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

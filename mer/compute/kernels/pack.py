@@ -1,0 +1,57 @@
+"""Quantizing activations to int8 blocks, packed in the column tiles that `tile.py` reads.
+
+As ggml does: scale = max|x| / 127 per block, q = round(x / scale) to nearest even. Blocks are 32 long for the legacy types
+(one sum per block) and 256 long for the K types (one sum per 16).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from mer.compute.kernels.ir import load_i32, load_i64, store_f32, store_i32
+from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.vector import amax, quantize16
+
+
+@njit
+def column_tile(t, n):  # type: ignore[no-untyped-def]
+    """Return (first column, number of columns) of the tile that holds column t of n: tiles of 8, then 4, 2, 1."""
+    first = n // 8 * 8
+    if t < first:
+        return t // 8 * 8, 8
+    for width in (4, 2, 1):
+        if (n - first) & width:
+            if t < first + width:
+                return first, width
+            first += width
+    return first, 1
+
+
+@step
+def pack(row: int, thread: int, n_threads: int) -> None:
+    """Quantize rows of float32 into packed blocks; (row, block) pairs are split evenly over the threads.
+
+    Arguments: x, x_stride_bytes, index (int32 row numbers, or 0 for 0, 1, 2, ...), n, n_blocks, block_weights,
+    sums_per_block, xq, xs, xsum.
+    """
+    x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    n, n_blocks, size = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    sums = load_i64(row, ARG0 + 6)
+    xq, xs, xsum = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
+    total = n * n_blocks
+    per_sum = size // 16 // sums
+    for item in range(total * thread // n_threads, total * (thread + 1) // n_threads):
+        t, k = item // n_blocks, item % n_blocks
+        source = load_i32(index, t) if index != 0 else t
+        block = x + source * x_stride + 4 * size * k
+        first, columns = column_tile(t, n)
+        place = first * n_blocks + k * columns + (t - first)
+        scale = amax(block, size) / np.float32(127)
+        inverse = np.float32(0) if scale == np.float32(0) else np.float32(1) / scale
+        store_f32(xs, place, scale)
+        for s in range(sums):
+            partial = np.int32(0)
+            for p in range(s * per_sum, (s + 1) * per_sum):
+                partial += quantize16(block + 64 * p, inverse, xq + place * size + 16 * p)
+            store_i32(xsum, place * sums + s, partial)

@@ -1,0 +1,60 @@
+"""Q4_0: blocks of 32 weights, a half-float scale and 16 bytes of nibbles; weight = scale * (nibble - 8).
+
+Tile block, 288 bytes: 16 half scales, then 4 vectors; vector j holds for each row weights 4j..4j+3 in the low nibbles and
+16+4j..16+4j+3 in the high ones. Format: ggml's `block_q4_0`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mer.compute.kernels.ir import V16F32, V16I16, V32I16, V64I8, const, dot4, fma, load, widen_half
+from mer.compute.kernels.step import step
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+
+KIND = 2  # ggml type id
+
+
+def nibbles(b: Any, weights: Any, offset: int) -> tuple[list[Any], list[Any]]:
+    """Return the 4 low-nibble and 4 high-nibble vectors of 256 packed bytes."""
+    low, high = [], []
+    for j in range(4):
+        packed = load(b, weights, offset + 64 * j, V64I8)
+        shifted = b.bitcast(b.lshr(b.bitcast(packed, V32I16), const(V32I16, 4)), V64I8)
+        low.append(b.and_(packed, const(V64I8, 15)))
+        high.append(b.and_(shifted, const(V64I8, 15)))
+    return low, high
+
+
+def nibble_dot(b: Any, total: Any, low: list[Any], high: list[Any], column: ActivationColumn, c: int) -> Any:
+    """Add the dot product of 32 unsigned nibbles per row with column c's activations to 16 int32 totals."""
+    for part, vectors in enumerate((low, high)):
+        for j, vector in enumerate(vectors):
+            total = dot4(b, total, vector, column.quad(c, 16 * part + 4 * j, V64I8))
+    return total
+
+
+class Q4_0:
+    """Decoder of the Q4_0 tile."""
+
+    block_weights = 32
+    block_bytes = 18
+    sums_per_block = 1
+
+    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+        """See `BlockFormat`."""
+        scale = widen_half(b, load(b, weights, 0, V16I16))
+        low, high = nibbles(b, weights, 32)
+        for c in range(columns):
+            total = nibble_dot(b, column.sum(c, 0, -8), low, high, column, c)
+            both = b.fmul(scale, column.scale(c))
+            b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
+
+
+FORMATS[KIND] = Q4_0()
+
+
+@step
+def matmul_q4_0(row: int, _thread: int, _n_threads: int) -> None:
+    """Q4_0 matrix product; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND)

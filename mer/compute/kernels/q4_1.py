@@ -1,0 +1,44 @@
+"""Q4_1: blocks of 32 weights, half-float scale and minimum, 16 bytes of nibbles; weight = scale * nibble + minimum.
+
+Tile block, 320 bytes: 16 half scales, 16 half minima, then 4 vectors of nibbles as in Q4_0. Format: ggml's `block_q4_1`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mer.compute.kernels.ir import V16F32, V16I16, V16I32, const, fma, load, widen_half
+from mer.compute.kernels.q4_0 import nibble_dot, nibbles
+from mer.compute.kernels.step import step
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+
+KIND = 3  # ggml type id
+
+
+class Q4_1:
+    """Decoder of the Q4_1 tile."""
+
+    block_weights = 32
+    block_bytes = 20
+    sums_per_block = 1
+
+    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+        """See `BlockFormat`."""
+        scale = widen_half(b, load(b, weights, 0, V16I16))
+        minimum = widen_half(b, load(b, weights, 32, V16I16))
+        low, high = nibbles(b, weights, 64)
+        for c in range(columns):
+            total = nibble_dot(b, const(V16I32, 0), low, high, column, c)
+            activation = column.scale(c)
+            value = fma(b, b.sitofp(total, V16F32), b.fmul(scale, activation), b.load(acc[c]))
+            lift = b.sitofp(column.sum(c, 0, 1), V16F32)
+            b.store(fma(b, lift, b.fmul(minimum, activation), value), acc[c])
+
+
+FORMATS[KIND] = Q4_1()
+
+
+@step
+def matmul_q4_1(row: int, _thread: int, _n_threads: int) -> None:
+    """Q4_1 matrix product; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND)

@@ -1,0 +1,42 @@
+"""Q8_0: blocks of 32 int8 weights and a half-float scale; weight = scale * int8.
+
+Tile block, 544 bytes: 16 half scales, then 8 vectors; vector j holds for each row weights 4j..4j+3, stored unsigned (+128) so
+that they are the unsigned operand of the dot product. Format: ggml's `block_q8_0`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mer.compute.kernels.ir import V16F32, V16I16, V64I8, dot4, fma, load, widen_half
+from mer.compute.kernels.step import step
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+
+KIND = 8  # ggml type id
+
+
+class Q8_0:
+    """Decoder of the Q8_0 tile."""
+
+    block_weights = 32
+    block_bytes = 34
+    sums_per_block = 1
+
+    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+        """See `BlockFormat`."""
+        scale = widen_half(b, load(b, weights, 0, V16I16))
+        vectors = [load(b, weights, 32 + 64 * j, V64I8) for j in range(8)]
+        for c in range(columns):
+            total = column.sum(c, 0, -128)
+            for j, vector in enumerate(vectors):
+                total = dot4(b, total, vector, column.quad(c, 4 * j, V64I8))
+            b.store(fma(b, b.sitofp(total, V16F32), b.fmul(scale, column.scale(c)), b.load(acc[c])), acc[c])
+
+
+FORMATS[KIND] = Q8_0()
+
+
+@step
+def matmul_q8_0(row: int, _thread: int, _n_threads: int) -> None:
+    """Q8_0 matrix product; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND)

@@ -1,0 +1,144 @@
+"""Quantized matrix products over 16-row tiles.
+
+Layout "x16": a tile is 16 rows of a weight matrix, interleaved so that each 64-byte vector holds 4 bytes of every row; it has
+exactly the size of the 16 rows it came from. Vector lane i works for row i alone and walks the blocks along K in order,
+
+    total = integer dot product of the block;  acc = fma(float(total), weight scale * activation scale, acc)
+
+so a result does not depend on the number of columns, on the row split or on the instruction-set form.
+
+Activations come packed (`pack.py`): columns in tiles of 8, then 4, 2, 1; in a tile int8 [n_blocks, columns, block_weights],
+float32 scales [n_blocks, columns], and int32 sums of the int8 values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from llvmlite import ir
+from numba import literally, njit, types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from mer.compute.kernels.ir import F32, I32, I64, V16F32, V16I32, atomic_add, const, i64, load, load_i64, splat, store
+from mer.compute.kernels.step import ARG0, COUNTER
+
+ROWS = 16  # rows in a tile
+
+
+class BlockFormat(Protocol):
+    """How one quantized type's tile is decoded and accumulated."""
+
+    block_weights: int  # weights per block along K
+    block_bytes: int  # bytes of one row's block
+    sums_per_block: int  # int32 activation sums per block
+
+    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+        """Emit acc[c] += block product for every column c; `weights` is the address of the tile's block."""
+
+
+class ActivationColumn:
+    """Addresses of one block's activations in a tile of `columns` columns."""
+
+    def __init__(self, b: Any, fmt: BlockFormat, columns: int, k: Any, xq: Any, xs: Any, xsum: Any) -> None:
+        self._b, self._fmt = b, fmt
+        self._xq = b.add(xq, b.mul(k, i64(columns * fmt.block_weights)))
+        self._xs = b.add(xs, b.mul(k, i64(4 * columns)))
+        self._xsum = b.add(xsum, b.mul(k, i64(4 * columns * fmt.sums_per_block)))
+
+    def quad(self, column: int, position: int, vector: Any) -> Any:
+        """Broadcast the 4 int8 activations from `position` (in weights) to all lanes, as `vector`."""
+        offset = column * self._fmt.block_weights + position
+        return self._b.bitcast(splat(self._b, load(self._b, self._xq, offset, I32, 4), V16I32), vector)
+
+    def scale(self, column: int) -> Any:
+        """The block's float32 scale, broadcast."""
+        return splat(self._b, load(self._b, self._xs, 4 * column, F32, 4), V16F32)
+
+    def sum(self, column: int, index: int, factor: int) -> Any:
+        """The int32 activation sum `index` of the block times a constant, broadcast."""
+        offset = 4 * (column * self._fmt.sums_per_block + index)
+        value = load(self._b, self._xsum, offset, I32, 4)
+        return splat(self._b, self._b.mul(value, ir.Constant(I32, factor)), V16I32)
+
+
+FORMATS: dict[int, BlockFormat] = {}  # {ggml type id: format}
+
+
+@intrinsic(prefer_literal=True)
+def tile(
+    _ctx: Any, kind: Any, columns: Any, groups: Any, w: Any, n_blocks: Any, xq: Any, xs: Any, xsum: Any, out: Any,
+    out_stride: Any, add: Any,
+) -> Any:
+    """Multiply `groups` adjacent tiles with one tile of `columns` activation columns and store or add float32 results.
+
+    `kind`, `columns` and `groups` are compile-time integers; the others are int64 addresses, counts, and bytes.
+    """
+    fmt, n_columns, n_groups = FORMATS[kind.literal_value], columns.literal_value, groups.literal_value
+    signature = types.void(kind, columns, groups, *[types.int64] * 8)
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        w, n, xq, xs, xsum, out, out_stride, add = args[3:]
+        zero = const(V16F32, 0.0)
+        acc = [[cgutils.alloca_once_value(b, zero) for _ in range(n_columns)] for _ in range(n_groups)]
+        block = ROWS * fmt.block_bytes
+        with cgutils.for_range(b, n, intp=I64) as loop:
+            column = ActivationColumn(b, fmt, n_columns, loop.index, xq, xs, xsum)
+            for g in range(n_groups):
+                base = b.add(b.add(w, b.mul(loop.index, i64(block))), b.mul(n, i64(block * g)))
+                fmt.accumulate(b, base, column, n_columns, acc[g])
+        adds = b.icmp_signed("!=", add, i64(0))
+        for g in range(n_groups):
+            for c in range(n_columns):
+                offset = b.add(i64(4 * ROWS * g), b.mul(out_stride, i64(c)))
+                result = b.load(acc[g][c])
+                old = cgutils.alloca_once_value(b, zero)
+                with b.if_then(adds):
+                    b.store(load(b, out, offset, V16F32, 4), old)
+                store(b, b.fadd(b.load(old), result), out, offset, 4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@njit
+def matmul_rows(row, kind):  # type: ignore[no-untyped-def]
+    """Body of every quantized matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed chunks of tiles.
+
+    Arguments: w, n_tiles, n_blocks, tile_stride_bytes, n (columns), xq, xs, xsum, block_weights, sums_per_block, out,
+    out_stride_bytes, add.
+    """
+    literally(kind)
+    w, n_tiles, n_blocks = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    tile_stride, n = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
+    xq, xs, xsum = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
+    q_stride = n_blocks * load_i64(row, ARG0 + 8)
+    sum_stride = 4 * n_blocks * load_i64(row, ARG0 + 9)
+    s_stride = 4 * n_blocks
+    out, out_stride, add = load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12)
+    chunk = load_i64(row, ARG0 + 13)
+    while True:
+        first = atomic_add(row + 8 * COUNTER, chunk)
+        if first >= n_tiles:
+            return
+        last = min(first + chunk, n_tiles)
+        r = first
+        if n == 1:
+            while r + 2 <= last:
+                tile(kind, 1, 2, w + r * tile_stride, n_blocks, xq, xs, xsum, out + 64 * r, out_stride, add)
+                r += 2
+        while r < last:
+            wr, to = w + r * tile_stride, out + 64 * r
+            t = 0
+            while t + 8 <= n:
+                tile(kind, 8, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
+                t += 8
+            if t + 4 <= n:
+                tile(kind, 4, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
+                t += 4
+            if t + 2 <= n:
+                tile(kind, 2, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
+                t += 2
+            if t < n:
+                tile(kind, 1, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
+            r += 1

@@ -1,0 +1,194 @@
+"""Float32 vector pieces that other kernels are made of: dot products, exponentials, sigmoid gates, quantized blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from mer.compute.kernels.ir import (
+    F32,
+    I32,
+    I64,
+    V16F32,
+    V16I8,
+    V16I32,
+    call,
+    const,
+    fma,
+    i64,
+    load,
+    splat,
+    store,
+    sum16,
+)
+
+_LN2_HI, _LN2_LO = 0.693359375, -2.12194440e-4  # ln 2 in two parts, the first exact in few bits (Cody and Waite)
+_MAGIC = 12582912.0  # 1.5 * 2**23: adding it rounds a small float to an integer, to nearest even
+
+
+def exp_vector(b: Any, x: Any) -> Any:
+    """Return e**x for 16 lanes, within about 1 ulp; below -87.3 the result is e**-87.3, -inf gives 0, NaN stays NaN.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2; e**r by its Taylor polynomial of degree 7; then n is added to the exponent.
+    """
+    vanishes = b.fcmp_ordered("<", x, const(V16F32, -1e4))
+    x = b.select(b.fcmp_ordered("<", x, const(V16F32, -87.3)), const(V16F32, -87.3), x)
+    x = b.select(b.fcmp_ordered(">", x, const(V16F32, 88.3)), const(V16F32, 88.3), x)
+    shifted = fma(b, x, const(V16F32, 1 / math.log(2)), const(V16F32, _MAGIC))
+    n = b.fsub(shifted, const(V16F32, _MAGIC))
+    r = fma(b, n, const(V16F32, -_LN2_HI), x)
+    r = fma(b, n, const(V16F32, -_LN2_LO), r)
+    value = const(V16F32, 1 / math.factorial(7))
+    for k in range(6, -1, -1):
+        value = fma(b, value, r, const(V16F32, 1 / math.factorial(k)))
+    exponent = b.shl(b.bitcast(shifted, V16I32), const(V16I32, 23))
+    scaled = b.bitcast(b.add(b.bitcast(value, V16I32), exponent), V16F32)
+    scaled = b.select(b.fcmp_unordered("uno", x, x), x, scaled)
+    return b.select(vanishes, const(V16F32, 0.0), scaled)
+
+
+def _absolute(b: Any, x: Any) -> Any:
+    return b.bitcast(b.and_(b.bitcast(x, V16I32), const(V16I32, 0x7FFFFFFF)), V16F32)
+
+
+def _round_to_int(b: Any, x: Any) -> Any:
+    """Round 16 floats of magnitude below 2**22 to int32, to nearest even."""
+    return b.sub(b.bitcast(b.fadd(x, const(V16F32, _MAGIC)), V16I32), ir.Constant(V16I32, [0x4B400000] * 16))
+
+
+@intrinsic
+def dot(_ctx: Any, x: Any, y: Any, n: Any) -> Any:
+    """Return the float32 dot product of `n` floats, a multiple of 16, as 16 partial sums added in one fixed tree."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        x, y, n = args
+        acc = cgutils.alloca_once_value(b, const(V16F32, 0.0))
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            offset = b.mul(loop.index, i64(64))
+            b.store(fma(b, load(b, x, offset, V16F32, 4), load(b, y, offset, V16F32, 4), b.load(acc)), acc)
+        return sum16(b, b.load(acc))
+
+    return types.float32(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def scale_product(_ctx: Any, out: Any, x: Any, y: Any, factor: Any, n: Any) -> Any:
+    """Write out = (x * factor) * y elementwise for `n` floats, a multiple of 16."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        out, x, y, factor, n = args
+        factors = splat(b, factor, V16F32)
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            offset = b.mul(loop.index, i64(64))
+            scaled = b.fmul(load(b, x, offset, V16F32, 4), factors)
+            store(b, b.fmul(scaled, load(b, y, offset, V16F32, 4)), out, offset)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
+def add_scaled(_ctx: Any, out: Any, x: Any, factor: Any, n: Any) -> Any:
+    """Write out = fma(factor, x, out) elementwise for `n` floats, a multiple of 16."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        out, x, factor, n = args
+        factors = splat(b, factor, V16F32)
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            offset = b.mul(loop.index, i64(64))
+            value = fma(b, factors, load(b, x, offset, V16F32, 4), load(b, out, offset, V16F32, 4))
+            store(b, value, out, offset)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
+def swiglu16(_ctx: Any, gate: Any, up: Any, n: Any) -> Any:
+    """Write gate = gate / (1 + e**-gate) * up for `n` floats, a multiple of 16."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        gate, up, n = args
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            offset = b.mul(loop.index, i64(64))
+            g = load(b, gate, offset, V16F32, 4)
+            denominator = b.fadd(exp_vector(b, b.fsub(const(V16F32, -0.0), g)), const(V16F32, 1.0))
+            store(b, b.fmul(b.fdiv(g, denominator), load(b, up, offset, V16F32, 4)), gate, offset)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def exp_sum(_ctx: Any, x: Any, maximum: Any, n: Any) -> Any:
+    """Write x = e**(x - maximum) for `n` floats, a multiple of 16, and return their sum."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        x, maximum, n = args
+        top = splat(b, maximum, V16F32)
+        acc = cgutils.alloca_once_value(b, const(V16F32, 0.0))
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            offset = b.mul(loop.index, i64(64))
+            value = exp_vector(b, b.fsub(load(b, x, offset, V16F32, 4), top))
+            store(b, value, x, offset)
+            b.store(b.fadd(b.load(acc), value), acc)
+        return sum16(b, b.load(acc))
+
+    return types.float32(types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
+def weighted_rows(_ctx: Any, out: Any, weights: Any, rows: Any, n_rows: Any, stride: Any, n: Any, keep: Any) -> Any:
+    """Write out = out * keep + sum over j of weights[j] * rows[j], in order of j; rows are `stride` bytes apart, n floats long."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        out, weights, rows, n_rows, stride, n, keep = args
+        keeps = splat(b, keep, V16F32)
+        acc = cgutils.alloca_once(b, V16F32)
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as chunk:
+            offset = b.mul(chunk.index, i64(64))
+            b.store(b.fmul(load(b, out, offset, V16F32, 4), keeps), acc)
+            with cgutils.for_range(b, n_rows, intp=I64) as loop:
+                weight = splat(b, load(b, weights, b.mul(loop.index, i64(4)), F32, 4), V16F32)
+                row = load(b, rows, b.add(offset, b.mul(loop.index, stride)), V16F32, 4)
+                b.store(fma(b, weight, row, b.load(acc)), acc)
+            store(b, b.load(acc), out, offset)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, types.float32), codegen
+
+
+@intrinsic
+def amax(_ctx: Any, x: Any, n: Any) -> Any:
+    """Return the largest magnitude of `n` floats, a multiple of 16; NaN if any element is NaN."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        x, n = args
+        acc = cgutils.alloca_once_value(b, const(V16I32, 0))
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            value = _absolute(b, load(b, x, b.mul(loop.index, i64(64)), V16F32, 4))
+            bits, best = b.bitcast(value, V16I32), b.load(acc)  # magnitudes order like their bits, NaN above infinity
+            b.store(b.select(b.icmp_signed(">", bits, best), bits, best), acc)
+        return b.bitcast(call(b, "llvm.vector.reduce.smax.v16i32", I32, b.load(acc)), F32)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def quantize16(_ctx: Any, x: Any, inverse: Any, out: Any) -> Any:
+    """Write 16 floats times `inverse`, rounded to nearest even, as int8, and return the sum of the int8 values."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        x, inverse, out = args
+        scaled = b.fmul(load(b, x, 0, V16F32, 4), splat(b, inverse, V16F32))
+        q = _round_to_int(b, scaled)
+        store(b, b.trunc(q, V16I8), out, 0, 1)
+        return call(b, "llvm.vector.reduce.add.v16i32", I32, q)
+
+    return types.int32(types.int64, types.float32, types.int64), codegen
+

@@ -1,0 +1,141 @@
+"""Weight matrices in memory, activations in the forms that the kernels read, and the product of the two."""
+
+from __future__ import annotations
+
+import attrs
+
+from mer.compute.kernels.interleave import FIELDS
+from mer.compute.kernels.matmul import STEPS, block_format
+from mer.compute.kernels.pack import pack
+from mer.compute.kernels.tile import ROWS, BlockFormat
+from mer.compute.program import Memory, Program
+from mer.io.extents import round_up
+from mer.io.ggml import GGMLType
+
+FLOAT_BYTES = 4
+_CHUNKS_PER_THREAD = 8  # work is handed out in about this many pieces per thread
+
+
+@attrs.frozen
+class Matrix:
+    """A weight matrix at an address; quantized types lie in tiles of 16 rows, the last one padded with zero rows."""
+
+    type: GGMLType
+    rows: int
+    cols: int
+    address: int
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in a row."""
+        return self.cols // self.type.block_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.n_blocks * self.type.block_bytes
+
+
+def is_tiled(kind: GGMLType) -> bool:
+    """Return whether a type is kept in 16-row tiles."""
+    return int(kind) in FIELDS
+
+
+def stored_bytes(kind: GGMLType, rows: int, cols: int) -> int:
+    """Return the bytes a matrix takes in memory, padding rows included."""
+    return (round_up(rows, ROWS) if is_tiled(kind) else rows) * (cols // kind.block_size) * kind.block_bytes
+
+
+def float_stride(n: int) -> int:
+    """Return the bytes of a row of n float32 padded to whole vectors of 16."""
+    return FLOAT_BYTES * round_up(n, ROWS)
+
+
+@attrs.frozen
+class PackedArea:
+    """Room for int8 activations: `rows` rows of `cols`, in blocks of one size."""
+
+    block_weights: int
+    sums_per_block: int
+    xq: int
+    xs: int
+    xsum: int
+
+    @classmethod
+    def sizes(cls, fmt: BlockFormat, rows: int, cols: int) -> tuple[int, int, int]:
+        """Return the bytes of values, scales and sums."""
+        blocks = rows * round_up(cols, fmt.block_weights) // fmt.block_weights
+        return rows * cols, FLOAT_BYTES * blocks, FLOAT_BYTES * blocks * fmt.sums_per_block
+
+    @classmethod
+    def cut(cls, memory: Memory, fmt: BlockFormat, rows: int, cols: int) -> PackedArea:
+        """Take the room from `memory`."""
+        return cls(fmt.block_weights, fmt.sums_per_block, *map(memory.cut, cls.sizes(fmt, rows, cols)))
+
+    def offset(self, first_row: int, cols: int) -> PackedArea:
+        """Return the room that begins `first_row` rows of `cols` later."""
+        blocks = first_row * (cols // self.block_weights)
+        return attrs.evolve(
+            self,
+            xq=self.xq + first_row * cols,
+            xs=self.xs + FLOAT_BYTES * blocks,
+            xsum=self.xsum + FLOAT_BYTES * blocks * self.sums_per_block,
+        )
+
+
+@attrs.frozen
+class Activations:
+    """n rows of activations: as float32, and packed for the block sizes in use."""
+
+    n: int
+    address: int
+    stride: int  # bytes
+    packed: dict[int, PackedArea]  # {weights per block: area}
+
+    def pack(
+        self, program: Program, cols: int, kinds: set[GGMLType], *, source: int = 0, index: int = 0
+    ) -> None:
+        """Add the steps that quantize these rows for matrices of the given types.
+
+        Args:
+            program: where the steps go.
+            cols: length of a row.
+            kinds: types of the matrices that will be multiplied.
+            source: address of the float32 rows, if not `self.address`.
+            index: address of int32 row numbers in `source`, or 0.
+        """
+        sizes = {fmt.block_weights for fmt in map(block_format, kinds) if fmt is not None}
+        for size in sizes:
+            area = self.packed[size]
+            program.add(
+                pack, source or self.address, self.stride, index, self.n, cols // size, size, area.sums_per_block,
+                area.xq, area.xs, area.xsum,
+            )  # fmt: skip
+
+
+def multiply(
+    program: Program,
+    matrix: Matrix,
+    x: Activations,
+    out: int,
+    out_stride: int,
+    n_threads: int,
+    *,
+    add: bool = False,
+) -> None:
+    """Add the step out[t] = matrix @ x[t] for all rows t of x, or out[t] += with `add`."""
+    step, fmt = STEPS[int(matrix.type)], block_format(int(matrix.type))
+    if fmt is None:
+        chunk = round_up(max(1, matrix.rows // (n_threads * _CHUNKS_PER_THREAD)), 4)
+        program.add(
+            step, matrix.address, matrix.rows, matrix.cols, matrix.row_bytes, x.n, x.address, x.stride,
+            out, out_stride, int(add), chunk,
+        )  # fmt: skip
+        return
+    area = x.packed[fmt.block_weights]
+    n_tiles = -(-matrix.rows // ROWS)
+    chunk = round_up(max(1, n_tiles // (n_threads * _CHUNKS_PER_THREAD)), 2)
+    program.add(
+        step, matrix.address, n_tiles, matrix.n_blocks, ROWS * matrix.row_bytes, x.n, area.xq, area.xs, area.xsum,
+        fmt.block_weights, fmt.sums_per_block, out, out_stride, int(add), chunk,
+    )  # fmt: skip

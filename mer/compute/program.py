@@ -1,0 +1,65 @@
+"""Building programs: rows of kernel steps, and the memory that they work on."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from mer.compute.kernels.step import ARG0, BARRIER, ROW_WORDS, Step
+from mer.io.arena import PAGE_BYTES, map_anonymous
+from mer.io.extents import round_up
+
+
+class Memory:
+    """One zeroed anonymous mapping from which aligned areas are cut; freed when nothing refers to it any more."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.bytes = np.frombuffer(map_anonymous(round_up(max(n_bytes, 1), PAGE_BYTES)), np.uint8)
+        self.address = int(self.bytes.ctypes.data)
+        self._used = 0
+
+    def cut(self, n_bytes: int) -> int:
+        """Return the address of the next area of `n_bytes`, aligned to 64 bytes."""
+        start = self._used
+        self._used = round_up(start + n_bytes, 64)
+        if self._used > len(self.bytes):
+            raise RuntimeError(f"area of {n_bytes} bytes at {start} does not fit {len(self.bytes)}")
+        return self.address + start
+
+    def view(self, address: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes at an address inside the mapping."""
+        start = address - self.address
+        return self.bytes[start : start + n_bytes]
+
+    def floats(self, address: int, *shape: int) -> npt.NDArray[np.float32]:
+        """Return float32 at an address inside the mapping, shaped."""
+        return self.view(address, 4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+
+    def ints(self, address: int, *shape: int) -> npt.NDArray[np.int32]:
+        """Return int32 at an address inside the mapping, shaped."""
+        return self.view(address, 4 * int(np.prod(shape))).view(np.int32).reshape(shape)
+
+
+@attrs.define
+class Program:
+    """A list of steps that grows as needed and is used again from job to job."""
+
+    rows: npt.NDArray[np.int64] = attrs.field(factory=lambda: np.zeros((64, ROW_WORDS), np.int64))
+    length: int = 0
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self.length = 0
+
+    def add(self, step: Step, *arguments: int) -> None:
+        """Append a step; threads may run it while others are still in the step before, back to the last barrier."""
+        if self.length == len(self.rows):
+            self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
+        self.rows[self.length, : ARG0 + len(arguments)] = (step.address, 0, 0, *arguments)
+        self.length += 1
+
+    def barrier(self) -> None:
+        """Let every thread finish all steps so far before any goes on; the end of a program is a barrier anyway."""
+        if self.length:
+            self.rows[self.length - 1, BARRIER] = 1

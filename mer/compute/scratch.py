@@ -1,0 +1,137 @@
+"""The memory that a batch works in: sizes first, so that the memory plan and the worker cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import attrs
+import numpy as np
+
+from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.interleave import FIELDS
+from mer.compute.kernels.matmul import block_format
+from mer.compute.kernels.tile import ROWS, BlockFormat
+from mer.compute.matrix import FLOAT_BYTES, PackedArea, float_stride
+from mer.compute.program import Memory
+from mer.io.extents import ExpertMap, round_up
+from mer.io.ggml import GGMLType
+from mer.model.spec import ModelSpec
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """The largest batch that a worker is made for."""
+
+    batch_tokens: int  # T: rows of a batch
+    outputs: int  # N: rows whose logits are wanted
+    sequences: int  # S: sequences in a batch
+    sequence_blocks: int  # KV blocks of the longest sequence
+    kv_blocks: int  # KV blocks in all
+    threads: int
+
+    def ffn_rows(self, spec: ModelSpec) -> int:
+        """Rows of gate and up that are computed at once: a whole batch on one expert, or one token on all of its own."""
+        return max(self.batch_tokens, spec.top_k)
+
+
+def kv_block_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of one KV block: K and V of all layers for `KV_TILE` positions, heads padded to 16 floats."""
+    return spec.n_layers * 2 * spec.n_kv_heads * KV_TILE * float_stride(spec.head_dim)
+
+
+def tile_scratch_bytes(experts: ExpertMap) -> int:
+    """Return the room that re-arranging any expert's 16 rows takes."""
+    parts = [p for layer in experts.experts for e in layer for p in e.parts if int(p.type) in FIELDS]
+    return max((ROWS * p.n_bytes // p.rows for p in parts), default=0)
+
+
+def _formats(kinds: Iterable[GGMLType]) -> dict[int, BlockFormat]:
+    formats = (block_format(int(kind)) for kind in kinds)
+    return {fmt.block_weights: fmt for fmt in formats if fmt is not None}
+
+
+def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str, int]:
+    """Return name and bytes of every scratch area, packed activations and KV cache excepted."""
+    t, r = limits.batch_tokens, limits.ffn_rows(spec)
+    d, heads = float_stride(spec.d_model), spec.n_heads * spec.head_dim
+    kv_heads = spec.n_kv_heads * spec.head_dim
+    return {
+        "x": t * d,  # residual stream
+        "h": max(t, limits.outputs) * d,  # normalized
+        "q_raw": t * float_stride(heads),
+        "k_raw": t * float_stride(kv_heads),
+        "v_raw": t * float_stride(kv_heads),
+        "q": t * spec.n_heads * float_stride(spec.head_dim),
+        "attended": t * float_stride(heads),
+        "angles": t * FLOAT_BYTES * max(spec.rope_dim, 1),
+        "scores": limits.threads * (FLOAT_BYTES * KV_TILE + float_stride(spec.head_dim)),
+        "router": t * float_stride(spec.n_experts),
+        "expert_ids": t * FLOAT_BYTES * spec.top_k,
+        "expert_weights": t * FLOAT_BYTES * spec.top_k,
+        "places": t * FLOAT_BYTES * spec.top_k,
+        "order": t * FLOAT_BYTES * spec.top_k,
+        "positions": t * FLOAT_BYTES,
+        "sequences": t * FLOAT_BYTES,
+        "outputs": limits.outputs * FLOAT_BYTES,
+        "table": limits.sequences * limits.sequence_blocks * FLOAT_BYTES,
+        "gathered": r * d,  # the rows of one group, for float weights
+        "gate": r * float_stride(spec.d_ff),
+        "up": r * float_stride(spec.d_ff),
+        "y": t * spec.top_k * d,  # expert outputs, one row per (token, choice)
+        "logits": limits.outputs * float_stride(spec.vocab_size),
+        "damaged": t * FLOAT_BYTES,  # rows whose router logits were not finite
+        "constants": 2 * FLOAT_BYTES,  # eps, attention scale
+        "tile": limits.threads * tile_scratch_bytes(experts),
+    }
+
+
+def packed_shapes(spec: ModelSpec, limits: Limits) -> dict[str, tuple[int, int]]:
+    """Return name and (rows, cols) of the areas of packed activations."""
+    r = max(limits.ffn_rows(spec), limits.outputs)
+    return {"input": (r, max(spec.d_model, spec.n_heads * spec.head_dim)), "inner": (r, spec.d_ff)}
+
+
+def scratch_bytes(spec: ModelSpec, limits: Limits, kinds: Iterable[GGMLType], experts: ExpertMap) -> int:
+    """Return the bytes of all scratch areas, KV cache excepted."""
+    kinds = set(kinds)
+    total = sum(round_up(size, 64) for size in area_sizes(spec, limits, experts).values())
+    for rows, cols in packed_shapes(spec, limits).values():
+        for fmt in _formats(kinds).values():
+            total += sum(round_up(size, 64) for size in PackedArea.sizes(fmt, rows, round_up(cols, fmt.block_weights)))
+    return total
+
+
+class Scratch:
+    """Every scratch area and the KV cache, in anonymous memory of their own."""
+
+    def __init__(self, spec: ModelSpec, limits: Limits, kinds: Iterable[GGMLType], experts: ExpertMap) -> None:
+        kinds = set(kinds)
+        self.memory = Memory(scratch_bytes(spec, limits, kinds, experts))
+        sizes = area_sizes(spec, limits, experts)
+        self.address: Mapping[str, int] = {name: self.memory.cut(size) for name, size in sizes.items()}
+        self.packed: Mapping[str, dict[int, PackedArea]] = {
+            name: {
+                size: PackedArea.cut(self.memory, fmt, rows, round_up(cols, size))
+                for size, fmt in _formats(kinds).items()
+            }
+            for name, (rows, cols) in packed_shapes(spec, limits).items()
+        }
+        self.kv = Memory(limits.kv_blocks * kv_block_bytes(spec))
+        t, k = limits.batch_tokens, spec.top_k
+        self.expert_ids = self.memory.ints(self.address["expert_ids"], t * k)
+        self.places = self.memory.ints(self.address["places"], t * k)
+        self.order = self.memory.ints(self.address["order"], t * k)
+        self.positions = self.memory.ints(self.address["positions"], t)
+        self.sequences = self.memory.ints(self.address["sequences"], t)
+        self.outputs = self.memory.ints(self.address["outputs"], limits.outputs)
+        self.table = self.memory.ints(self.address["table"], limits.sequences * limits.sequence_blocks)
+        self.x = self.memory.floats(self.address["x"], t, float_stride(spec.d_model) // FLOAT_BYTES)
+        self.logits = self.memory.floats(
+            self.address["logits"], limits.outputs, float_stride(spec.vocab_size) // FLOAT_BYTES
+        )
+        self.angles = self.memory.floats(self.address["angles"], t * max(spec.rope_dim, 1))
+        constants = self.memory.floats(self.address["constants"], 2)
+        constants[:] = (spec.rms_eps, spec.head_dim**-0.5)
+        self.eps, self.scale = self.address["constants"], self.address["constants"] + FLOAT_BYTES
+        self.damaged = self.memory.ints(self.address["damaged"], t)
+        self.frequencies = spec.rope_base ** (-np.arange(0, spec.rope_dim, 2, dtype=np.float64) / max(spec.rope_dim, 1))

@@ -1,0 +1,132 @@
+"""The dense weights: read once into anonymous memory and kept there in the kernels' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import gguf.quants
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from mer.compute.kernels.interleave import FIELDS, field_table, interleave, rows_of_tiles
+from mer.compute.kernels.runtime import lead
+from mer.compute.kernels.tile import ROWS
+from mer.compute.matrix import Matrix, float_stride, is_tiled, stored_bytes
+from mer.compute.program import Memory, Program
+from mer.io.extents import round_up
+from mer.io.ggml import GGMLType
+from mer.io.gguf import TensorInfo
+from mer.io.reader import Reader, read_extent
+
+READ_BYTES = 8 << 20  # a tensor is read in pieces of about this size
+READS_AHEAD = 2
+
+
+def _bytes_of(tensor: TensorInfo) -> int:
+    if len(tensor.shape) == 1:
+        return float_stride(tensor.shape[0])
+    return stored_bytes(tensor.type, *tensor.shape)
+
+
+def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the bytes that the dense weights take in memory."""
+    return sum(round_up(_bytes_of(t), 64) for t in tensors.values())
+
+
+class DenseWeights:
+    """Every dense tensor by name: matrices in the kernels' layout, vectors as float32 padded with zeros.
+
+    Args:
+        tensors: the checked dense tensors of the file.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._tensors = tensors
+        self._memory = Memory(dense_bytes(tensors))
+        self._address = {name: self._memory.cut(_bytes_of(t)) for name, t in tensors.items()}
+        self._scratch = Memory(
+            max([ROWS * t.n_bytes // t.shape[0] for t in tensors.values() if len(t.shape) == 2], default=1)
+        )
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory that the weights take."""
+        return len(self._memory.bytes)
+
+    @property
+    def types(self) -> set[GGMLType]:
+        """Types of the matrices."""
+        return {t.type for t in self._tensors.values() if len(t.shape) == 2}
+
+    def matrix(self, name: str) -> Matrix:
+        """Return a matrix by its tensor name."""
+        tensor = self._tensors[name]
+        rows, cols = tensor.shape
+        return Matrix(tensor.type, rows, cols, self._address[name])
+
+    def vector(self, name: str) -> int:
+        """Return the address of a float32 vector by its tensor name."""
+        return self._address[name]
+
+    def rows(self, name: str, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Return chosen rows of a matrix as float32 [len(numbers), cols]."""
+        matrix = self.matrix(name)
+        stored = self._memory.view(matrix.address, stored_bytes(matrix.type, matrix.rows, matrix.cols))
+        if is_tiled(matrix.type):
+            tiles = stored.reshape(-1, ROWS * matrix.row_bytes)
+            raw = rows_of_tiles(int(matrix.type), tiles, matrix.type.block_bytes, numbers.astype(np.int64))
+        else:
+            raw = stored.reshape(matrix.rows, matrix.row_bytes)[numbers]
+        floats = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(matrix.type)))
+        return np.asarray(floats, np.float32).reshape(len(numbers), matrix.cols)
+
+    async def load(self, reader: Reader, on_progress: Callable[[int, int], None]) -> None:
+        """Read every tensor and bring it into the kernels' layout, reading ahead while the last piece is arranged.
+
+        If cancelled, reads under way keep their own memory until they land; the weights stay incomplete.
+
+        Args:
+            reader: reads the files.
+            on_progress: called with the bytes loaded so far and in all.
+
+        Raises:
+            ReadError: bytes could not be read.
+        """
+        total = sum(t.n_bytes for t in self._tensors.values())
+        loaded = 0
+        limiter = trio.CapacityLimiter(1)
+        ahead = trio.CapacityLimiter(READS_AHEAD)
+
+        async def piece(tensor: TensorInfo, address: int, first: int, count: int) -> None:
+            nonlocal loaded
+            row_bytes = tensor.n_bytes // tensor.shape[0] if len(tensor.shape) == 2 else tensor.n_bytes
+            async with ahead:
+                raw = await read_extent(reader, tensor.file, tensor.offset + first * row_bytes, count * row_bytes)
+                target = address + first * row_bytes
+                await trio.to_thread.run_sync(self._place, tensor, raw, target, count, limiter=limiter)
+                loaded += count * row_bytes
+                on_progress(loaded, total)
+
+        async with trio.open_nursery() as nursery:
+            for name, tensor in self._tensors.items():
+                rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+                step = round_up(max(1, READ_BYTES * rows // tensor.n_bytes), ROWS)
+                for first in range(0, rows, step):
+                    nursery.start_soon(piece, tensor, self._address[name], first, min(step, rows - first))
+
+    def _place(self, tensor: TensorInfo, raw: npt.NDArray[np.uint8], target: int, n_rows: int) -> None:
+        """Put `n_rows` rows as read from the file at their address, in the kernels' layout."""
+        if len(tensor.shape) == 1 or not is_tiled(tensor.type):
+            self._memory.view(target, len(raw))[:] = raw
+            return
+        kind = int(tensor.type)
+        table = field_table(kind)
+        program = Program()
+        program.add(
+            interleave, int(raw.ctypes.data), target, n_rows, tensor.shape[1] // tensor.type.block_size,
+            tensor.type.block_bytes, int(table.ctypes.data), len(FIELDS[kind]), self._scratch.address, 0,
+        )  # fmt: skip
+        lead(0, program.rows.ctypes.data, program.length, 1)
+
+
