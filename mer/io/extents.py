@@ -92,12 +92,8 @@ class ExpertMap:
         Args:
             alignment: of file offsets, lengths and memory addresses of the reads, in bytes; a power of two.
         """
-        areas = [
-            round_up(
-                max(extents.parts[i].n_bytes for layer in self.experts for extents in layer) + alignment - 1, alignment
-            )
-            for i in range(3)
-        ]
+        largest = [max(extents.parts[i].n_bytes for layer in self.experts for extents in layer) for i in range(3)]
+        areas = [round_up(n_bytes + alignment - 1, alignment) for n_bytes in largest]
         return SlotLayout(alignment, sum(areas), (0, areas[0], areas[0] + areas[1]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -59,10 +60,11 @@ class TinyModel:
 
     def hf_logits(self, tokens: list[int]) -> npt.NDArray[np.float64]:
         """Return the Hugging Face model's logits [T, V] of one sequence; the first call imports torch."""
+        model = self._hf_model
         import torch
 
         with torch.no_grad():
-            logits = self._hf_model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
         return np.asarray(logits.numpy(), np.float64)
 
     @functools.cached_property
@@ -84,6 +86,8 @@ def tiny_model(
     alignment: int | None = None,
     split_max_tensors: int = 0,
     metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Array] | None = None,
+    types: Mapping[str, Type] | None = None,
     drop: Collection[str] = (),
     **shape: Any,
 ) -> TinyModel:
@@ -99,12 +103,16 @@ def tiny_model(
         merged: experts as one tensor per layer and projection, or as one tensor each.
         tokenizer: whether to write a SentencePiece-style tokenizer.
         permute: whether a llama file gets its Q and K rows permuted, as it must; False makes a broken file.
-        alignment: of tensor data, if not the usual 32.
+        alignment: of tensor data, if not the usual 32; not for split files, whose later parts GGUFWriter does not tell.
         split_max_tensors: tensors per part of a split file; 0 writes one file.
-        metadata: more keys, or other values for keys; ints become uint32.
+        metadata: more keys, or other values for keys.
+        tensors: more tensors, or other values of tensors, as they are to be stored; the oracle does not know them.
+        types: other types of single tensors, by GGUF name with the experts merged.
         drop: names of tensors and keys to leave out.
         **shape: fields of TinyShape.
     """
+    if alignment is not None and split_max_tensors:
+        raise ValueError("a split file cannot have an alignment of its own")
     model = TinyShape(arch=arch, **shape)
     expert_type = weight_type if expert_type is None else expert_type
     down_type = expert_type if down_type is None else down_type
@@ -114,6 +122,7 @@ def tiny_model(
         kind = down_type if "down_exps" in name else expert_type if "_exps" in name else weight_type
         if array.ndim == 1 or "gate_inp" in name or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = Type.F32
+        kind = (types or {}).get(name, kind)
         raw = encode(array, kind)
         rounded[name] = decode(raw, kind)
         if arch == "llama" and permute and ("attn_q." in name or "attn_k." in name):
@@ -122,6 +131,7 @@ def tiny_model(
     keys = (
         hyperparameters(model) | (sentencepiece_tokenizer(model.vocab_size) if tokenizer else {}) | dict(metadata or {})
     )
+    stored |= {name: (encode(array, Type.F32), Type.F32) for name, array in (tensors or {}).items()}
     path = Path(path)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split_max_tensors)
     if alignment is not None:
@@ -243,7 +253,7 @@ def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Write one metadata value with the GGUF type that converters use for its Python type."""
     add: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
-        int: writer.add_uint32,
+        int: writer.add_int32 if isinstance(value, int) and value < 0 else writer.add_uint32,
         float: writer.add_float32,
         str: writer.add_string,
         list: writer.add_array,
@@ -264,8 +274,10 @@ def split_experts(name: str, raw: npt.NDArray[np.uint8], kind: Type) -> dict[str
 
 def hf_model(shape: TinyShape, weights: Mapping[str, Array]) -> Any:
     """Return the transformers model with these weights, in float32."""
-    import torch
-    import transformers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing them warns of their own dependencies
+        import torch
+        import transformers
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_base}
     if shape.rope_factor is not None:

@@ -1,0 +1,239 @@
+"""Specifications out of files: what good files give, and which typed error bad ones end in."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mer.embedded import embedded_model_path
+from mer.errors import GGUFError, ModelFileError, UnsupportedModel
+from mer.io.gguf import read_gguf
+from mer.model.registry import ARCHITECTURES, model_spec
+from mer.model.spec import ModelSpec, RopeStyle, Routing
+from tests._lib.tiny_models import random_gguf
+
+
+def spec_of(path: Path) -> ModelSpec:
+    return model_spec(read_gguf(path))
+
+
+def test_a_mixtral_file_gives_its_specification(tmp_path: Path) -> None:
+    path = random_gguf(tmp_path / "m.gguf", n_experts=7, top_k=3, rope_base=5e5, rms_eps=0.25, tied=True)
+    assert spec_of(path) == ModelSpec(
+        architecture="llama",
+        name="tiny llama",
+        n_layers=2,
+        d_model=96,
+        d_ff=160,
+        n_experts=7,
+        top_k=3,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=16,
+        vocab_size=300,
+        context_length=256,
+        rms_eps=0.25,
+        rope_base=5e5,
+        rope_dim=16,
+        rope_scale=1.0,
+        rope_style=RopeStyle.INTERLEAVED,
+        routing=Routing.SOFTMAX_OVER_TOP_K,
+        qk_norm=False,
+        tied_head=True,
+    )
+
+
+def test_a_qwen3moe_file_gives_its_specification(tmp_path: Path) -> None:
+    path = random_gguf(tmp_path / "m.gguf", "qwen3moe", rope_factor=4.0, head_dim=20, metadata={"general.name": ""})
+    assert spec_of(path) == ModelSpec(
+        architecture="qwen3moe",
+        name="m",  # the file's, as it has no other
+        n_layers=2,
+        d_model=96,
+        d_ff=160,  # the experts', not feed_forward_length
+        n_experts=5,
+        top_k=2,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=20,
+        vocab_size=300,
+        context_length=256,
+        rms_eps=float(np.float32(1e-5)),
+        rope_base=10000.0,
+        rope_dim=20,
+        rope_scale=0.25,
+        rope_style=RopeStyle.NEOX,
+        routing=Routing.SOFTMAX_THEN_TOP_K,
+        qk_norm=True,
+        tied_head=False,
+    )
+
+
+def test_the_embedded_model_is_understood() -> None:
+    spec = spec_of(embedded_model_path())
+    assert (spec.n_layers, spec.n_experts, spec.top_k, spec.head_dim, spec.tied_head) == (6, 8, 2, 32, True)
+
+
+def test_absent_keys_have_the_defaults_of_the_format(tmp_path: Path) -> None:
+    optional = [
+        "llama.attention.head_count_kv",
+        "llama.rope.freq_base",
+        "llama.rope.dimension_count",
+        "llama.vocab_size",
+    ]
+    spec = spec_of(random_gguf(tmp_path / "m.gguf", n_kv_heads=6, drop=optional, tokenizer=False))
+    assert (spec.n_kv_heads, spec.rope_base, spec.rope_dim, spec.vocab_size) == (6, 10000.0, 16, 300)
+
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    *((key, value) for key in ("block_count", "embedding_length", "context_length") for value in (0, -1, 2**32 - 1)),
+    *((key, value) for key in ("feed_forward_length", "vocab_size") for value in (0, -5, 2**32 - 1)),
+    *(("attention.head_count", value) for value in (0, -6, 5, 7, 2**31, 6.0, "6", [6, 6])),
+    *(("attention.head_count_kv", value) for value in (0, -1, 4, 12, [2, 2])),
+    *(("attention.key_length", value) for value in (0, -16, 15, 2**30)),
+    *(("rope.dimension_count", value) for value in (0, 15, 18, -2)),
+    *(("attention.layer_norm_rms_epsilon", value) for value in (0.0, -1e-5, 2.0, math.nan, math.inf, 1)),
+    *(("rope.freq_base", value) for value in (0.0, -1.0, math.nan, math.inf, 1e30)),
+    *(("rope.scaling.factor", value) for value in (0.0, -2.0, math.nan, 1e9)),
+    *(("expert_count", value) for value in (-1, 2**32 - 1, 8.0)),
+    *(("expert_used_count", value) for value in (0, -1, 6, 2**31)),
+    *(("attention.sliding_window", value) for value in (-1, True)),
+    ("vocab_size", 299),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=[f"{key}={value}" for key, value in BAD_VALUES])
+def test_bad_hyperparameters_are_malformed_and_named(tmp_path: Path, key: str, value: Any) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value})
+    with pytest.raises(GGUFError, match=f"llama.{key}|head dimension") as caught:
+        spec_of(path)
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "llama.block_count",
+        "llama.context_length",
+        "llama.embedding_length",
+        "llama.feed_forward_length",
+        "llama.attention.head_count",
+        "llama.attention.layer_norm_rms_epsilon",
+        "llama.expert_used_count",
+        "token_embd.weight",
+    ],
+)
+def test_missing_hyperparameters_are_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(GGUFError, match=key):
+        spec_of(random_gguf(tmp_path / "m.gguf", drop=[key]))
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": ["a", "b"]})
+    with pytest.raises(GGUFError, match=r"tokenizer\.ggml\.tokens.* 2 entries.*300 rows"):
+        spec_of(path)
+
+
+UNSUPPORTED: list[tuple[str, Any]] = [
+    ("rope.scaling.type", "yarn"),
+    ("rope.scaling.type", "longrope"),
+    ("rope.scaling.attn_factor", 0.5),
+    ("rope.scaling.yarn_log_multiplier", 0.1),
+    ("rope.scale_linear", 4.0),
+    ("attention.sliding_window", 255),
+    ("attention.value_length", 32),
+    ("attention.clamp_kqv", 8.0),
+    ("attention.causal", False),
+    ("attention.scale", 0.1),
+    ("attn_logit_softcapping", 50.0),
+    ("final_logit_softcapping", 30.0),
+    ("final_logit_softcapping", math.nan),
+    ("expert_shared_count", 1),
+    ("expert_weights_scale", 2.5),
+    ("expert_weights_norm", False),
+    ("expert_gating_func", 2),
+    ("leading_dense_block_count", 1),
+    ("logit_scale", 0.5),
+    ("a_key_of_tomorrow", 1),
+    ("a_key_of_tomorrow", [1, 2]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), UNSUPPORTED, ids=[f"{key}={value}" for key, value in UNSUPPORTED])
+def test_features_that_are_not_implemented_are_named(tmp_path: Path, key: str, value: Any) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value})
+    with pytest.raises(UnsupportedModel, match=f"{path}.*llama.{key}"):
+        spec_of(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.sliding_window", 256),
+        ("attention.sliding_window", 0),
+        ("rope.scaling.type", "none"),
+        ("expert_shared_count", 0),
+        ("expert_weights_scale", 1.0),
+        ("expert_weights_norm", True),
+        ("tensor_data_layout", "Meta AI original pth"),
+    ],
+)
+def test_features_that_are_switched_off_change_nothing(tmp_path: Path, key: str, value: Any) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value, "general.file_type": 0})
+    assert spec_of(path) == spec_of(random_gguf(tmp_path / "plain.gguf"))
+
+
+def test_linear_scaling_without_a_factor_is_malformed(tmp_path: Path) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={"llama.rope.scaling.type": "linear"})
+    with pytest.raises(GGUFError, match=r"llama\.rope\.scaling\.factor"):
+        spec_of(path)
+
+
+@pytest.mark.parametrize("kwargs", [{"drop": ["llama.expert_count"]}, {"metadata": {"llama.expert_count": 0}}])
+def test_a_dense_llama_is_told_what_it_is_and_what_works(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"dense 'llama' model.*Mixtral"):
+        spec_of(random_gguf(tmp_path / "m.gguf", **kwargs))
+
+
+def test_an_unknown_architecture_is_told_the_known_ones(tmp_path: Path) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={"general.architecture": "llama\u2028!" * 50})
+    with pytest.raises(UnsupportedModel, match="llama, qwen3moe") as caught:
+        spec_of(path)
+    assert sorted(ARCHITECTURES) == ["llama", "qwen3moe"]
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+KEYS = sorted({key for key, _ in BAD_VALUES} | {key for key, _ in UNSUPPORTED} - {"a_key_of_tomorrow"})
+VALUES = (
+    st.integers(-(2**31), 2**32 - 1)
+    | st.integers(-2, 300)
+    | st.floats(width=32)
+    | st.booleans()
+    | st.text(max_size=5)
+    | st.lists(st.integers(0, 9), min_size=1, max_size=3)
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["llama", "qwen3moe"]), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
+def test_any_metadata_gives_a_consistent_specification_or_a_typed_error(
+    tmp_path: Path, arch: Any, metadata: dict[str, Any]
+) -> None:
+    shape = {"n_layers": 1, "d_model": 12, "d_ff": 8, "vocab_size": 10, "head_dim": 4, "tokenizer": False}
+    path = random_gguf(tmp_path / "m.gguf", arch, metadata={f"{arch}.{k}": v for k, v in metadata.items()}, **shape)
+    try:
+        spec = spec_of(path)
+    except ModelFileError:
+        return
+    assert spec.n_heads % spec.n_kv_heads == 0
+    assert 1 <= spec.top_k <= spec.n_experts
+    assert spec.rope_dim % 2 == 0
+    assert 0 < spec.rope_dim <= spec.head_dim
+    assert min(spec.n_layers, spec.d_model, spec.d_ff, spec.vocab_size, spec.context_length) > 0
+    assert all(math.isfinite(x) and x > 0 for x in (spec.rms_eps, spec.rope_base, spec.rope_scale))
