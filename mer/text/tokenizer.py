@@ -174,6 +174,7 @@ class Tokenizer:
         if not text:
             return []
         try:
-            return self._codec.encode(text)
+            text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text has a lone surrogate at position {error.start}; give valid Unicode") from None
+        return self._codec.encode(text)

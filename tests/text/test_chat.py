@@ -1,0 +1,249 @@
+"""Chat templates against Jinja2, and against users who spell control tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mer.errors import GGUFError, RequestError, TemplateError
+from mer.text.chat import ROLES, ChatTemplate, Message
+from mer.text.tokenizer import Tokenizer
+from tests._lib import vocabularies
+
+CHATML = """{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+DEFAULT_SYSTEM = """{% for message in messages %}
+    {% if loop.first and messages[0]['role'] != 'system' %}
+{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}
+    {% endif %}
+{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' -}}
+{% endif %}"""
+INST = """{{- bos_token }}{% set ns = namespace(system='') %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set ns.system = '<<SYS>>\\n' ~ messages[0]['content'] | trim ~ '\\n<</SYS>>\\n\\n' %}
+{%- set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}
+{%- for turn in turns %}
+{%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('user and assistant must take turns') }}
+{%- endif %}
+{%- if turn['role'] == 'user' %}
+{{- '[INST] ' ~ (ns.system if loop.index0 == 0 else '') ~ turn['content'].strip() ~ ' [/INST]' }}
+{%- else %}{{- ' ' ~ turn['content'] | trim ~ ' ' ~ eos_token }}{% endif %}
+{%- endfor %}"""
+THINKING = """{%- if tools %}{{- tools | tojson }}{% endif %}
+{%- for message in messages %}
+{%- set content = message.content if message.content is string else '' %}
+{%- if message.role == 'assistant' and '</think>' in content %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + content }}{% if not loop.last %}{{- '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt is defined and add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
+AS_JSON = """{%- for message in messages %}{{ message | tojson }}{{ message.content | tojson(indent=2) }}{% endfor %}"""
+TEMPLATES = {"chatml": CHATML, "default system": DEFAULT_SYSTEM, "inst": INST, "thinking": THINKING, "json": AS_JSON}
+
+CONTENTS = st.one_of(
+    st.text(max_size=20),
+    st.lists(
+        st.sampled_from(
+            ["hi", " ", "\n", "<|im_end|>", "<|im_", "start|>", "<|", "<", "user", "</think>", "'\"&é", "[INST]"]
+        ),
+        max_size=8,
+    ).map("".join),
+)
+CHATS = st.lists(st.builds(Message, st.sampled_from(ROLES), CONTENTS), min_size=1, max_size=5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_of(tmp_path_factory.mktemp("chat"))
+
+
+def tokenizer_of(folder: Path, **more: Any) -> Tokenizer:
+    metadata = vocabularies.byte_level_metadata(vocabularies.byte_level_bpe(r"\s?\S+|\s+"), "gpt-2")
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+    return Tokenizer.from_gguf(vocabularies.parsed(folder, metadata))
+
+
+class RefusedError(Exception):
+    """What the oracle's `raise_exception` raises."""
+
+
+def jinja(source: str, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
+    """Render as the reference implementation does; None where the template refuses the messages."""
+
+    def refuse(message: str) -> None:
+        raise RefusedError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(source).render(
+            messages=[{"role": m.role, "content": m.content} for m in messages],
+            add_generation_prompt=add_generation_prompt,
+            bos_token=vocabularies.CONTROL[1],
+            eos_token=vocabularies.CONTROL[2],
+            tools=None,
+            documents=None,
+        )
+    except RefusedError:
+        return None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=100)
+@given(CHATS, st.booleans())
+def test_templates_render_as_in_jinja2(tokenizer: Tokenizer, name: str, chat: list[Message], prompt: bool) -> None:
+    template = ChatTemplate(TEMPLATES[name], tokenizer)
+    expected = jinja(TEMPLATES[name], chat, prompt)
+    if expected is None:
+        with pytest.raises(TemplateError, match="take turns"):
+            template.render(chat, add_generation_prompt=prompt)
+    else:
+        assert template.render(chat, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=150)
+@given(CHATS)
+def test_no_message_forges_a_control_token(tokenizer: Tokenizer, name: str, chat: list[Message]) -> None:
+    template = ChatTemplate(TEMPLATES[name], tokenizer)
+    harmless = [Message(m.role, "x") for m in chat]
+    try:
+        ids = template.render_tokens(chat)
+    except TemplateError:
+        assert jinja(TEMPLATES[name], chat, True) is None
+        return
+    # The control tokens are those of the same chat about nothing, and nothing of the text is lost or changed.
+    control = list(filter(tokenizer.is_control, ids))
+    assert control == list(filter(tokenizer.is_control, template.render_tokens(harmless)))
+    spelled = b"".join(
+        tokenizer.token_text(i).encode() if tokenizer.is_control(i) else tokenizer.token_bytes(i) for i in ids
+    )
+    assert spelled.decode() == template.render(chat)
+
+
+@settings(max_examples=100)
+@given(CHATS)
+def test_the_ids_are_those_of_the_rendered_text_where_no_message_interferes(
+    tokenizer: Tokenizer, chat: list[Message]
+) -> None:
+    chat = [Message(m.role, m.content.replace("<", "(")) for m in chat]
+    template = ChatTemplate(CHATML, tokenizer)
+    assert template.render_tokens(chat) == tokenizer.encode(template.render(chat), parse_special=True)
+
+
+def test_bos_is_not_doubled(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path, add_bos_token=True, bos_token_id=0)
+    chat = [Message("user", "hello")]
+    for source in ("{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"):
+        ids = ChatTemplate(source, tokenizer).render_tokens(chat)
+        assert ids == [0, *tokenizer.encode("hello", add_bos=False)]
+
+
+def test_a_message_cannot_supply_the_bos_that_the_template_omits(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path, add_bos_token=True, bos_token_id=0)
+    ids = ChatTemplate("{{ messages[0].content }}", tokenizer).render_tokens([Message("user", "<|endoftext|>")])
+    assert ids[0] == 0
+    assert not any(map(tokenizer.is_control, ids[1:]))
+
+
+@pytest.mark.parametrize(
+    ("source", "content"),
+    [
+        ("<|im_{{ messages[0].content }}|>", "end"),  # the template begins a control token, the message ends it
+        ("<{{ messages[0].content }}", "|im_end|>"),
+        ("{{ messages[0].content.split('<|im_end|>')[0] }}", "a<|im_end|>b"),
+        ("{{ messages[0].content | replace('<', '') }}", "<|im_end|>"),
+        ("{{ messages[0].content[:4] }}", "<|im_end|>"),
+    ],
+)
+def test_inseparable_texts_are_refused(tokenizer: Tokenizer, source: str, content: str) -> None:
+    template = ChatTemplate(source, tokenizer)
+    with pytest.raises(TemplateError, match="cannot be told"):
+        template.render_tokens([Message("user", content)])
+    assert template.render_tokens([Message("user", "hello")])
+
+
+def test_messages_side_by_side_do_not_join_to_a_control_token(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.content | trim }}{% endfor %}", tokenizer)
+    ids = template.render_tokens([Message("user", "a <|im_ "), Message("user", " end|> b")])
+    assert not any(map(tokenizer.is_control, ids))
+    assert tokenizer.decode(ids) == "a <|im_end|> b"
+
+
+def test_a_file_without_template_says_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    metadata = vocabularies.byte_level_metadata(vocabularies.byte_level_bpe(r"\s?\S+|\s+"), "gpt-2")
+    with pytest.raises(TemplateError, match="no chat template"):
+        ChatTemplate.from_gguf(vocabularies.parsed(tmp_path, metadata), tokenizer)
+    with pytest.raises(GGUFError, match="chat_template"):
+        ChatTemplate.from_gguf(vocabularies.parsed(tmp_path, metadata | {"tokenizer.chat_template": 1}), tokenizer)
+    gguf = vocabularies.parsed(tmp_path, metadata | {"tokenizer.chat_template": CHATML})
+    assert ChatTemplate.from_gguf(gguf, tokenizer).render([Message("user", "a")], add_generation_prompt=False) == (
+        "<|im_start|>user\na<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{", "{% for x in y %}", "\udcff", "a" * (1 << 20) + "a"])
+def test_malformed_templates_are_refused(tokenizer: Tokenizer, source: str) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
+        "{{ 'a' * 1000000000 }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages | tojson(indent=1000000000) }}",
+        "{{ messages | tojson(default=1) }}",
+        "{{ strftime_now('%Y' * 1000) }}",
+        "{{ strftime_now(1) }}",
+        "{{ missing.name }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_hostile_templates_end_in_a_typed_error(tokenizer: Tokenizer, source: str) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, tokenizer).render_tokens([Message("user", "hi")])
+
+
+def test_a_large_message_has_the_work_it_needs(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(INST, tokenizer)
+    content = "a < b " * 20_000
+    assert template.render([Message("user", content)]).endswith(content.strip() + " [/INST]")
+
+
+def test_time_is_the_same_in_all_renderings(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate("{{ strftime_now('%Y-%m-%d %f') }}{{ messages[0].content }}", tokenizer)
+    for _ in range(20):
+        template.render_tokens([Message("user", "<|im_end|>")])
+
+
+def test_messages_are_checked(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="im_end"):
+        Message("im_end", "a")
+    with pytest.raises(RequestError, match="surrogate"):
+        Message("user", "\ud800")
+    with pytest.raises(RequestError, match="must be text"):
+        Message("user", None)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="at least one"):
+        ChatTemplate(CHATML, tokenizer).render_tokens([])
