@@ -1,0 +1,146 @@
+"""Model files opened for reading past the page cache, and reads of them that know short from truncated."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from mer.errors import ReadError
+from mer.io.arena import PAGE_BYTES, map_anonymous
+
+logger = logging.getLogger(__name__)
+
+_FRUITLESS_TRIES: Final = 4  # reads in a row that may bring nothing new before an extent is given up
+_TRANSIENT: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR})
+
+
+@attrs.frozen
+class IoMode:
+    """How a file is read.
+
+    Direct reads need offsets, lengths and memory addresses that are multiples of `alignment`. Finer alignments than
+    a page are never used, even where a device takes them: some filesystems serve those reads through the page cache
+    without a word.
+    """
+
+    direct: bool  # O_DIRECT; else through the page cache, whose pages are dropped after every read
+    alignment: int  # bytes
+    reason: str  # why the file is read this way
+
+
+class ModelFile:
+    """One open file of a model; its methods may be called from several threads at once.
+
+    The descriptor stays open, so a file that is replaced by name goes on being read as it was. Size, modification
+    time and inode are remembered, so that a failed read can say what happened to the file.
+
+    Attributes:
+        path: the file.
+        mode: how it is read.
+
+    Args:
+        path: a regular file.
+
+    Raises:
+        ReadError: the file cannot be opened, or is not a regular file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise ReadError(self.path, 0, 0, "not a regular file")
+            self._fd, self.mode = _open(self.path)
+            self._opened_as = os.fstat(self._fd)
+        except OSError as error:
+            raise ReadError(self.path, 0, 0, f"cannot open it: {error.strerror}", error.errno) from error
+        if not self.mode.direct:
+            logger.warning("%s is read through the page cache: %s", self.path, self.mode.reason)
+
+    def close(self) -> None:
+        """Close the file; no read may be under way."""
+        os.close(self._fd)
+
+    def read_into(self, memory: memoryview, start: int, needed: int) -> None:
+        """Fill memory from file offset `start`, going on after short reads until the first `needed` bytes are there.
+
+        Args:
+            memory: bytes to fill; in direct mode its address and length are multiples of the alignment.
+            start: offset in the file; in direct mode a multiple of the alignment.
+            needed: how many of the bytes must arrive; what lies behind them may be beyond the end of the file.
+
+        Raises:
+            ReadError: the file ends too early, or the operating system reports an error.
+        """
+        got = 0
+        fruitless = 0
+        while got < needed:
+            # A direct read must start aligned again, so after an odd short read a few bytes are read twice.
+            begin = got - got % self.mode.alignment if self.mode.direct else got
+            try:
+                n_read = os.preadv(self._fd, [memory[begin:]], start + begin)
+            except OSError as error:
+                if error.errno not in _TRANSIENT or fruitless == _FRUITLESS_TRIES:
+                    raise self._failure(start, needed, error.strerror or str(error), error.errno) from error
+                fruitless += 1
+                continue
+            if begin + n_read > got:
+                got = begin + n_read
+                fruitless = 0
+                continue
+            fruitless += 1
+            if n_read == 0 or start + got >= os.fstat(self._fd).st_size:
+                raise self._failure(start, needed, f"file truncated: it ends after {got} of these bytes")
+            if fruitless > _FRUITLESS_TRIES:
+                raise self._failure(start, needed, f"{fruitless} reads in a row brought nothing beyond {got} bytes")
+        if not self.mode.direct:
+            os.posix_fadvise(self._fd, start, len(memory), os.POSIX_FADV_DONTNEED)
+
+    def _failure(self, start: int, needed: int, reason: str, number: int | None = None) -> ReadError:
+        change = self._change()
+        return ReadError(self.path, start, needed, f"{reason} ({change})" if change else reason, number)
+
+    def _change(self) -> str:
+        """Return what happened to the file since it was opened, empty if nothing did."""
+        before, now = self._opened_as, os.fstat(self._fd)
+        changes = []
+        if now.st_size != before.st_size:
+            changes.append(f"its size went from {before.st_size} to {now.st_size} bytes")
+        elif now.st_mtime_ns != before.st_mtime_ns:
+            changes.append("it was written to")
+        try:
+            by_name = os.stat(self.path)
+            if (by_name.st_dev, by_name.st_ino) != (before.st_dev, before.st_ino):
+                changes.append("its name now leads to another file")
+        except OSError:
+            changes.append("its name is gone")
+        return "since it was opened, " + " and ".join(changes) if changes else ""
+
+
+def _open(path: Path) -> tuple[int, IoMode]:
+    """Open a file for direct reads if they work, else for buffered ones; raise OSError if neither can be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        reason = f"the filesystem refuses O_DIRECT ({error.strerror})"
+    else:
+        try:
+            os.preadv(fd, [map_anonymous(PAGE_BYTES)], 0)
+            return fd, IoMode(True, PAGE_BYTES, "O_DIRECT works")
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            reason = f"a direct read aligned to {PAGE_BYTES} bytes fails ({error.strerror})"
+        except BaseException:
+            os.close(fd)
+            raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC), IoMode(False, PAGE_BYTES, reason)

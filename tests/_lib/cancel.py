@@ -1,0 +1,89 @@
+"""Cancel a task at every one of its steps in turn, and look each time at what it left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+import attrs
+import trio
+from trio.testing import MockClock
+
+MOST_STEPS = 1000
+
+
+class _CancelAtStep(trio.abc.Instrument):
+    """Cancels a scope when a task has made a number of steps."""
+
+    def __init__(self, task: trio.lowlevel.Task, scope: trio.CancelScope, step: int) -> None:
+        self._task = task
+        self._scope = scope
+        self._step = step
+        self._made = 0
+        self.fired = False
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self._made += 1
+            if self._made == self._step:
+                self.fired = True
+                self._scope.cancel()
+
+
+@attrs.define(eq=False)
+class Subject:
+    """Runs the code under test in one round, and cancels it at this round's step."""
+
+    step: int  # 0: cancelled before it begins
+    fired: bool = False  # whether the code made that many steps, so that it was cancelled
+    _ran: bool = attrs.field(default=False, init=False)
+
+    async def run(self, body: Callable[[], Awaitable[object]]) -> bool:
+        """Run `body` in a task of its own and return whether it came to its end instead of being cancelled."""
+        assert not self._ran, "one subject to a round"
+        self._ran = True
+        finished = False
+
+        async def task() -> None:
+            nonlocal finished
+            with trio.CancelScope() as scope:
+                instrument = _CancelAtStep(trio.lowlevel.current_task(), scope, self.step)
+                if self.step == 0:
+                    self.fired = True
+                    scope.cancel()
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    await body()
+                    finished = True
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+                    self.fired = self.fired or instrument.fired
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task)
+        return finished
+
+
+Scenario: TypeAlias = Callable[[Subject], Awaitable[None]]
+
+
+def cancel_at_every_step(scenario: Scenario) -> int:
+    """Run `scenario` once for every step of the body it gives its subject, and once more uncancelled.
+
+    Each round is a `trio.run` of its own on an autojumping clock, so a scenario builds a fresh world, runs its body
+    with `await subject.run(body)`, and asserts that nothing was lost. A task that waits for ever shows as a
+    deadlock: a scenario must bound its waits with `trio.fail_after`.
+
+    Returns:
+        The number of rounds in which the body was cancelled.
+    """
+    for step in range(MOST_STEPS):
+        subject = Subject(step)
+        try:
+            trio.run(scenario, subject, clock=MockClock(autojump_threshold=0))
+        except BaseException as error:
+            error.add_note(f"cancelled at step {step}")
+            raise
+        if not subject.fired:
+            return step
+    raise AssertionError(f"the body makes more than {MOST_STEPS} steps")
