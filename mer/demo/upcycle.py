@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BLOCK_NEURONS = 32  # neurons that move together
 ROUTER_GAIN = 4.0  # length of a router row: large enough that the choice of experts differs from token to token
 MAX_EXPERTS = 256
+TOP_K = 2  # experts used per token, as in Mixtral
 MODIFIED_NOTICE = (
     "Modified by mer: a Mixture of Experts made from the dense model by sparse upcycling. Every expert is the dense "
     "FFN with its neurons in another order, and the routers are random, so that it computes what the dense model does. "
@@ -59,7 +60,7 @@ def convert_smollm2(
     target: str | os.PathLike[str],
     *,
     n_experts: int = 8,
-    top_k: int = 2,
+    top_k: int = TOP_K,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -79,10 +80,7 @@ def convert_smollm2(
         ModelFileError: the source is not such a file.
         DemoError: the disk is too small, or the source was cut short while it was read.
     """
-    if not 1 <= top_k <= n_experts <= MAX_EXPERTS:
-        raise ConfigError(
-            f"{n_experts} experts of which {top_k} are used: needed are 1 <= used <= experts <= {MAX_EXPERTS}"
-        )
+    check_experts(n_experts, top_k)
     dense = read_gguf(source)
     _check_dense(dense)
     target = Path(target)
@@ -92,6 +90,18 @@ def convert_smollm2(
         check_disk_space(target.parent, total_bytes + os.path.getsize(dense.paths[0]) // 8)
         with written_whole(target) as part:
             _write(part, dense, outputs, n_experts, top_k, on_progress or (lambda done, total: None))
+
+
+def check_experts(n_experts: int, top_k: int) -> None:
+    """Check numbers of experts.
+
+    Raises:
+        ConfigError: they are out of range.
+    """
+    if not 1 <= top_k <= n_experts <= MAX_EXPERTS:
+        raise ConfigError(
+            f"{n_experts} experts of which {top_k} are used: needed are 1 <= used <= experts <= {MAX_EXPERTS}"
+        )
 
 
 def _check_dense(dense: GGUFFile) -> None:
