@@ -289,6 +289,8 @@ class ThreadReader:
                     error = ReadError(file.path, start, needed, "the reader was closed before the read began")
             except ReadError as failure:
                 error = failure
+            except (OSError, MemoryError) as failure:  # whatever happens, the operation must land
+                error = ReadError(file.path, start, needed, repr(failure))
         with pending.lock:
             pending.error = pending.error or error
             pending.chunks_left -= 1
