@@ -8,6 +8,8 @@ Reference: Kudo and Richardson, "SentencePiece", 2018, section 3.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections.abc import Sequence
 
@@ -75,22 +77,49 @@ class SpmCodec:
 def rebuild_merges(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Return all pairs of tokens that join to a token, best score first.
 
+    Tokens of one score are common for runs of spaces. A run is joined from its left end, so that its parts get shorter
+    to the right, and the pair further left is the one whose left part, or else right part, is longer.
+
     Args:
         vocab: text to id of every token that may be joined.
         scores: [V] score by id.
+
+    Raises:
+        TokenizerError: other tokens of one score compete for a part: SentencePiece would take the one further left,
+            which no ranking does.
     """
-    ranked: list[tuple[float, int, int, str, str]] = []
+    ranked: list[tuple[float, int, int, int, str, str]] = []
     for text, token_id in vocab.items():
         for cut in range(1, len(text)):
             left = text[:cut]
             if left in vocab:
                 right = text[cut:]
                 if right in vocab:
-                    # Two ways to make one token compete where the right part of one is the left part of the other,
-                    # as in "ab" + "a" against "a" + "ba" over "ab a ba": the one that begins further left goes first.
-                    ranked.append((-scores[token_id], token_id, not text.startswith(right), left, right))
+                    ranked.append((-scores[token_id], -cut, -len(text), token_id, left, right))
     ranked.sort()
-    return [(left, right) for _, _, _, left, right in ranked]
+    merges = [(left, right) for *_, left, right in ranked]
+    start = 0
+    for score, tied in itertools.groupby(ranked, key=operator.itemgetter(0)):
+        n = sum(1 for _ in tied)
+        _check_tie(merges[start : start + n], -score)
+        start += n
+    return merges
+
+
+def _check_tie(merges: list[tuple[str, str]], score: float) -> None:
+    begun: dict[str, set[str]] = {}  # {left part: tokens that begin with it}
+    for left, right in merges:
+        begun.setdefault(left, set()).add(left + right)
+    for left, right in merges:
+        text = left + right
+        rivals = begun.get(right)
+        if rivals is None or rivals == {text} or all(len(set(token)) == 1 for token in (text, *rivals)):
+            continue
+        other = next(token for token in rivals if token != text)
+        raise TokenizerError(
+            f"tokens {text!r} and {other!r} compete for the part {right!r} with the same score {score}; "
+            "the scores must rank the tokens"
+        )
 
 
 def _byte_tokens(vocabulary: Vocabulary) -> dict[int, bytes]:

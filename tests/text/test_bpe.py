@@ -184,3 +184,13 @@ def test_end_tokens_are_control_tokens_even_where_the_file_calls_them_text(tmp_p
     tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata | {"tokenizer.ggml.token_type": types}))
     assert tokenizer.encode("<|im_end|>", parse_special=True) == [2]
     assert 2 not in tokenizer.encode("<|im_end|>")
+
+
+def test_the_longest_control_token_is_recognized(tmp_path: Path) -> None:
+    metadata = metadata_of()
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    assert isinstance(tokens, list)
+    assert isinstance(types, list)
+    grown = {"tokenizer.ggml.tokens": [*tokens, "<s", "<s>"], "tokenizer.ggml.token_type": [*types, 3, 3]}
+    tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata | grown))
+    assert tokenizer.encode("<s><s", parse_special=True) == [len(tokens) + 1, len(tokens)]

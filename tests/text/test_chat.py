@@ -50,7 +50,8 @@ THINKING = """{%- if tools %}{{- tools | tojson }}{% endif %}
 {%- endif %}
 {{- '<|im_start|>' + message.role + '\\n' + content }}{% if not loop.last %}{{- '<|im_end|>\\n' }}{% endif %}
 {%- endfor %}
-{%- if add_generation_prompt is defined and add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
+{%- if add_generation_prompt is defined and add_generation_prompt %}
+{{- '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
 AS_JSON = """{%- for message in messages %}{{ message | tojson }}{{ message.content | tojson(indent=2) }}{% endfor %}"""
 TEMPLATES = {"chatml": CHATML, "default system": DEFAULT_SYSTEM, "inst": INST, "thinking": THINKING, "json": AS_JSON}
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
-from mer.errors import RequestError
+from mer.errors import RequestError, TokenizerError
+from mer.text.spm import rebuild_merges
 from mer.text.tokenizer import Tokenizer
 from tests._lib import vocabularies
 
@@ -63,6 +67,54 @@ def test_text_becomes_the_ids_of_sentencepiece_without_bytes_or_prefix(
     model = vocabularies.sentencepiece_model(byte_fallback=byte_fallback, space_prefix=space_prefix)
     for text in ["the tokenizer", " lead", "日本日本 x 世 😀😀", *vocabularies.training_lines()]:
         assert tokenizer.encode(text, add_bos=False) == model.encode(text)
+
+
+def joined(text: str, scores: dict[str, float]) -> list[str]:
+    """Join, as the definition says, the neighbours that make the best token, the leftmost of equals, until none do."""
+    parts = list(text)
+    while True:
+        pairs = [(-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]
+        if not pairs:
+            return parts
+        i = min(pairs)[1]
+        parts[i : i + 2] = ["".join(parts[i : i + 2])]
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_any_ranked_vocabulary_joins_as_the_definition_says(data: st.DataObject) -> None:
+    pieces = list("abc")
+    for _ in range(data.draw(st.integers(1, 8))):
+        piece = data.draw(st.sampled_from(pieces)) + data.draw(st.sampled_from(pieces))
+        pieces += [piece] if piece not in pieces else []
+    drawn = data.draw(st.lists(st.integers(-9, 0), min_size=len(pieces), max_size=len(pieces)))
+    scores = dict(zip(pieces, map(float, drawn), strict=True))
+    try:
+        merges = rebuild_merges({piece: i for i, piece in enumerate(pieces)}, list(scores.values()))
+    except TokenizerError:
+        # Only where joined tokens tie, and not all of the tied are runs of one character.
+        tied = [piece for piece in pieces[3:] if list(scores.values())[3:].count(scores[piece]) > 1]
+        assert any(len(set(piece)) > 1 for piece in tied)
+        return
+    backend = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    text = data.draw(st.text("abc", max_size=20))
+    assert backend.encode(text).tokens == joined(text, scores)
+
+
+def test_runs_of_one_score_are_joined_from_the_left() -> None:
+    lengths = [1, 2, 3, 4, 5, 7, 9, 14, 16]
+    scores = {"a" * n: -1.0 for n in lengths}
+    vocab = {piece: i for i, piece in enumerate(scores)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, rebuild_merges(vocab, list(scores.values()))))
+    for n in range(1, 70):
+        assert backend.encode("a" * n).tokens == joined("a" * n, scores)
+
+
+def test_competing_tokens_of_one_score_are_refused() -> None:
+    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}
+    with pytest.raises(TokenizerError, match=r"'ab' and 'bc' compete for the part 'b'"):
+        rebuild_merges(vocab, [0.0] * 5)
+    assert rebuild_merges(vocab, [0.0, 0.0, 0.0, 0.0, 1.0]) == [("b", "c"), ("a", "b")]
 
 
 @settings(max_examples=300)

@@ -28,6 +28,8 @@ def oracle(text: str, stops: list[str]) -> tuple[str, bool]:
 @given(LETTERS, STOPS, st.lists(st.integers(0, 24), max_size=6))
 @example("aab", ["ab", "b"], [1, 2])
 @example("abab\n", ["ababa", "b\n"], [1, 2, 3, 4])
+@example("aaabaaaa", ["aabaaa", "aabaaaa"], [3])
+@example("aabaaabaaab", ["aabaaab" + "b", "aabaaab\n"], [5])
 def test_any_cutting_shows_the_text_before_the_stop(text: str, stops: list[str], cuts: list[int]) -> None:
     matcher = StopMatcher(stops)
     shown, stopped = "", False
@@ -50,6 +52,12 @@ def test_only_a_possible_beginning_is_held_back(text: str, stops: list[str]) -> 
         assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
         longer = [text[i:] for i in range(len(shown))]
         assert not any(stop.startswith(end) for stop in stops for end in longer)
+
+
+def test_a_failed_match_falls_back_to_its_longest_border() -> None:
+    # After "aabaaa" the pattern "aabaab" fails at its last character; "aa" of it is still alive.
+    assert StopMatcher(["aabaab"]).push("aabaaabaab") == ("aaba", True)
+    assert StopMatcher(["aaab"]).push("aaaab") == ("a", True)
 
 
 def test_nothing_is_shown_after_the_stop() -> None:

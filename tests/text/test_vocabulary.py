@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mer.errors import GGUFError, TokenizerError
+from mer.errors import GGUFError, RequestError, TokenizerError
 from mer.text.tokenizer import Tokenizer
 from tests._lib import vocabularies
 
@@ -146,3 +146,14 @@ def test_empty_tokens_are_no_tokens(tmp_path: Path) -> None:
     tokenizer = build(tmp_path, metadata | grown)
     assert tokenizer.decode([len(tokens) - 1]) == ""
     assert tokenizer.encode("the token") == build(tmp_path, metadata).encode("the token")
+
+
+def test_without_a_bos_token_none_is_added_or_can_be(tmp_path: Path) -> None:
+    metadata = spm()
+    del metadata[GGML + "bos_token_id"]
+    tokenizer = build(tmp_path, metadata)
+    assert tokenizer.bos_id is None
+    assert tokenizer.add_bos is False
+    assert tokenizer.encode("the") == build(tmp_path, spm()).encode("the", add_bos=False)
+    with pytest.raises(RequestError, match="no beginning-of-sequence token"):
+        tokenizer.encode("the", add_bos=True)
