@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mer.errors import GGUFError
 from mer.io.ggml import GGMLType
+from mer.io.gguf_source import shortened
 
 MetadataValue = bool | int | float | str | list[str] | NDArray[np.generic]
 """A metadata value: arrays of strings are lists, arrays of numbers and of bools are read-only NumPy arrays."""
@@ -60,7 +61,7 @@ class GGUFFile:
 
     def error(self, key: str, reason: str) -> GGUFError:
         """Return an error about the value of `key` that carries its byte offset; the caller raises it."""
-        return GGUFError(self.paths[0], self.value_offsets.get(key), f"{key!r} {reason}")
+        return GGUFError(self.paths[0], self.value_offsets.get(key), shortened(f"{key!r} {reason}"))
 
     @overload
     def get_int(self, key: str, *, minimum: int | None = ..., maximum: int | None = ...) -> int: ...

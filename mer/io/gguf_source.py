@@ -54,7 +54,7 @@ class HeaderSource:
 
     def error(self, offset: int | None, reason: str) -> GGUFError:
         """Return an error about the byte at `offset`; the caller raises it."""
-        return GGUFError(self.path, offset, reason)
+        return GGUFError(self.path, offset, shortened(reason))
 
     def need(self, end: int, offset: int, what: str) -> None:
         """Make `data` reach at least to byte `end`.
@@ -78,15 +78,23 @@ class HeaderSource:
             limit = format_bytes(MAX_HEADER_BYTES)
             raise self.error(offset, f"{what} reaches beyond the {limit} that a header may take")
         target = min(max(end, FIRST_READ_BYTES, 2 * len(self.data)), self.file_bytes, MAX_HEADER_BYTES)
-        while len(self.data) < target:
-            at = len(self.data)
+        chunks = [self.data]
+        at = len(self.data)
+        while at < target:
             try:
                 chunk = os.pread(self._fd, target - at, at)
             except OSError as error:
                 raise ReadError(self.path, at, target - at, error.strerror or str(error), error.errno) from error
             if not chunk:
                 raise self.error(at, "the file became shorter while its header was read")
-            self.data += chunk
+            chunks.append(chunk)
+            at += len(chunk)
+        self.data = b"".join(chunks)
+
+
+def shortened(reason: str) -> str:
+    """Return `reason` without its middle if names taken from a file make it longer than a screen can show."""
+    return reason if len(reason) <= 600 else f"{reason[:300]} ... {reason[-250:]}"
 
 
 def _kind(mode: int) -> str:

@@ -38,7 +38,7 @@ def read_all_parts(path: Path) -> GGUFFile:
                 path, None, f"{named}, but its metadata does not say so ('split.count'); rename a whole model"
             )
         return given
-    if match is None:
+    if match is None or int(match["count"]) != count:
         name = f"MODEL-{number + 1:05}-of-{count:05}.gguf"
         raise given.error("split.count", f"is {count}, so the file must have a name like {name}")
     parts: list[GGUFFile] = []
@@ -61,9 +61,13 @@ def _check_part(part: GGUFFile, index: int, count: int, first: GGUFFile) -> None
         raise part.error("split.no", f"says part {number + 1} of the model, but the name says part {index + 1}")
     if part.get_int("split.count") != count:
         raise part.error("split.count", f"is {part.get_int('split.count')}, but the name says {count} parts")
-    for key in ("general.architecture", "general.name", "split.tensors.count"):
-        if key in part.metadata and part.metadata[key] != first.metadata.get(key):
-            here, there = part.metadata[key], first.metadata.get(key)
+    for key, get in (
+        ("general.architecture", GGUFFile.get_str),
+        ("general.name", GGUFFile.get_str),
+        ("split.tensors.count", GGUFFile.get_int),
+    ):
+        here, there = get(part, key, None), get(first, key, None)
+        if here is not None and here != there:
             raise part.error(key, f"is {here!r}, but {there!r} in {first.paths[0].name}: they are parts of two models")
 
 

@@ -311,6 +311,14 @@ def test_tensors_at_the_limit_cost_little_memory(tmp_path: Path) -> None:
     assert peak < 64 * 2**20
 
 
+def test_an_error_stays_readable_whatever_the_file_calls_things(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gb.build([gb.key_value("\n" * 60_000, 99, bytes(8))]))
+    with pytest.raises(GGUFError, match="has the unknown value type 99") as caught:
+        read_gguf(path)
+    assert len(caught.value.reason) < 1000
+
+
 def test_an_error_is_one_line_of_printable_text(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gb.build([gb.key_value("a\x1b[31m\nb", 99, bytes(8))]))

@@ -124,7 +124,7 @@ def test_a_part_under_another_parts_name_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("given", range(3))
 def test_a_count_that_differs_from_the_name_is_refused(folder: Path, given: int) -> None:
     (folder / part_name(1)).write_bytes(part(1, count=4))
-    with pytest.raises(GGUFError, match=r"split\.count' is 4, but|part 1 of 4 is missing"):
+    with pytest.raises(GGUFError, match=r"split\.count' is 4, (but|so the file must have a name like)"):
         read_gguf(folder / part_name(given))
 
 
@@ -136,6 +136,14 @@ def test_a_count_that_differs_from_the_name_is_refused(folder: Path, given: int)
 def test_parts_of_two_models_are_refused(folder: Path, other: bytes) -> None:
     (folder / part_name(2)).write_bytes(part(2, other))
     check_refused(folder / part_name(0), "they are parts of two models", folder / part_name(2))
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_name_of_another_type_is_refused(folder: Path, index: int) -> None:
+    for other in range(3):
+        (folder / part_name(other)).write_bytes(part(other, gb.text("general.name", "model")))
+    (folder / part_name(index)).write_bytes(part(index, gb.array("general.name", gb.U8, [1, 2])))
+    check_refused(folder / part_name(0), "array of uint8; it must be a string", folder / part_name(index))
 
 
 def test_parts_that_disagree_on_the_number_of_tensors_are_refused(folder: Path) -> None:
