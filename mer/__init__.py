@@ -1,1 +1,105 @@
-"""Run Mixture-of-Experts language models that are bigger than memory."""
+"""Run Mixture-of-Experts language models that are bigger than memory.
+
+async with mer.open_engine("mixtral-8x7b.Q4_0.gguf", memory="8GiB") as engine:
+    done = await engine.generate("Once upon a time", max_tokens=64)
+    print(done.text)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mer.config import EngineConfig, Progress, Sampling
+from mer.embedded import embedded_model_path
+from mer.errors import (
+    ComputeError,
+    ConfigError,
+    ContextOverflow,
+    EngineClosed,
+    GGUFError,
+    MerError,
+    ModelFileError,
+    NotEnoughMemory,
+    NumericsError,
+    ReadError,
+    RequestError,
+    TemplateError,
+    TokenizerError,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from mer.engine import Engine, TokenStream, open_engine, run_engine
+    from mer.plan import MemoryPlan, Model, load_model, plan_memory
+    from mer.sched.events import Completion, PrefillEvent, Timings, TokenEvent, Usage
+    from mer.stats import Settings, Statistics
+    from mer.text.chat import Message
+
+# What imports numba and friends is imported when it is first asked for.
+_LATE = {
+    "Completion": "mer.sched.events",
+    "Engine": "mer.engine",
+    "MemoryPlan": "mer.plan",
+    "Message": "mer.text.chat",
+    "Model": "mer.plan",
+    "PrefillEvent": "mer.sched.events",
+    "Settings": "mer.stats",
+    "Statistics": "mer.stats",
+    "Timings": "mer.sched.events",
+    "TokenEvent": "mer.sched.events",
+    "TokenStream": "mer.engine",
+    "Usage": "mer.sched.events",
+    "load_model": "mer.plan",
+    "open_engine": "mer.engine",
+    "plan_memory": "mer.plan",
+    "run_engine": "mer.engine",
+}
+
+__all__ = [
+    "Completion",
+    "ComputeError",
+    "ConfigError",
+    "ContextOverflow",
+    "Engine",
+    "EngineClosed",
+    "EngineConfig",
+    "GGUFError",
+    "MemoryPlan",
+    "MerError",
+    "Message",
+    "Model",
+    "ModelFileError",
+    "NotEnoughMemory",
+    "NumericsError",
+    "PrefillEvent",
+    "Progress",
+    "ReadError",
+    "RequestError",
+    "Sampling",
+    "Settings",
+    "Statistics",
+    "TemplateError",
+    "Timings",
+    "TokenEvent",
+    "TokenStream",
+    "TokenizerError",
+    "UnsupportedModel",
+    "Usage",
+    "embedded_model_path",
+    "load_model",
+    "open_engine",
+    "plan_memory",
+    "run_engine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    try:
+        module = _LATE[name]
+    except KeyError:
+        raise AttributeError(f"module 'mer' has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value

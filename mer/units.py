@@ -30,9 +30,11 @@ def parse_bytes(value: int | str) -> int:
     match = _SIZE.fullmatch(value)
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None or (factor == 1 and "." in match[1]):
-        raise ConfigError(f"{value!r} is not a size; write for example '8GiB', '8G' (both 2**30), '8GB' (10**9) or '512MiB'")
+        raise ConfigError(
+            f"{value!r} is not a size; write for example '8GiB', '8G' (both 2**30), '8GB' (10**9) or '512MiB'"
+        )
     whole, _, fraction = match[1].partition(".")
-    return int(whole + fraction) * factor // 10 ** len(fraction)
+    return int(whole + fraction) * int(factor) // int("1" + "0" * len(fraction))
 
 
 def format_bytes(n_bytes: int | float) -> str:

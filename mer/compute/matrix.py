@@ -92,9 +92,7 @@ class Activations:
     stride: int  # bytes
     packed: dict[int, PackedArea]  # {weights per block: area}
 
-    def pack(
-        self, program: Program, cols: int, kinds: set[GGMLType], *, source: int = 0, index: int = 0
-    ) -> None:
+    def pack(self, program: Program, cols: int, kinds: set[GGMLType], *, source: int = 0, index: int = 0) -> None:
         """Add the steps that quantize these rows for matrices of the given types.
 
         Args:

@@ -30,7 +30,7 @@ class Limits:
     threads: int
 
     def ffn_rows(self, spec: ModelSpec) -> int:
-        """Rows of gate and up that are computed at once: a whole batch on one expert, or one token on all of its own."""
+        """Rows of gate and up computed at once: a whole batch on one expert, or one token on all of its experts."""
         return max(self.batch_tokens, spec.top_k)
 
 

@@ -128,5 +128,3 @@ class DenseWeights:
             tensor.type.block_bytes, int(table.ctypes.data), len(FIELDS[kind]), self._scratch.address, 0,
         )  # fmt: skip
         lead(0, program.rows.ctypes.data, program.length, 1)
-
-

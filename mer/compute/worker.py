@@ -1,7 +1,7 @@
 """What passes between the scheduler and a compute worker: jobs of operations one way, results the other.
 
-A worker keeps the residual stream of one batch at a time. For each batch the scheduler sends `Begin`, then for each layer
-`Attend`, one or more `RunExperts`, and `Combine`, at the end `Project`; several operations may share one job.
+A worker keeps the residual stream of one batch at a time. For each batch the scheduler sends `Begin`, then for each
+layer `Attend`, one or more `RunExperts`, and `Combine`, at the end `Project`; several operations may share one job.
 """
 
 from __future__ import annotations

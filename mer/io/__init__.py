@@ -1,1 +1,1 @@
-"""Bytes on disk to leased buffers: GGUF headers, expert extents, the arena, the buffer pool, readers and the fetcher."""
+"""Bytes on disk to leased buffers: GGUF headers, expert extents, the arena, the buffer pool, readers, the fetcher."""

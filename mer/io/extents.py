@@ -30,6 +30,9 @@ MATRIX_TYPES: Final = frozenset(
 )
 """The element types that weight matrices may have."""
 
+ROW_GROUP: Final = 16
+"""Rows that kernels may interleave with each other."""
+
 MERGED_NAME: Final = "blk.{layer}.ffn_{projection}_exps.weight"
 PER_EXPERT_NAME: Final = "blk.{layer}.ffn_{projection}.{expert}.weight"
 _EXPERT_NAME: Final = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.weight", re.ASCII)
@@ -46,6 +49,11 @@ class ExpertPart:
     file: int  # index into GGUFFile.paths
     offset: int  # bytes from the start of that file
     n_bytes: int
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes of the matrix with its rows rounded up to a multiple of `ROW_GROUP`."""
+        return self.n_bytes // self.rows * round_up(self.rows, ROW_GROUP)
 
 
 @attrs.frozen
@@ -67,7 +75,8 @@ class SlotLayout:
     """Where the three parts of any expert go in a slot: each into its own area, as its aligned hull.
 
     A part whose hull has `lead` bytes before its first byte starts at `part_offsets[i] + lead` of the slot. An area
-    holds the hull for every lead, so experts at odd file offsets fit every slot.
+    holds the hull for every lead, so experts at odd file offsets fit every slot, and has room for the matrix with its
+    rows rounded up to `ROW_GROUP`, so that kernels may re-arrange it in place.
     """
 
     alignment: int

@@ -1,8 +1,8 @@
 """RoPE with the write into the KV cache, and causal attention over it with an online softmax.
 
 KV memory is a set of blocks of `KV_TILE` positions. A block holds, for each layer, K and then V as float32
-[kv heads, KV_TILE, padded head dim]. A sequence's table lists its blocks in order of position, so a tile is always the same
-64 absolute positions and a result does not depend on chunk edges or on the batch.
+[kv heads, KV_TILE, padded head dim]. A sequence's table lists its blocks in order of position, so a tile is always the
+same 64 absolute positions and a result does not depend on chunk edges or on the batch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from mer.compute.kernels.ir import atomic_add, load_f32, load_i32, load_i64, store_f32
+from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, COUNTER, step
 from mer.compute.kernels.vector import dot, exp_sum, weighted_rows
 
@@ -53,8 +53,9 @@ def rope_store(row: int, thread: int, n_threads: int) -> None:
     """Normalize (where the model does) and rotate Q and K, pad Q's heads, and write K and V into the KV cache.
 
     Arguments: q_raw, k_raw, v_raw, q_raw_stride_bytes, kv_raw_stride_bytes, q (float32 [T, H, padded C]), n (T), heads
-    (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines, sines), q_norm (or 0),
-    k_norm (or 0), eps (address), kv, block_bytes, positions (int32 [T]), sequences (int32 [T]), table (int32), max_blocks.
+    (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines, sines), q_norm (or
+    0), k_norm (or 0), eps (address), kv, block_bytes, positions (int32 [T]), sequences (int32 [T]), table (int32),
+    max_blocks.
     """
     q_raw, k_raw, v_raw = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     q_stride, kv_stride, q = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
@@ -94,8 +95,8 @@ def attention(row: int, thread: int, _n_threads: int) -> None:
     """Causal attention of T query rows over their sequences' KV blocks; (token, head) pairs are claimed one by one.
 
     Arguments: q (float32 [T, H, padded C]), n (T), heads (H << 32 | G), c, scale (address), kv, block_bytes, positions,
-    sequences, table, max_blocks, out (float32 [T, H * C]), out_stride_bytes, scratch, scratch_stride_bytes (64 scores and
-    one padded head for each thread).
+    sequences, table, max_blocks, out (float32 [T, H * C]), out_stride_bytes, scratch, scratch_stride_bytes (64 scores
+    and one padded head for each thread).
     """
     q, n, heads = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     c, scale = load_i64(row, ARG0 + 3), load_f32(load_i64(row, ARG0 + 4), 0)

@@ -58,8 +58,8 @@ def swiglu(row: int, thread: int, n_threads: int) -> None:
 def combine(row: int, thread: int, n_threads: int) -> None:
     """Add to each residual row the weighted outputs of its k experts, in router order.
 
-    Arguments: x, stride_bytes (of x and y), n, padded_d, y, weights (float32 [n, k]), places (int32 [n, k]: rows of y), k.
-    Threads split the columns.
+    Arguments: x, stride_bytes (of x and y), n, padded_d, y, weights (float32 [n, k]), places (int32 [n, k]: rows of
+    y), k. Threads split the columns.
     """
     x, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     vectors, y = load_i64(row, ARG0 + 3) // 16, load_i64(row, ARG0 + 4)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import literally, njit, types
-from numba.core import cgutils
-from numba.core.extending import intrinsic
+from numba import types
 
 from mer.compute.kernels.ir import (
     F32,
@@ -30,6 +28,7 @@ from mer.compute.kernels.ir import (
     widen_bfloat,
     widen_half,
 )
+from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
 from mer.compute.kernels.step import ARG0, COUNTER, step
 
 F32_KIND, F16_KIND, BF16_KIND = 0, 1, 30  # ggml type ids
@@ -47,8 +46,18 @@ def _weights(b: Any, kind: int, address: Any, index: Any, mask: Any = None) -> A
 
 @intrinsic(prefer_literal=True)
 def float_tile(
-    _ctx: Any, kind: Any, rows: Any, columns: Any, w: Any, row_bytes: Any, k: Any, x: Any, x_stride: Any, out: Any,
-    out_stride: Any, add: Any,
+    _ctx: Any,
+    kind: Any,
+    rows: Any,
+    columns: Any,
+    w: Any,
+    row_bytes: Any,
+    k: Any,
+    x: Any,
+    x_stride: Any,
+    out: Any,
+    out_stride: Any,
+    add: Any,
 ) -> Any:
     """Multiply `rows` weight rows with `columns` activation rows; x is zero-padded to a multiple of 16 floats."""
     n_rows, n_columns, ty = rows.literal_value, columns.literal_value, kind.literal_value
@@ -91,7 +100,8 @@ def float_rows(row, kind):  # type: ignore[no-untyped-def]
     Arguments: w, n_rows, k, row_bytes, n (columns), x, x_stride_bytes, out, out_stride_bytes, add, chunk.
     """
     literally(kind)
-    w, n_rows, k, row_bytes = (load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3))
+    w, n_rows = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
+    k, row_bytes = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
     n, x, x_stride = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
     out, out_stride, add = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
     chunk = load_i64(row, ARG0 + 10)
@@ -105,18 +115,18 @@ def float_rows(row, kind):  # type: ignore[no-untyped-def]
             wr, to = w + r * row_bytes, out + 4 * r
             four = r + 4 <= last
             t = 0
-            while t + 4 <= n:
-                if four:
-                    float_tile(kind, 4, 4, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
-                else:
-                    float_tile(kind, 1, 4, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
-                t += 4
             while t < n:
-                if four:
-                    float_tile(kind, 4, 1, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
+                xt, o = x + t * x_stride, to + t * out_stride
+                wide = t + 4 <= n
+                if four and wide:
+                    float_tile(kind, 4, 4, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
+                elif wide:
+                    float_tile(kind, 1, 4, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
+                elif four:
+                    float_tile(kind, 4, 1, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
                 else:
-                    float_tile(kind, 1, 1, wr, row_bytes, k, x + t * x_stride, x_stride, to + t * out_stride, out_stride, add)
-                t += 1
+                    float_tile(kind, 1, 1, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
+                t += 4 if wide else 1
             r += 4 if four else 1
 
 

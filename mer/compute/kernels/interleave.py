@@ -1,7 +1,7 @@
 """Re-interleaving quantized rows into 16-row tiles ("x16", see `tile.py`), in place or from one area to another.
 
-A type's block is a list of fields; a field is `count` units of 1, 2 or 4 bytes from `offset` on. In the tile, each unit of
-the 16 rows lies side by side, unit after unit, field after field. Bytes may be exclusive-or'ed on the way.
+A type's block is a list of fields; a field is `count` units of 1, 2 or 4 bytes from `offset` on. In the tile, each
+unit of the 16 rows lies side by side, unit after unit, field after field. Bytes may be exclusive-or'ed on the way.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ FIELDS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     2: ((0, 2, 1, 0), (2, 4, 4, 0)),  # Q4_0: scale, nibbles
     3: ((0, 2, 1, 0), (2, 2, 1, 0), (4, 4, 4, 0)),  # Q4_1: scale, minimum, nibbles
     8: ((0, 2, 1, 0), (2, 4, 8, 0x80808080)),  # Q8_0: scale, weights made unsigned
-    14: ((208, 2, 1, 0), (192, 1, 16, 0), (0, 4, 32, 0), (128, 4, 16, 0)),  # Q6_K: scale, sub-scales, low bits, high bits
+    14: (
+        (208, 2, 1, 0),
+        (192, 1, 16, 0),
+        (0, 4, 32, 0),
+        (128, 4, 16, 0),
+    ),  # Q6_K: scale, sub-scales, low, high bits
 }
+
 
 def field_table(kind: int) -> npt.NDArray[np.int64]:
     """Return a type's fields as an int64 matrix for the kernel."""

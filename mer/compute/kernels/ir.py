@@ -1,7 +1,7 @@
 """Emitting LLVM IR from numba intrinsics: 16-lane vectors, fused multiply-add, integer dot products, atomics, futexes.
 
-Every helper takes an `llvmlite` builder first. The vector forms are written once for 16 lanes; LLVM splits them on targets
-with narrower registers, so that every instruction-set form computes the same bits.
+Every helper takes an `llvmlite` builder first. The vector forms are written once for 16 lanes; LLVM splits them on
+targets with narrower registers, so that every instruction-set form computes the same bits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
-from numba.core.extending import intrinsic
 
+from mer.compute.kernels.numba_api import cgutils, intrinsic
 from mer.compute.kernels.target import FORM, Form
 
 LANES = 16
@@ -93,7 +92,7 @@ def widen_bfloat(b: ir.IRBuilder, brain: Any) -> Any:
 
 
 def dot4(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
-    """Add to each of 16 int32 lanes the dot product of its 4 unsigned and 4 signed bytes; both operands are <64 x i8>."""
+    """Add to each of 16 int32 lanes the dot product of its 4 unsigned and 4 signed bytes, both given as <64 x i8>."""
     if FORM is Form.AVX512_VNNI:
         args = (b.bitcast(unsigned, _VNNI_ARG), b.bitcast(signed, _VNNI_ARG))
         return call(b, "llvm.x86.avx512.vpdpbusd.512", V16I32, total, *args)
@@ -110,8 +109,9 @@ def sum16(b: ir.IRBuilder, vector: Any) -> Any:
     while width > 1:
         width //= 2
         half = ir.VectorType(I32, width)
-        low = b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(half, list(range(width))))
-        high = b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(half, list(range(width, 2 * width))))
+        nothing = ir.Constant(vector.type, ir.Undefined)
+        low = b.shuffle_vector(vector, nothing, ir.Constant(half, list(range(width))))
+        high = b.shuffle_vector(vector, nothing, ir.Constant(half, list(range(width, 2 * width))))
         vector = b.fadd(low, high)
     return b.extract_element(vector, ir.Constant(I32, 0))
 

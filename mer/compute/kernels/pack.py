@@ -1,15 +1,15 @@
 """Quantizing activations to int8 blocks, packed in the column tiles that `tile.py` reads.
 
-As ggml does: scale = max|x| / 127 per block, q = round(x / scale) to nearest even. Blocks are 32 long for the legacy types
-(one sum per block) and 256 long for the K types (one sum per 16).
+As ggml does: scale = max|x| / 127 per block, q = round(x / scale) to nearest even. Blocks are 32 long for the legacy
+types (one sum per block) and 256 long for the K types (one sum per 16).
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from mer.compute.kernels.ir import load_i32, load_i64, store_f32, store_i32
+from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, step
 from mer.compute.kernels.vector import amax, quantize16
 

@@ -1,7 +1,7 @@
 """Q4_0: blocks of 32 weights, a half-float scale and 16 bytes of nibbles; weight = scale * (nibble - 8).
 
-Tile block, 288 bytes: 16 half scales, then 4 vectors; vector j holds for each row weights 4j..4j+3 in the low nibbles and
-16+4j..16+4j+3 in the high ones. Format: ggml's `block_q4_0`.
+Tile block, 288 bytes: 16 half scales, then 4 vectors; vector j holds for each row weights 4j..4j+3 in the low nibbles
+and 16+4j..16+4j+3 in the high ones. Format: ggml's `block_q4_0`.
 """
 
 from __future__ import annotations

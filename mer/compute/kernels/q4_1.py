@@ -1,6 +1,7 @@
 """Q4_1: blocks of 32 weights, half-float scale and minimum, 16 bytes of nibbles; weight = scale * nibble + minimum.
 
-Tile block, 320 bytes: 16 half scales, 16 half minima, then 4 vectors of nibbles as in Q4_0. Format: ggml's `block_q4_1`.
+Tile block, 320 bytes: 16 half scales, 16 half minima, then 4 vectors of nibbles as in Q4_0. Format: ggml's
+`block_q4_1`.
 """
 
 from __future__ import annotations

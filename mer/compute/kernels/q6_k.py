@@ -1,9 +1,10 @@
-"""Q6_K: super-blocks of 256 weights of 6 bits, 16 int8 sub-scales, one half-float scale; weight = scale * sub * (q - 32).
+"""Q6_K: super-blocks of 256 weights of 6 bits, 16 int8 sub-scales, one half-float scale; weight = scale * sub * (q -
+32).
 
-The integer sum of a whole super-block is exact in int32 (256 * 32 * 127 * 128 < 2**28); one fma per super-block follows.
-Tile block, 3360 bytes: 16 half scales, 16 vectors of 16 int8 sub-scales, the 128 bytes of low nibbles of each row as 32
-vectors and its 64 bytes of high bit pairs as 16 vectors, 4 bytes of each row to a vector, in the file's order.
-Format: ggml's `block_q6_K` (ql[128], qh[64], scales[16], d).
+The integer sum of a whole super-block is exact in int32 (256 * 32 * 127 * 128 < 2**28); one fma per super-block
+follows. Tile block, 3360 bytes: 16 half scales, 16 vectors of 16 int8 sub-scales, the 128 bytes of low nibbles of each
+row as 32 vectors and its 64 bytes of high bit pairs as 16 vectors, 4 bytes of each row to a vector, in the file's
+order. Format: ggml's `block_q6_K` (ql[128], qh[64], scales[16], d).
 """
 
 from __future__ import annotations

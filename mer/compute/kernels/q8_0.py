@@ -1,7 +1,7 @@
 """Q8_0: blocks of 32 int8 weights and a half-float scale; weight = scale * int8.
 
-Tile block, 544 bytes: 16 half scales, then 8 vectors; vector j holds for each row weights 4j..4j+3, stored unsigned (+128) so
-that they are the unsigned operand of the dot product. Format: ggml's `block_q8_0`.
+Tile block, 544 bytes: 16 half scales, then 8 vectors; vector j holds for each row weights 4j..4j+3, stored unsigned
+(+128) so that they are the unsigned operand of the dot product. Format: ggml's `block_q8_0`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Running a program of steps on several threads at once (SPMD), without the GIL.
 
-Thread 0 is the leader: it publishes a program, wakes the followers, and runs the same rows as they do. Rows whose BARRIER
-word is set end in a barrier: spin briefly, then sleep on a futex. Followers stay inside `follow` for life, so that they
-never touch the interpreter.
+Thread 0 is the leader: it publishes a program, wakes the followers, and runs the same rows as they do. Rows whose
+BARRIER word is set end in a barrier: spin briefly, then sleep on a futex. Followers stay inside `follow` for life, so
+that they never touch the interpreter.
 
 The control block's words lie on cache lines of their own; the offsets below are in bytes.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 
-from numba import njit, types
+from numba import types
 
 from mer.compute.kernels.ir import (
     atomic_add,
@@ -23,6 +23,7 @@ from mer.compute.kernels.ir import (
     store_i64,
     syscall6,
 )
+from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import BARRIER, FUNCTION, ROW_WORDS, nogil_function
 
 CONTROL_BYTES = 512

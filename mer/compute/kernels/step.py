@@ -1,8 +1,8 @@
 """A step: one kernel compiled to a C function `void step(int64 *row, int64 thread, int64 n_threads)`.
 
-A program is an int64 matrix with one row per step (see `runtime.py`). A step finds its arguments in its row, from column
-`ARG0` on; addresses are integers and floats are passed by address. A step is compiled when its address is first asked
-for, and kept in mer's kernel cache.
+A program is an int64 matrix with one row per step (see `runtime.py`). A step finds its arguments in its row, from
+column `ARG0` on; addresses are integers and floats are passed by address. A step is compiled when its address is first
+asked for, and kept in mer's kernel cache.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numba
-from numba import config, types
+from numba import types
 
+from mer.compute.kernels.numba_api import numba_config
 from mer.compute.kernels.target import KERNEL_CACHE
 
 ROW_WORDS = 24  # int64 per program row: function, barrier flag, work counter, arguments
@@ -37,12 +38,12 @@ def _kernel_cache() -> Iterator[bool]:
             except OSError as error:
                 _cache_failure.append(f"{KERNEL_CACHE}: {error.strerror}")
                 _log.warning("compiled kernels cannot be kept in %s: %s", KERNEL_CACHE, error.strerror)
-        before = config.CACHE_DIR
-        config.CACHE_DIR = str(KERNEL_CACHE)
+        before = numba_config.CACHE_DIR
+        numba_config.CACHE_DIR = str(KERNEL_CACHE)
         try:
             yield not _cache_failure
         finally:
-            config.CACHE_DIR = before
+            numba_config.CACHE_DIR = before
 
 
 def cache_failure() -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from llvmlite import binding
 
 from mer.errors import ConfigError
+from mer.paths import cache_folder
 
 
 class Form(enum.Enum):
@@ -57,12 +58,6 @@ def _source_hash() -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder of mer: `$XDG_CACHE_HOME/mer`, or `~/.cache/mer`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mer"
 
 
 def _prepare_numba(form: Form) -> bool:

@@ -1,14 +1,15 @@
 """Quantized matrix products over 16-row tiles.
 
-Layout "x16": a tile is 16 rows of a weight matrix, interleaved so that each 64-byte vector holds 4 bytes of every row; it has
-exactly the size of the 16 rows it came from. Vector lane i works for row i alone and walks the blocks along K in order,
+Layout "x16": a tile is 16 rows of a weight matrix, interleaved so that each 64-byte vector holds 4 bytes of every row;
+it has exactly the size of the 16 rows it came from. Vector lane i works for row i alone and walks the blocks along K
+in order,
 
     total = integer dot product of the block;  acc = fma(float(total), weight scale * activation scale, acc)
 
 so a result does not depend on the number of columns, on the row split or on the instruction-set form.
 
-Activations come packed (`pack.py`): columns in tiles of 8, then 4, 2, 1; in a tile int8 [n_blocks, columns, block_weights],
-float32 scales [n_blocks, columns], and int32 sums of the int8 values.
+Activations come packed (`pack.py`): columns in tiles of 8, then 4, 2, 1; in a tile int8 [n_blocks, columns,
+block_weights], float32 scales [n_blocks, columns], and int32 sums of the int8 values.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from llvmlite import ir
-from numba import literally, njit, types
-from numba.core import cgutils
-from numba.core.extending import intrinsic
+from numba import types
 
 from mer.compute.kernels.ir import F32, I32, I64, V16F32, V16I32, atomic_add, const, i64, load, load_i64, splat, store
+from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
 from mer.compute.kernels.step import ARG0, COUNTER
 
 ROWS = 16  # rows in a tile
@@ -67,8 +67,18 @@ FORMATS: dict[int, BlockFormat] = {}  # {ggml type id: format}
 
 @intrinsic(prefer_literal=True)
 def tile(
-    _ctx: Any, kind: Any, columns: Any, groups: Any, w: Any, n_blocks: Any, xq: Any, xs: Any, xsum: Any, out: Any,
-    out_stride: Any, add: Any,
+    _ctx: Any,
+    kind: Any,
+    columns: Any,
+    groups: Any,
+    w: Any,
+    n_blocks: Any,
+    xq: Any,
+    xs: Any,
+    xsum: Any,
+    out: Any,
+    out_stride: Any,
+    add: Any,
 ) -> Any:
     """Multiply `groups` adjacent tiles with one tile of `columns` activation columns and store or add float32 results.
 
@@ -128,17 +138,22 @@ def matmul_rows(row, kind):  # type: ignore[no-untyped-def]
                 tile(kind, 1, 2, w + r * tile_stride, n_blocks, xq, xs, xsum, out + 64 * r, out_stride, add)
                 r += 2
         while r < last:
-            wr, to = w + r * tile_stride, out + 64 * r
+            wr = w + r * tile_stride
+            to = out + 64 * r
             t = 0
-            while t + 8 <= n:
-                tile(kind, 8, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
-                t += 8
-            if t + 4 <= n:
-                tile(kind, 4, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
-                t += 4
-            if t + 2 <= n:
-                tile(kind, 2, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
-                t += 2
-            if t < n:
-                tile(kind, 1, 1, wr, n_blocks, xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride, out_stride, add)
+            while t < n:
+                q, s, u, o = xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride
+                left = n - t
+                if left >= 8:
+                    tile(kind, 8, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    t += 8
+                elif left >= 4:
+                    tile(kind, 4, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    t += 4
+                elif left >= 2:
+                    tile(kind, 2, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    t += 2
+                else:
+                    tile(kind, 1, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    t += 1
             r += 1

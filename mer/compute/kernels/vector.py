@@ -7,8 +7,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.extending import intrinsic
 
 from mer.compute.kernels.ir import (
     F32,
@@ -26,6 +24,7 @@ from mer.compute.kernels.ir import (
     store,
     sum16,
 )
+from mer.compute.kernels.numba_api import cgutils, intrinsic
 
 _LN2_HI, _LN2_LO = 0.693359375, -2.12194440e-4  # ln 2 in two parts, the first exact in few bits (Cody and Waite)
 _MAGIC = 12582912.0  # 1.5 * 2**23: adding it rounds a small float to an integer, to nearest even
@@ -144,7 +143,9 @@ def exp_sum(_ctx: Any, x: Any, maximum: Any, n: Any) -> Any:
 
 @intrinsic
 def weighted_rows(_ctx: Any, out: Any, weights: Any, rows: Any, n_rows: Any, stride: Any, n: Any, keep: Any) -> Any:
-    """Write out = out * keep + sum over j of weights[j] * rows[j], in order of j; rows are `stride` bytes apart, n floats long."""
+    """Write out = out * keep + sum over j of weights[j] * rows[j], in order of j; rows are `stride` bytes apart, n
+    floats long.
+    """
 
     def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
         out, weights, rows, n_rows, stride, n, keep = args
@@ -191,4 +192,3 @@ def quantize16(_ctx: Any, x: Any, inverse: Any, out: Any) -> Any:
         return call(b, "llvm.vector.reduce.add.v16i32", I32, q)
 
     return types.int32(types.int64, types.float32, types.int64), codegen
-

@@ -1,0 +1,98 @@
+"""What a user can set: the engine's configuration and a request's sampling parameters."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mer.errors import ConfigError, RequestError
+from mer.units import parse_bytes
+
+
+@attrs.frozen
+class Progress:
+    """How far a stage of opening an engine has come."""
+
+    stage: str  # "kernels" or "dense weights"
+    done: int
+    total: int
+    unit: str  # "kernels" or "bytes"
+
+
+def _ignore(_progress: Progress) -> None:
+    pass
+
+
+def _at_least(minimum: int) -> Callable[[Any, attrs.Attribute[Any], int | None], None]:
+    def check(_instance: Any, attribute: attrs.Attribute[Any], value: int | None) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ConfigError(f"{attribute.name} is {value!r}; it must be a whole number from {minimum} up")
+
+    return check
+
+
+def _optional_bytes(value: int | str | None) -> int | None:
+    return None if value is None else parse_bytes(value)
+
+
+@attrs.frozen(kw_only=True)
+class EngineConfig:
+    """Everything that `open_engine` takes; None means chosen from the machine and the model, and reported.
+
+    Raises:
+        ConfigError: a value is out of range; the text names it.
+    """
+
+    path: Path = attrs.field(converter=Path)  # the GGUF file, or any part of a split one
+    memory: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes for the whole process
+    threads: int | None = attrs.field(default=None, validator=_at_least(1))  # compute threads
+    io_threads: int = attrs.field(default=4, validator=_at_least(1))  # reads the disk sees at once
+    slots: int | None = attrs.field(default=None, validator=_at_least(1))  # caps the expert slots
+    context: int | None = attrs.field(default=None, validator=_at_least(1))  # positions of the longest sequence
+    max_sequences: int = attrs.field(default=8, validator=_at_least(1))  # sequences that run at once
+    batch_tokens: int | None = attrs.field(default=None, validator=_at_least(1))  # rows of a batch: the prefill chunk
+    on_progress: Callable[[Progress], None] = _ignore
+
+
+def default_threads() -> int:
+    """Return the number of processors this process may run on."""
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def _fraction(_instance: Any, attribute: attrs.Attribute[Any], value: float) -> None:
+    if not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise RequestError(f"{attribute.name} is {value!r}; it must lie between 0 and 1")
+
+
+def _temperature(_instance: Any, _attribute: attrs.Attribute[Any], value: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise RequestError(f"temperature is {value!r}; it must be a finite number from 0 up (0 is greedy)")
+
+
+def _count(_instance: Any, attribute: attrs.Attribute[Any], value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise RequestError(f"{attribute.name} is {value!r}; it must be a whole number from 0 up")
+
+
+@attrs.frozen
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    Filters apply in the order top-k, top-p, min-p, all on the probabilities at the given temperature.
+
+    Raises:
+        RequestError: a value is out of range; the text names it.
+    """
+
+    temperature: float = attrs.field(default=0.0, validator=_temperature)  # 0: greedy, the largest logit
+    top_k: int = attrs.field(default=0, validator=_count)  # keep the k most likely; 0 keeps all
+    top_p: float = attrs.field(default=1.0, validator=_fraction)  # keep the smallest set with this much probability
+    min_p: float = attrs.field(default=0.0, validator=_fraction)  # drop what is below this share of the most likely
+    seed: int | None = attrs.field(default=None, validator=_count)  # None draws a fresh one, which is reported

@@ -1,0 +1,449 @@
+"""The engine: one nursery that owns every actor, and the calls that generate text."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from types import TracebackType
+
+import numpy as np
+import trio
+
+from mer.compute.cpu import CPUWorker
+from mer.compute.forward import Forward, matrix_types, steps_for
+from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.step import cache_failure
+from mer.compute.kernels.target import FORM, KERNEL_CACHE
+from mer.compute.weights import DenseWeights
+from mer.config import EngineConfig, Progress, Sampling
+from mer.errors import ContextOverflow, EngineClosed, RequestError
+from mer.io.arena import Arena
+from mer.io.fetch import Fetcher
+from mer.io.ggml import GGMLType
+from mer.io.gguf import GGUFFile
+from mer.io.pool import BufferPool
+from mer.io.reader import ThreadReader
+from mer.model.spec import ModelSpec
+from mer.plan import MemoryPlan, Model, load_model, plan_memory
+from mer.sched.events import Completion, Event, TokenEvent
+from mer.sched.experts import ExpertCache
+from mer.sched.kv import KVBlocks
+from mer.sched.policy import LayerLRU
+from mer.sched.sampling import Sampler
+from mer.sched.scheduler import Scheduler
+from mer.sched.sequence import CHANNEL_EVENTS
+from mer.sched.sequence import Sequence as Generation
+from mer.sched.store import ExpertStore
+from mer.stats import Settings, Statistics
+from mer.system import peak_rss_bytes, private_bytes
+from mer.text.chat import ChatTemplate, Message
+from mer.text.detokenizer import StreamDetokenizer
+from mer.text.stop import StopMatcher
+from mer.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+MAX_WAITING = 64  # requests that may queue before `generate` waits to be queued
+
+
+class _Text:
+    """Detokenizes one generation and looks for its stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._detokenizer = StreamDetokenizer(tokenizer, prompt)
+        self._stop = StopMatcher(stop)
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """See `TextOutput`."""
+        return self._stop.push(self._detokenizer.push(token))
+
+    def flush(self) -> str:
+        """See `TextOutput`."""
+        text, stopped = self._stop.push(self._detokenizer.flush())
+        return text if stopped else text + self._stop.flush()
+
+
+class TokenStream(trio.abc.ReceiveChannel[Event]):
+    """The events of one generation; ends after the last token, or raises what ended the generation."""
+
+    def __init__(
+        self, generation: Generation, channel: trio.MemoryReceiveChannel[Event], wake: Callable[[], None]
+    ) -> None:
+        self._generation = generation
+        self._channel = channel
+        self._wake = wake
+
+    async def receive(self) -> Event:
+        """Return the next event, waiting until there is one; if cancelled, no event is lost.
+
+        Raises:
+            trio.EndOfChannel: the generation has finished.
+            ReadError: bytes that it needed could not be read.
+            NumericsError: the model computed NaN or infinity.
+            EngineClosed: the engine was closed.
+        """
+        try:
+            event = await self._channel.receive()
+        except trio.EndOfChannel:
+            if self._generation.error is not None:
+                raise self._generation.error from None
+            raise
+        self._wake()
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel the generation, if it has not ended."""
+        self.cancel()
+        await trio.lowlevel.checkpoint()
+
+    def cancel(self) -> None:
+        """Cancel the generation, if it has not ended; synchronous."""
+        self._generation.cancelled = True
+        self._channel.close()
+        self._wake()
+
+
+class Engine:
+    """Generates text; made by `open_engine` or `run_engine`. Its methods may be called by any number of tasks."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        plan: MemoryPlan,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        statistics: Callable[[], Statistics],
+        stop: trio.CancelScope,
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._statistics = statistics
+        self._stop = stop
+        self._template: ChatTemplate | None = None
+        self._closed = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's hyperparameters."""
+        return self._model.spec
+
+    @property
+    def gguf(self) -> GGUFFile:
+        """The model file's header."""
+        return self._model.gguf
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How the memory budget is spent."""
+        return self._plan
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    def statistics(self) -> Statistics:
+        """Return a frozen snapshot of every actor and of the settings in force."""
+        return self._statistics()
+
+    def close(self) -> None:
+        """Stop the engine: generations under way raise EngineClosed. Closing twice is allowed."""
+        self._closed = True
+        self._stop.cancel()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Completion:
+        """Generate until an end-of-sequence token, a stop string or `max_tokens`, and return the whole.
+
+        Concurrent calls are batched and share the experts that are read. If cancelled, the generation ends and leaves
+        nothing behind. While the queue is full, the call waits to be queued.
+
+        Args:
+            prompt: text; or token ids, used exactly as given; or messages, rendered with the file's chat template.
+            max_tokens: at most this many tokens, from 1 up.
+            sampling: how tokens are drawn; greedy by default.
+            stop: strings that end the generation; they are not part of the text.
+            ignore_eos: never draw an end-of-sequence token.
+
+        Raises:
+            RequestError: the request is malformed; ContextOverflow if it needs more positions than there are.
+            TemplateError: the file has no chat template, or it cannot render these messages.
+            ReadError: bytes that the generation needed could not be read.
+            NumericsError: the model computed NaN or infinity.
+            EngineClosed: the engine is closed.
+        """
+        arguments = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "ignore_eos": ignore_eos}
+        async with self.stream(prompt, **arguments) as events:  # type: ignore[arg-type]
+            async for event in events:
+                if isinstance(event, TokenEvent) and event.completion is not None:
+                    return event.completion
+        raise EngineClosed("the generation ended without a last token")
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> AsyncIterator[TokenStream]:
+        """Generate as `generate` does, and give the events as they come; leaving the block cancels.
+
+        A reader that falls behind pauses its own generation and no other.
+        """
+        generation, channel = self._prepare(prompt, max_tokens, sampling or Sampling(), stop, ignore_eos)
+        events = TokenStream(generation, channel, self._scheduler.wake)
+        try:
+            await self._scheduler.submit(generation)
+            yield events
+        finally:
+            events.cancel()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, as `generate` would use them.
+
+        Raises:
+            RequestError: the prompt is none of text, token ids and messages, or a token id is not in the vocabulary.
+            TemplateError: the file has no chat template, or it cannot render these messages.
+        """
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        items = list(prompt)
+        messages = [item for item in items if isinstance(item, Message)]
+        if messages and len(messages) == len(items):
+            if self._template is None:
+                self._template = ChatTemplate.from_gguf(self.gguf, self._tokenizer)
+            return self._template.render_tokens(messages)
+        ids: list[int] = []
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, int | np.integer):
+                raise RequestError(f"a prompt is text, token ids or messages, not a sequence with {item!r}")
+            if not 0 <= item < self.spec.vocab_size:
+                raise RequestError(f"token id {item} is not in the vocabulary, 0 to {self.spec.vocab_size - 1}")
+            ids.append(int(item))
+        return ids
+
+    def _prepare(
+        self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop: Sequence[str], ignore_eos: bool
+    ) -> tuple[Generation, trio.MemoryReceiveChannel[Event]]:
+        """Check a request and make its generation."""
+        if self._closed:
+            raise EngineClosed("the engine is closed")
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise RequestError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1 up")
+        ids = self.encode(prompt)
+        if not ids:
+            raise RequestError("the prompt is empty; give text or at least one token id")
+        if len(ids) + max_tokens > self._plan.context:
+            raise ContextOverflow(
+                f"{len(ids)} prompt tokens and max_tokens={max_tokens} need {len(ids) + max_tokens} positions, "
+                f"the engine has {self._plan.context} per sequence; shorten the prompt, lower max_tokens, or raise "
+                f"the context (the model allows {self.spec.context_length})"
+            )
+        ends = self._tokenizer.eos_ids
+        send, receive = trio.open_memory_channel[Event](CHANNEL_EVENTS)
+        generation = Generation(
+            prompt=tuple(ids),
+            max_tokens=max_tokens,
+            sampler=Sampler(sampling, ends if ignore_eos else ()),
+            output=_Text(self._tokenizer, ids, [stop] if isinstance(stop, str) else stop),
+            end_tokens=frozenset() if ignore_eos else ends,
+            events=send,
+            submitted_s=trio.current_time(),
+        )
+        return generation, receive
+
+
+@asynccontextmanager
+async def open_engine(
+    path: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    io_threads: int = 4,
+    slots: int | None = None,
+    context: int | None = None,
+    max_sequences: int = 8,
+    batch_tokens: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> AsyncIterator[Engine]:
+    """Open a model and close it when the block is left.
+
+    If cancelled, or when the block raises, everything is taken down and the error goes on unwrapped.
+
+    Args:
+        path: the GGUF file, or any part of a split one.
+        memory: bounds the whole process, in bytes or as text such as "8GiB"; by default the control group's limit or
+        what
+            is available.
+        threads: compute threads; by default one per processor.
+        io_threads: reads that the disk sees at once.
+        slots: caps the expert slots below what the budget allows.
+        context: positions of the longest sequence.
+        max_sequences: sequences that run at once.
+        batch_tokens: rows of a batch, which is also the prefill chunk.
+        on_progress: called in the trio thread as kernels are compiled and weights are read.
+
+    Raises:
+        ModelFileError: the file is malformed or not supported.
+        NotEnoughMemory: the budget is too small; the text carries the arithmetic.
+        ConfigError: a setting is out of range.
+        ReadError: bytes could not be read.
+    """
+    config = EngineConfig(
+        path=path,
+        memory=memory,
+        threads=threads,
+        io_threads=io_threads,
+        slots=slots,
+        context=context,
+        max_sequences=max_sequences,
+        batch_tokens=batch_tokens,
+        **({} if on_progress is None else {"on_progress": on_progress}),
+    )
+    with _Unwrapped():
+        async with trio.open_nursery() as nursery:
+            engine = await nursery.start(run_engine, config)
+            try:
+                yield engine
+            finally:
+                engine.close()
+
+
+async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engine] = trio.TASK_STATUS_IGNORED) -> None:
+    """Open a model, report the engine through `task_status`, and serve until it is closed or cancelled.
+
+    For services that own the nursery: `engine = await nursery.start(mer.run_engine, config)`. Raises as `open_engine`
+    does.
+    """
+    begun_s = time.perf_counter()
+    model = load_model(config)
+    plan = plan_memory(model, config)
+    tokenizer = Tokenizer.from_gguf(model.gguf)
+    kinds = matrix_types(model.dense.values(), model.experts)
+    await _compile(kinds, config.on_progress)
+    with ExitStack() as stack:
+        reader = stack.enter_context(ThreadReader(model.gguf.paths, n_threads=config.io_threads))
+        weights = DenseWeights(model.dense)
+        await weights.load(
+            reader, lambda done, total: config.on_progress(Progress("dense weights", done, total, "bytes"))
+        )
+        dense_bytes_read = reader.statistics().bytes_read
+        worker = CPUWorker(Forward(model.spec, plan.limits, weights, model.experts), plan.limits.threads)
+        arena = Arena(plan.slots, plan.slot_bytes)
+        stack.callback(arena.close)
+        pool = BufferPool(plan.slots)
+        cache = ExpertCache(LayerLRU(model.spec.n_layers, plan.slots))
+        store = ExpertStore(cache, pool)
+        fetcher = Fetcher(pool, arena, plan.layout, model.experts, reader, on_done=store.landed)
+        store.attach(fetcher)
+        kv = KVBlocks(plan.limits.kv_blocks, KV_TILE)
+        scheduler = Scheduler(
+            n_layers=model.spec.n_layers,
+            worker=worker,
+            store=store,
+            kv=kv,
+            batch_tokens=plan.limits.batch_tokens,
+            max_sequences=plan.limits.sequences,
+            max_waiting=MAX_WAITING,
+            bytes_read=lambda: reader.statistics().bytes_read,
+        )
+        settings = _settings(config, plan, model, arena, reader, cache)
+        load_s = 0.0
+
+        def statistics() -> Statistics:
+            return Statistics(
+                load_s=load_s,
+                dense_bytes_read=dense_bytes_read,
+                bytes_read=reader.statistics().bytes_read,
+                private_bytes=private_bytes(),
+                peak_rss_bytes=peak_rss_bytes(),
+                settings=settings,
+                scheduler=scheduler.statistics(),
+                cache=cache.statistics(),
+                pool=pool.statistics(),
+                fetcher=fetcher.statistics(),
+                reader=reader.statistics(),
+                worker=worker.statistics(),
+                kv=kv.statistics(),
+            )
+
+        worker.start_threads()
+        stack.callback(worker.close)
+        async with trio.open_nursery() as nursery:
+            engine = Engine(
+                model=model,
+                plan=plan,
+                tokenizer=tokenizer,
+                scheduler=scheduler,
+                statistics=statistics,
+                stop=nursery.cancel_scope,
+            )
+            nursery.start_soon(worker.run)
+            nursery.start_soon(scheduler.run)
+            load_s = time.perf_counter() - begun_s
+            task_status.started(engine)
+
+
+async def _compile(kinds: set[GGMLType], on_progress: Callable[[Progress], None]) -> None:
+    """Compile or load every kernel that the weight types need, off the trio thread."""
+    steps = steps_for(kinds)
+    on_progress(Progress("kernels", 0, len(steps), "kernels"))
+    for number, step in enumerate(steps, 1):
+        await trio.to_thread.run_sync(step.compile)
+        on_progress(Progress("kernels", number, len(steps), "kernels"))
+
+
+def _settings(
+    config: EngineConfig, plan: MemoryPlan, model: Model, arena: Arena, reader: ThreadReader, cache: ExpertCache
+) -> Settings:
+    types: dict[str, int] = {}
+    for tensor in model.gguf.tensors.values():
+        types[tensor.type.name] = types.get(tensor.type.name, 0) + tensor.n_bytes
+    return Settings(
+        memory_bytes=plan.budget_bytes,
+        memory_source=plan.budget_source,
+        threads=plan.limits.threads,
+        io_threads=config.io_threads,
+        slots=plan.slots,
+        slot_bytes=plan.slot_bytes,
+        context=plan.context,
+        kv_tokens=plan.limits.kv_blocks * KV_TILE,
+        max_sequences=plan.limits.sequences,
+        batch_tokens=plan.limits.batch_tokens,
+        kernels=FORM.value,
+        kernel_cache=cache_failure() or str(KERNEL_CACHE),
+        policy=cache.statistics().policy,
+        io_modes=reader.modes,
+        huge_pages=arena.huge_pages,
+        types=types,
+    )
+
+
+class _Unwrapped:
+    """Lets a single error out of the exception groups that nurseries wrap it in."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        single = error
+        while isinstance(single, BaseExceptionGroup) and len(single.exceptions) == 1:
+            single = single.exceptions[0]
+        if single is not None and single is not error:
+            raise single from single.__cause__

@@ -1,0 +1,301 @@
+"""The scheduler: admits sequences, batches their tokens, and walks the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+import numpy as np
+import trio
+
+from mer.compute.worker import (
+    Attend,
+    Batch,
+    Begin,
+    Combine,
+    ComputeWorker,
+    Done,
+    LoadedExpert,
+    Operation,
+    Project,
+    RunExperts,
+)
+from mer.errors import EngineClosed, MerError, NumericsError
+from mer.sched.kv import KVBlocks
+from mer.sched.layer import LayerRun, WorkerLink
+from mer.sched.sequence import Sequence, Status
+from mer.sched.store import ExpertStore
+
+
+@attrs.frozen(kw_only=True)
+class SchedulerStatistics:
+    """Counters of the scheduler, and who is there now."""
+
+    submitted: int
+    finished: int
+    failed: int
+    cancelled: int
+    running: int
+    waiting: int  # admission channel included
+    batches: int
+    prompt_tokens: int  # computed
+    completion_tokens: int
+
+
+@attrs.define
+class _Counters:
+    submitted: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    batches: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@attrs.frozen(eq=False)
+class _Member:
+    """A sequence's share of a batch."""
+
+    sequence: Sequence
+    rows: slice
+
+    @property
+    def alive(self) -> bool:
+        """Whether its results are still wanted."""
+        return not self.sequence.cancelled and self.sequence.status is not Status.ENDED
+
+
+class Scheduler:
+    """Runs all sequences together: in each batch one token of every decoding sequence, the rest prompt chunks.
+
+    A batch walks the layers; each layer's experts are looked up once, by the union over the batch. A sequence whose
+    reader is behind is left out until its channel has room. Cancelled sequences are noticed between layers and between
+    jobs.
+
+    Args:
+        n_layers: of the model.
+        worker: computes.
+        store: experts.
+        kv: blocks of the worker's KV memory.
+        batch_tokens: largest number of rows in a batch.
+        max_sequences: largest number of sequences that run at once.
+        max_waiting: sequences that may queue before `submit` waits.
+        bytes_read: returns the bytes of the files read so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_layers: int,
+        worker: ComputeWorker,
+        store: ExpertStore,
+        kv: KVBlocks,
+        batch_tokens: int,
+        max_sequences: int,
+        max_waiting: int,
+        bytes_read: Callable[[], int],
+    ) -> None:
+        self._n_layers = n_layers
+        self._link = WorkerLink(worker.jobs, worker.results)
+        self._store = store
+        self._kv = kv
+        self._batch_tokens = batch_tokens
+        self._max_sequences = max_sequences
+        self._bytes_read = bytes_read
+        self._submit, self._admission = trio.open_memory_channel[Sequence](max_waiting)
+        self._head: Sequence | None = None  # first in line, waiting for KV blocks
+        self._running: list[Sequence] = []
+        self._wake = trio.Event()
+        self._counters = _Counters()
+
+    async def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence, waiting while the queue is full; if cancelled, it is not queued.
+
+        Raises:
+            EngineClosed: the scheduler has stopped.
+        """
+        try:
+            await self._submit.send(sequence)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise EngineClosed("the engine is closed") from None
+        self._counters.submitted += 1
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the scheduler look again: a sequence was cancelled, or its reader has made room."""
+        self._wake.set()
+
+    def statistics(self) -> SchedulerStatistics:
+        """Return a snapshot."""
+        waiting = self._admission.statistics().current_buffer_used + (self._head is not None)
+        return SchedulerStatistics(running=len(self._running), waiting=waiting, **attrs.asdict(self._counters))
+
+    async def run(self) -> None:
+        """Serve sequences until cancelled; those that are left then fail with EngineClosed."""
+        try:
+            with self._admission:
+                while True:
+                    self._reap()
+                    self._admit()
+                    members, batch = self._compose()
+                    if batch is None:
+                        await self._wake.wait()
+                        self._wake = trio.Event()
+                    else:
+                        await self._run_batch(members, batch)
+        finally:
+            closed = EngineClosed("the engine was closed before the generation had finished")
+            for sequence in [*self._running, *([self._head] if self._head else []), *self._queued()]:
+                if sequence.status is not Status.ENDED:
+                    sequence.fail(closed)
+
+    def _queued(self) -> list[Sequence]:
+        """Take what is left in the admission channel."""
+        left: list[Sequence] = []
+        while True:
+            try:
+                left.append(self._admission.receive_nowait())
+            except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+                return left
+
+    def _reap(self) -> None:
+        """Let go of sequences that have ended or were cancelled, and of their KV blocks."""
+        for sequence in list(self._running):
+            if sequence.status is Status.ENDED or sequence.cancelled:
+                self._count_end(sequence)
+                self._running.remove(sequence)
+                self._kv.release(sequence.blocks)
+                sequence.blocks = ()
+                if sequence.status is not Status.ENDED:
+                    sequence.end()
+
+    def _count_end(self, sequence: Sequence) -> None:
+        if sequence.error is not None:
+            self._counters.failed += 1
+        elif sequence.status is Status.ENDED:
+            self._counters.finished += 1
+        else:
+            self._counters.cancelled += 1
+
+    def _admit(self) -> None:
+        """Let queued sequences run, first come, first served, while there are places and KV blocks."""
+        while len(self._running) < self._max_sequences:
+            if self._head is None:
+                try:
+                    self._head = self._admission.receive_nowait()
+                except trio.WouldBlock:
+                    return
+            sequence = self._head
+            if sequence.cancelled:
+                self._count_end(sequence)
+                sequence.end()
+                self._head = None
+                continue
+            blocks = self._kv.reserve(self._kv.needed(sequence.total_tokens))
+            if blocks is None:
+                return
+            sequence.blocks = blocks
+            sequence.status = Status.PREFILL
+            sequence.started_s = trio.current_time()
+            self._running.append(sequence)
+            self._head = None
+
+    def _compose(self) -> tuple[list[_Member], Batch | None]:
+        """Build the next batch: every decoding sequence first, then prompts in order of arrival."""
+        members: list[_Member] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        by_phase = sorted(self._running, key=lambda s: s.status is Status.PREFILL)
+        for sequence in by_phase:
+            budget = self._batch_tokens - len(tokens)
+            if budget == 0 or not sequence.has_room:
+                continue
+            rows, first = sequence.next_rows(budget)
+            owners += [len(members)] * len(rows)
+            members.append(_Member(sequence, slice(len(tokens), len(tokens) + len(rows))))
+            tokens += rows
+            positions += range(first, first + len(rows))
+        if not members:
+            return [], None
+        width = max(len(m.sequence.blocks) for m in members)
+        tables = np.zeros((len(members), width), np.int32)
+        for row, member in enumerate(members):
+            tables[row, : len(member.sequence.blocks)] = member.sequence.blocks
+        batch = Batch(
+            tokens=np.array(tokens, np.int32),
+            positions=np.array(positions, np.int32),
+            sequences=np.array(owners, np.int32),
+            tables=tables,
+            outputs=np.array([m.rows.stop - 1 for m in members], np.int32),
+        )
+        return members, batch
+
+    async def _run_batch(self, members: list[_Member], batch: Batch) -> None:
+        """Take a batch through all layers and hand out its tokens; an error ends the sequences it concerns."""
+        self._counters.batches += 1
+        try:
+            done = await self._walk(members, batch)
+        except EngineClosed:
+            raise
+        except MerError as error:
+            for member in members:
+                if member.alive:
+                    member.sequence.fail(error)
+            return
+        if done is None:
+            return
+        assert done.logits is not None
+        assert done.damaged is not None
+        now_s, bytes_read = trio.current_time(), self._bytes_read()
+        for member, logits in zip(members, done.logits, strict=True):
+            sequence, rows = member.sequence, member.rows
+            if not member.alive:
+                continue
+            was_prefill = sequence.status is Status.PREFILL
+            n_rows = rows.stop - rows.start
+            self._counters.prompt_tokens += n_rows if was_prefill else 0
+            wants_token = sequence.computed(n_rows)
+            if np.any((done.damaged >= rows.start) & (done.damaged < rows.stop)) or not np.isfinite(logits).all():
+                sequence.fail(NumericsError("the model gave NaN or infinity: the weights are damaged"))
+            elif wants_token:
+                sequence.advance(logits, now_s, bytes_read)
+                self._counters.completion_tokens += 1
+
+    async def _walk(self, members: list[_Member], batch: Batch) -> Done | None:
+        """Run the layers; return None as soon as nobody wants the batch any more."""
+        store = self._store
+        operations: list[Operation] = [Begin(batch)]
+        pinned_layer = 0
+        pinned: tuple[LoadedExpert, ...] = ()
+
+        def wanted() -> bool:
+            return any(member.alive for member in members)
+
+        for layer in range(self._n_layers + 1):
+            last = Project() if layer == self._n_layers else Attend(layer)
+            try:
+                done = await self._link.run(*operations, last)
+            except BaseException:
+                store.discard(pinned_layer, pinned)
+                raise
+            store.unpin(pinned_layer, pinned, used=True)
+            if layer == self._n_layers:
+                return done
+            if not wanted():
+                return None
+            assert done.expert_ids is not None
+            ids = done.expert_ids
+            union = np.unique(np.concatenate([ids[m.rows].ravel() for m in members if m.alive]))
+            result = await LayerRun(store, self._link, layer).run([int(e) for e in union], wanted)
+            pinned_layer, pinned = layer, result.pinned
+            if not wanted():
+                store.unpin(pinned_layer, pinned, used=False)
+                return None
+            for expert, error in result.failed.items():
+                for member in members:
+                    if member.alive and np.any(ids[member.rows] == expert):
+                        member.sequence.fail(error)
+            operations = [RunExperts(layer, pinned), Combine(layer)]
+        return None

@@ -1,0 +1,139 @@
+"""One sequence: its prompt, what was generated, and how it ends. Pure but for the channel it is read from."""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from mer.errors import MerError
+from mer.sched.events import Completion, Event, FinishReason, PrefillEvent, Timings, TokenEvent, Usage
+from mer.sched.sampling import Sampler
+
+CHANNEL_EVENTS = 64  # events that a slow reader may leave unread before its sequence pauses
+
+
+class TextOutput(Protocol):
+    """Turns tokens into text that is certain, and knows when a stop string is complete."""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Return the text that `token` makes certain, and whether a stop string ended it."""
+
+    def flush(self) -> str:
+        """Return what was held back."""
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"  # for a place and KV blocks
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ENDED = "ended"  # finished, failed or cancelled
+
+
+@attrs.define(eq=False, kw_only=True)
+class Sequence:
+    """A generation under way; the scheduler alone changes it, except that its reader may cancel it."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampler: Sampler
+    output: TextOutput
+    end_tokens: frozenset[int]  # drawing one of them ends the sequence
+    events: trio.MemorySendChannel[Event]
+    submitted_s: float
+    status: Status = Status.WAITING
+    cancelled: bool = False
+    error: MerError | None = None
+    prefilled: int = 0  # prompt tokens whose KV is computed
+    tokens: list[int] = attrs.Factory(list)
+    texts: list[str] = attrs.Factory(list)
+    blocks: tuple[int, ...] = ()  # KV blocks in order of position
+    started_s: float = 0.0
+    first_token_s: float = 0.0
+    first_token_bytes: int = 0  # bytes read by the engine when the first token came
+
+    @property
+    def total_tokens(self) -> int:
+        """KV positions that the sequence may need."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its reader has left room for another token event."""
+        statistics = self.events.statistics()
+        return statistics.current_buffer_used < statistics.max_buffer_size
+
+    def next_rows(self, budget: int) -> tuple[list[int], int]:
+        """Return the next tokens to compute, at most `budget`, and the position of the first."""
+        if self.status is Status.PREFILL:
+            return list(self.prompt[self.prefilled : self.prefilled + budget]), self.prefilled
+        return [self.tokens[-1]], len(self.prompt) + len(self.tokens) - 1
+
+    def computed(self, n_tokens: int) -> bool:
+        """Note that the next `n_tokens` rows were computed and return whether the last one's logits give a token."""
+        if self.status is Status.DECODE:
+            return True
+        self.prefilled += n_tokens
+        statistics = self.events.statistics()
+        if statistics.current_buffer_used + 1 < statistics.max_buffer_size:  # the last place is for a token
+            self.events.send_nowait(PrefillEvent(done=self.prefilled, total=len(self.prompt)))
+        return self.prefilled == len(self.prompt)
+
+    def advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:
+        """Draw the next token from finite logits [V] and send it; the sequence may end with it."""
+        token = self.sampler.draw(logits)
+        if not self.tokens:
+            self.status = Status.DECODE
+            self.first_token_s, self.first_token_bytes = now_s, bytes_read
+        self.tokens.append(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in self.end_tokens:
+            reason = "stop"
+        else:
+            text, stopped = self.output.push(token)
+            reason = "stop" if stopped else "length" if len(self.tokens) == self.max_tokens else None
+            if stopped:
+                self._send(token, text, reason, now_s, bytes_read)
+                return
+        if reason is not None:
+            text += self.output.flush()
+        self._send(token, text, reason, now_s, bytes_read)
+
+    def fail(self, error: MerError) -> None:
+        """End with an error, which the reader raises."""
+        self.error = error
+        self.end()
+
+    def end(self) -> None:
+        """Close the channel; nothing more comes."""
+        self.status = Status.ENDED
+        self.events.close()
+
+    def _send(self, token: int, text: str, reason: FinishReason | None, now_s: float, bytes_read: int) -> None:
+        self.texts.append(text)
+        done = None
+        if reason is not None:
+            done = Completion(
+                text="".join(self.texts),
+                tokens=tuple(self.tokens),
+                finish_reason=reason,
+                usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.tokens)),
+                timings=Timings(
+                    queue_s=self.started_s - self.submitted_s,
+                    prefill_s=self.first_token_s - self.submitted_s,
+                    decode_s=now_s - self.first_token_s,
+                    decode_bytes_read=bytes_read - self.first_token_bytes,
+                ),
+                seed=self.sampler.seed,
+            )
+        index = len(self.tokens) - 1
+        self.events.send_nowait(TokenEvent(token=token, text=text, index=index, finish_reason=reason, completion=done))
+        if reason is not None:
+            self.end()

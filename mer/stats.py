@@ -1,0 +1,57 @@
+"""One frozen snapshot of every actor, and the settings in force."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+from mer.compute.worker import WorkerStatistics
+from mer.io.fetch import FetcherStatistics
+from mer.io.files import IoMode
+from mer.io.metering import ReaderStatistics
+from mer.io.pool import PoolStatistics
+from mer.sched.experts import CacheStatistics
+from mer.sched.kv import KVStatistics
+from mer.sched.scheduler import SchedulerStatistics
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What is in force, whether it was set or chosen."""
+
+    memory_bytes: int
+    memory_source: str
+    threads: int
+    io_threads: int
+    slots: int
+    slot_bytes: int
+    context: int
+    kv_tokens: int
+    max_sequences: int
+    batch_tokens: int
+    kernels: str  # instruction-set form
+    kernel_cache: str  # folder, or why compiled kernels are not kept
+    policy: str
+    io_modes: tuple[IoMode, ...]  # per file
+    huge_pages: bool
+    types: Mapping[str, int]  # weight type -> bytes in the file
+
+
+@attrs.frozen(kw_only=True)
+class Statistics:
+    """A snapshot of the whole engine."""
+
+    load_s: float  # from opening to ready
+    dense_bytes_read: int  # at load
+    bytes_read: int  # all reads of the files but the header, alignment padding included
+    private_bytes: int  # anonymous memory and page tables now
+    peak_rss_bytes: int
+    settings: Settings
+    scheduler: SchedulerStatistics
+    cache: CacheStatistics
+    pool: PoolStatistics
+    fetcher: FetcherStatistics
+    reader: ReaderStatistics
+    worker: WorkerStatistics
+    kv: KVStatistics
