@@ -1,0 +1,90 @@
+"""`mer plan`: what a budget is spent on, what a token costs, and what will bind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mer.cli.options import EngineOptions
+from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
+from mer.config import EngineConfig, default_threads
+from mer.plan import MemoryPlan, load_model, plan_memory
+from mer.units import format_bytes
+
+
+def plan(path: Path, options: EngineOptions, *, as_json: bool) -> None:
+    """Print the memory plan of a model and a forecast from quick measurements of disk and memory.
+
+    Raises:
+        ModelFileError: the file is malformed or not supported.
+        NotEnoughMemory: the budget is too small.
+        ConfigError: the settings contradict the model or each other.
+    """
+    config = EngineConfig(path=path, **options.arguments())
+    model = load_model(config)
+    memory_plan = plan_memory(model, config)
+    threads = config.threads or default_threads()
+    report = describe(memory_plan) | forecast(
+        memory_plan, disk_bytes_per_s(model.gguf, model.experts), memory_bytes_per_s(threads)
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+
+
+def describe(memory_plan: MemoryPlan) -> dict[str, Any]:
+    """Return the plan as JSON-ready values; sizes in bytes."""
+    return {
+        "budget_bytes": memory_plan.budget_bytes,
+        "budget_source": memory_plan.budget_source,
+        "floor_bytes": memory_plan.floor_bytes,
+        "parts": dict(memory_plan.parts),
+        "unused_bytes": memory_plan.budget_bytes - memory_plan.used_bytes,
+        "slots": memory_plan.slots,
+        "slot_bytes": memory_plan.slot_bytes,
+        "experts": memory_plan.total_experts,
+        "context": memory_plan.context,
+        "expert_bytes_per_token": memory_plan.expert_bytes_per_token,
+        "dense_bytes_per_token": memory_plan.dense_bytes_per_token,
+        "expected_read_bytes_per_token": memory_plan.expected_read_bytes_per_token,
+    }
+
+
+def forecast(memory_plan: MemoryPlan, disk_rate: float, memory_rate: float) -> dict[str, Any]:
+    """Return the limit of decoding one sequence: the slower of reading missed experts and touching all weights.
+
+    `limit = 1 / max(missed bytes / disk rate, touched bytes / memory rate)`, with reads and arithmetic overlapped
+    perfectly; rates in bytes per second.
+    """
+    touched_bytes = memory_plan.expert_bytes_per_token + memory_plan.dense_bytes_per_token
+    disk_s = memory_plan.expected_read_bytes_per_token / disk_rate
+    memory_s = touched_bytes / memory_rate
+    return {
+        "disk_bytes_per_s": disk_rate,
+        "memory_bytes_per_s": memory_rate,
+        "disk_s_per_token": disk_s,
+        "memory_s_per_token": memory_s,
+        "limit_tokens_per_s": 1 / max(disk_s, memory_s),
+        "binds": "disk" if disk_s > memory_s else "memory",
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    """Print a plan and its forecast for a person."""
+    print(f"budget {format_bytes(report['budget_bytes'])} ({report['budget_source']}); ", end="")
+    print(f"the smallest that works is {format_bytes(report['floor_bytes'])}")
+    for name, n_bytes in (report["parts"] | {"unused": report["unused_bytes"]}).items():
+        if n_bytes:
+            print(f"  {name:<26} {format_bytes(n_bytes):>9}")
+    print(f"{report['slots']} slots of {format_bytes(report['slot_bytes'])} for {report['experts']} experts: ", end="")
+    print(f"{report['slots'] / report['experts']:.0%} stay in memory; context {report['context']} tokens")
+    print(f"a token uses {format_bytes(report['expert_bytes_per_token'])} of experts ", end="")
+    print(f"and {format_bytes(report['dense_bytes_per_token'])} of dense weights")
+    expected = format_bytes(report["expected_read_bytes_per_token"])
+    print(f"expected to be read per token: {expected} (if every expert were as likely as any other)")
+    rates = [format_bytes(report[f"{name}_bytes_per_s"]) for name in ("disk", "memory")]
+    print(f"measured here: disk {rates[0]}/s, memory {rates[1]}/s")
+    limit = report["limit_tokens_per_s"]
+    print(f"the {report['binds']} binds: at most {limit:{',.0f' if limit >= 100 else '.3g'}} tokens/s")

@@ -1,0 +1,142 @@
+"""`mer run`: generate once from a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mer.cli.console import AnswerStream, Bars, load_reporter, note, stderr_console
+from mer.cli.exits import Exit
+from mer.cli.interrupt import Interrupt
+from mer.cli.options import EngineOptions, GenerationOptions, parse_token_ids
+from mer.cli.session import INTERRUPTED, generate, say_statistics, statistics_object
+from mer.errors import ConfigError
+
+
+@attrs.frozen
+class Task:
+    """Which model answers what."""
+
+    model: Path
+    prompt: str | list[int]
+
+
+def resolve(positionals: Sequence[str], *, model: str | None, tokens: str | None, stdin: bool) -> Task:
+    """Return model and prompt after the rules of `mer run [MODEL] [PROMPT]`.
+
+    A single positional is the model if it ends in `.gguf`, contains a `/`, names an existing file, or the prompt is
+    given by `tokens` or `stdin`; otherwise it is the prompt, and the embedded model answers. With `model` it is always
+    the prompt.
+
+    Raises:
+        ConfigError: model or prompt is given twice, or there is no prompt.
+    """
+    elsewhere = [option for option, given in (("--tokens", tokens is not None), ("--stdin", stdin)) if given]
+    prompt: str | None = None
+    if model is not None:
+        if len(positionals) > 1:
+            raise ConfigError(f"the model is given twice: {positionals[0]!r} and --model {model!r}")
+        prompt = positionals[0] if positionals else None
+    elif len(positionals) == 2:
+        model, prompt = positionals
+    elif positionals and (elsewhere or _is_model(positionals[0])):
+        model = positionals[0]
+    elif positionals:
+        prompt = positionals[0]
+    given = ([] if prompt is None else [repr(prompt)]) + elsewhere
+    if len(given) > 1:
+        raise ConfigError(f"the prompt is given twice: {' and '.join(given)}")
+    if tokens is not None:
+        return Task(model_path(model), parse_token_ids(tokens))
+    if stdin:
+        return Task(model_path(model), sys.stdin.read())
+    if prompt is None:
+        what = "a prompt" if model is None else f"a prompt for {model}"
+        raise ConfigError(f"{what} is missing; try: mer run {'' if model is None else model + ' '}\"Once upon a time\"")
+    return Task(model_path(model), prompt)
+
+
+def model_path(model: str | None) -> Path:
+    """Return the path of a model, by default the embedded one."""
+    if model is None:
+        from mer.embedded import embedded_model_path
+
+        return embedded_model_path()
+    return Path(model)
+
+
+def _is_model(text: str) -> bool:
+    """Return whether a lone positional names a model."""
+    if text.endswith(".gguf") or "/" in text:
+        return True
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a file name, or with a NUL
+        return False
+
+
+async def run(
+    task: Task,
+    engine_options: EngineOptions,
+    generation: GenerationOptions,
+    *,
+    chat: bool,
+    as_json: bool,
+    interrupt: Interrupt,
+) -> Exit:
+    """Open the engine, generate once, print, and return the exit code.
+
+    Raises:
+        MerError: what the engine raises.
+    """
+    from mer.engine import open_engine
+    from mer.text.chat import Message
+
+    answer = AnswerStream()
+    prompt: Any = task.prompt
+    if chat:
+        if not isinstance(prompt, str):
+            raise ConfigError("--chat takes a text, not --tokens")
+        prompt = [Message("user", prompt)]
+    generation.arguments()  # a sampling setting out of range is an error before anything is loaded
+    result = None
+    with Bars() as bars, interrupt.stopping():
+        async with open_engine(task.model, **engine_options.arguments(), on_progress=load_reporter(bars)) as engine:
+            bars.clear()
+            if isinstance(prompt, str) and answer.is_terminal and bars.enabled and not as_json:
+                stderr_console().print(prompt, end="", style="dim")
+            result = await generate(
+                engine,
+                prompt,
+                generation,
+                write=(lambda piece: None) if as_json else answer.write,
+                bars=bars,
+                interrupt=interrupt,
+                show_tokens=as_json or not answer.is_terminal,
+            )
+            statistics = engine.statistics()
+    if result is None:
+        note("interrupted while loading")
+        return Exit.INTERRUPTED
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "text": result.text,
+                    "tokens": result.tokens,
+                    "finish_reason": result.finish_reason,
+                    "stats": statistics_object(result, statistics),
+                }
+            ),
+            flush=True,
+        )
+    elif not result.reader_gone:
+        answer.end()
+        say_statistics(result, statistics)
+    interrupted = result.finish_reason == INTERRUPTED and not result.reader_gone
+    return Exit.INTERRUPTED if interrupted else Exit.OK

@@ -1,0 +1,156 @@
+"""One generation as the command line sees it: events become text on standard output, bars and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import trio
+
+from mer.cli.console import Bars, note
+from mer.cli.interrupt import Interrupt
+from mer.cli.options import GenerationOptions
+from mer.sched.events import PrefillEvent
+from mer.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from mer.engine import Engine
+    from mer.sched.events import Completion
+    from mer.stats import Statistics
+    from mer.text.chat import Message
+
+DEFAULT_MAX_TOKENS = 256
+INTERRUPTED = "interrupted"  # the finish reason of a generation that ctrl-C or a closed pipe ended
+
+
+@attrs.define
+class Result:
+    """What one generation gave, whole or interrupted, and its figures."""
+
+    text: str = ""
+    tokens: list[int] = attrs.Factory(list)
+    finish_reason: str = INTERRUPTED
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0  # from submission to the first token
+    decode_s: float = 0.0  # from the first token to the last
+    decode_bytes_read: int = 0  # in decode_s
+    reader_gone: bool = False  # standard output was closed by its reader
+
+
+async def generate(
+    engine: Engine,
+    prompt: str | Sequence[int] | Sequence[Message],
+    options: GenerationOptions,
+    *,
+    write: Callable[[str], None],
+    bars: Bars,
+    interrupt: Interrupt,
+    show_tokens: bool,
+) -> Result:
+    """Stream one generation to `write` until it ends, ctrl-C is pressed, or `write` raises BrokenPipeError.
+
+    Args:
+        engine: an open engine.
+        prompt: text, token ids or messages.
+        options: what is generated; without a number of tokens it is 256, or what the context has left.
+        write: takes every piece of text as it comes.
+        bars: draw the reading of the prompt, and the generation if `show_tokens`.
+        interrupt: entered; its first ctrl-C ends the generation.
+        show_tokens: draw a bar of generated tokens too (never together with text on the same terminal).
+    """
+    result = Result()
+    ids = engine.encode(prompt)
+    max_tokens = options.max_tokens
+    if max_tokens is None:
+        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, engine.plan.context - len(ids)))
+    pieces: list[str] = []
+    started_s = trio.current_time()
+    first_s = 0.0
+    first_bytes = 0
+    with interrupt.stopping():
+        async with engine.stream(ids, max_tokens=max_tokens, **options.arguments()) as events:
+            async for event in events:
+                if isinstance(event, PrefillEvent):
+                    result.prompt_tokens = event.total
+                    bars.show("reading the prompt", event.done, event.total, "tokens")
+                    continue
+                now_s = trio.current_time()
+                if not result.tokens:
+                    first_s = now_s
+                    first_bytes = engine.statistics().bytes_read
+                    result.prefill_s = first_s - started_s
+                    bars.clear()
+                result.tokens.append(event.token)
+                result.decode_s = now_s - first_s
+                pieces.append(event.text)
+                if show_tokens:
+                    bars.show("generating", len(result.tokens), max_tokens, "tokens")
+                try:
+                    write(event.text)
+                except BrokenPipeError:
+                    result.reader_gone = True
+                    break
+                if event.completion is not None:
+                    _take_completion(result, event.completion)
+    bars.clear()
+    result.text = "".join(pieces)
+    if result.finish_reason == INTERRUPTED and result.tokens:
+        result.decode_bytes_read = engine.statistics().bytes_read - first_bytes
+    return result
+
+
+def _take_completion(result: Result, completion: Completion) -> None:
+    """Take the engine's own account of a generation that ended by itself."""
+    result.finish_reason = completion.finish_reason
+    result.prompt_tokens = completion.usage.prompt_tokens
+    result.prefill_s = completion.timings.prefill_s
+    result.decode_s = completion.timings.decode_s
+    result.decode_bytes_read = completion.timings.decode_bytes_read
+
+
+def statistics_object(result: Result, statistics: Statistics) -> dict[str, Any]:
+    """Return the figures of a generation and its engine as `--json` prints them; times in seconds, sizes in bytes."""
+    return {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": len(result.tokens),
+        "load_s": statistics.load_s,
+        "prefill_s": result.prefill_s,
+        "decode_s": result.decode_s,
+        "cache_hits": statistics.cache.hits,
+        "cache_misses": statistics.cache.misses,
+        "bytes_read": statistics.bytes_read,
+        "decode_bytes_read": result.decode_bytes_read,
+        "peak_rss_bytes": statistics.peak_rss_bytes,
+    }
+
+
+def say_statistics(result: Result, statistics: Statistics) -> None:
+    """Print the figures of a generation for a person, on standard error."""
+    for line in summary(result, statistics):
+        note(line, "dim")
+
+
+def summary(result: Result, statistics: Statistics) -> list[str]:
+    """Return the figures of a generation as lines of text."""
+    if not result.tokens:
+        lines = [f"{result.finish_reason} before the first token"]
+    else:
+        generated = f"{len(result.tokens)} tokens ({result.finish_reason})"
+        if result.decode_s > 0:
+            generated += f", {(len(result.tokens) - 1) / result.decode_s:.1f} tokens/s"
+        rate = f" at {result.prompt_tokens / result.prefill_s:.1f} tokens/s" if result.prefill_s > 0 else ""
+        lines = [
+            f"{generated}; first token after {format_duration(result.prefill_s)} "
+            f"({result.prompt_tokens} prompt tokens{rate}); loaded in {format_duration(statistics.load_s)}"
+        ]
+    lookups = statistics.cache.hits + statistics.cache.misses
+    hit_rate = f"{statistics.cache.hits / lookups:.1%} of {lookups} lookups hit" if lookups else "none looked up"
+    per_token = ""
+    if len(result.tokens) > 1:
+        per_token = f" ({format_bytes(result.decode_bytes_read / (len(result.tokens) - 1))} per generated token)"
+    lines.append(
+        f"experts: {hit_rate}; read {format_bytes(statistics.bytes_read)}{per_token}; "
+        f"peak memory {format_bytes(statistics.peak_rss_bytes)}"
+    )
+    return lines
