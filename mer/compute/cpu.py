@@ -24,6 +24,7 @@ from mer.compute.worker import (
     WorkerStatistics,
 )
 from mer.errors import ComputeError, ConfigError, MerError
+from mer.threads import start_thread
 
 
 @attrs.define
@@ -51,7 +52,7 @@ class CPUWorker:
         self._program = Program()
         self._control = Memory(CONTROL_BYTES)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []  # followers
         self._leader: threading.Thread | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._finished: trio.Event | None = None
@@ -71,8 +72,8 @@ class CPUWorker:
         try:
             for number in range(1, self._n_threads):
                 arguments = (control, number, self._n_threads)
-                self._spawn(threading.Thread(target=follow, args=arguments, name=f"mer-cpu-{number}", daemon=True))
-            self._leader = self._spawn(threading.Thread(target=self._lead, name="mer-cpu-0", daemon=True))
+                self._threads.append(start_thread(follow, *arguments, name=f"mer-cpu-{number}"))
+            self._leader = start_thread(self._lead, name="mer-cpu-0")
         except RuntimeError as error:
             self.close()
             raise ConfigError(
@@ -104,11 +105,6 @@ class CPUWorker:
         return WorkerStatistics(
             name="cpu", kernels=FORM.value, n_threads=self._n_threads, **attrs.asdict(self._counters)
         )
-
-    def _spawn(self, thread: threading.Thread) -> threading.Thread:
-        thread.start()
-        self._threads.append(thread)
-        return thread
 
     def _lead(self) -> None:
         """Body of the leader's thread."""

@@ -21,6 +21,7 @@ from mer.io.arena import PAGE_BYTES, map_anonymous
 from mer.io.extents import aligned_hull
 from mer.io.files import IoMode, ModelFile
 from mer.io.metering import ReaderStatistics, ReadMeter
+from mer.threads import start_thread
 
 DEFAULT_THREADS: Final = 4
 DEFAULT_CHUNK_BYTES: Final = 2 * 1024 * 1024
@@ -245,11 +246,10 @@ class ThreadReader:
 
     def _start_threads(self) -> None:
         for number in range(self._n_threads):
-            thread = threading.Thread(target=self._work, name=f"mer-io-{number}", daemon=True)
             with self._lock:
                 self._threads_alive += 1
             try:
-                thread.start()
+                start_thread(self._work, name=f"mer-io-{number}")
             except RuntimeError as error:
                 self._leave()
                 self.close()
