@@ -95,7 +95,7 @@ class ModelFile:
                 fruitless = 0
                 continue
             fruitless += 1
-            if n_read == 0 or start + got >= os.fstat(self._fd).st_size:
+            if start + got >= os.fstat(self._fd).st_size:
                 raise self._failure(start, needed, f"file truncated: it ends after {got} of these bytes")
             if fruitless > _FRUITLESS_TRIES:
                 raise self._failure(start, needed, f"{fruitless} reads in a row brought nothing beyond {got} bytes")

@@ -1,4 +1,4 @@
-"""Fetches of experts on a simulated disk with faults, and on a real one: right bytes, and no slot lost or used twice."""
+"""Fetches of experts on a simulated disk with faults, and on a real one: right bytes, no slot lost or used twice."""
 
 from __future__ import annotations
 

@@ -46,6 +46,11 @@ def join(threads: list[threading.Thread]) -> None:
         assert not thread.is_alive()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_of_other_tests() -> None:
+    join(io_threads())  # a closed reader's threads end, and close their files, in their own time
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return write_files(tmp_path, [SIZE])[0]
