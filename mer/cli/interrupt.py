@@ -14,7 +14,7 @@ import trio
 
 from mer.cli.exits import Exit
 
-SHOW_CURSOR = "\x1b[?25h"
+SHOW_CURSOR = "\x1b[?25h\n"
 
 
 def leave_now() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from mer.cli.console import AnswerStream, Bars, load_reporter, note, stderr_console
+from mer.cli.console import AnswerStream, Bars, load_reporter, note, printable, stderr_console
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
 from mer.cli.options import EngineOptions, GenerationOptions, parse_token_ids
@@ -103,18 +103,23 @@ async def run(
         if not isinstance(prompt, str):
             raise ConfigError("--chat takes a text, not --tokens")
         prompt = [Message("user", prompt)]
+
+    def echo() -> None:
+        """Show a person at a terminal the beginning that the text continues."""
+        if isinstance(prompt, str) and answer.is_terminal and sys.stderr.isatty() and not as_json:
+            stderr_console().print(printable(prompt), end="", style="dim")
+
     generation.arguments()  # a sampling setting out of range is an error before anything is loaded
     result = None
     with Bars() as bars, interrupt.stopping():
         async with open_engine(task.model, **engine_options.arguments(), on_progress=load_reporter(bars)) as engine:
             bars.clear()
-            if isinstance(prompt, str) and answer.is_terminal and bars.enabled and not as_json:
-                stderr_console().print(prompt, end="", style="dim")
             result = await generate(
                 engine,
                 prompt,
                 generation,
                 write=(lambda piece: None) if as_json else answer.write,
+                before_text=echo,
                 bars=bars,
                 interrupt=interrupt,
                 show_tokens=as_json or not answer.is_terminal,

@@ -35,6 +35,9 @@ class Result:
     prefill_s: float = 0.0  # from submission to the first token
     decode_s: float = 0.0  # from the first token to the last
     decode_bytes_read: int = 0  # in decode_s
+    hits: int = 0  # (layer, expert) lookups while it ran, those of other generations included
+    misses: int = 0
+    bytes_read: int = 0  # from submission to the end
     reader_gone: bool = False  # standard output was closed by its reader
 
 
@@ -47,6 +50,7 @@ async def generate(
     bars: Bars,
     interrupt: Interrupt,
     show_tokens: bool,
+    before_text: Callable[[], None] = lambda: None,
 ) -> Result:
     """Stream one generation to `write` until it ends, ctrl-C is pressed, or `write` raises BrokenPipeError.
 
@@ -58,6 +62,7 @@ async def generate(
         bars: draw the reading of the prompt, and the generation if `show_tokens`.
         interrupt: entered; its first ctrl-C ends the generation.
         show_tokens: draw a bar of generated tokens too (never together with text on the same terminal).
+        before_text: called once, when the bars are gone and the first token is there.
     """
     result = Result()
     ids = engine.encode(prompt)
@@ -65,6 +70,7 @@ async def generate(
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, engine.plan.context - len(ids)))
     pieces: list[str] = []
+    before = engine.statistics()
     started_s = trio.current_time()
     first_s = 0.0
     first_bytes = 0
@@ -81,6 +87,7 @@ async def generate(
                     first_bytes = engine.statistics().bytes_read
                     result.prefill_s = first_s - started_s
                     bars.clear()
+                    before_text()
                 result.tokens.append(event.token)
                 result.decode_s = now_s - first_s
                 pieces.append(event.text)
@@ -95,8 +102,12 @@ async def generate(
                     _take_completion(result, event.completion)
     bars.clear()
     result.text = "".join(pieces)
+    after = engine.statistics()
+    result.hits = after.cache.hits - before.cache.hits
+    result.misses = after.cache.misses - before.cache.misses
+    result.bytes_read = after.bytes_read - before.bytes_read
     if result.finish_reason == INTERRUPTED and result.tokens:
-        result.decode_bytes_read = engine.statistics().bytes_read - first_bytes
+        result.decode_bytes_read = after.bytes_read - first_bytes
     return result
 
 
@@ -132,25 +143,24 @@ def say_statistics(result: Result, statistics: Statistics) -> None:
 
 
 def summary(result: Result, statistics: Statistics) -> list[str]:
-    """Return the figures of a generation as lines of text."""
-    if not result.tokens:
-        lines = [f"{result.finish_reason} before the first token"]
-    else:
-        generated = f"{len(result.tokens)} tokens ({result.finish_reason})"
-        if result.decode_s > 0:
-            generated += f", {(len(result.tokens) - 1) / result.decode_s:.1f} tokens/s"
-        rate = f" at {result.prompt_tokens / result.prefill_s:.1f} tokens/s" if result.prefill_s > 0 else ""
-        lines = [
-            f"{generated}; first token after {format_duration(result.prefill_s)} "
-            f"({result.prompt_tokens} prompt tokens{rate}); loaded in {format_duration(statistics.load_s)}"
-        ]
-    lookups = statistics.cache.hits + statistics.cache.misses
-    hit_rate = f"{statistics.cache.hits / lookups:.1%} of {lookups} lookups hit" if lookups else "none looked up"
-    per_token = ""
-    if len(result.tokens) > 1:
-        per_token = f" ({format_bytes(result.decode_bytes_read / (len(result.tokens) - 1))} per generated token)"
-    lines.append(
-        f"experts: {hit_rate}; read {format_bytes(statistics.bytes_read)}{per_token}; "
-        f"peak memory {format_bytes(statistics.peak_rss_bytes)}"
-    )
-    return lines
+    """Return the figures of a generation as lines of text that fit a narrow terminal."""
+    n_tokens = len(result.tokens)
+    lookups = result.hits + result.misses
+    generated = f"{n_tokens} tokens ({result.finish_reason})"
+    prompt = f"prompt: {result.prompt_tokens} tokens"
+    experts = f"experts: {result.hits / lookups:.1%} of {lookups} lookups hit" if lookups else "experts: none"
+    read = f"; read {format_bytes(result.bytes_read)}"
+    if result.decode_s > 0:
+        generated += f", {(n_tokens - 1) / result.decode_s:.1f} tokens/s"
+        read += f", {format_bytes(result.decode_bytes_read / (n_tokens - 1))} per generated token"
+    if result.prefill_s > 0:
+        rate = result.prompt_tokens / result.prefill_s
+        prompt += f", {rate:.1f} tokens/s; first token after {format_duration(result.prefill_s)}"
+    settings = statistics.settings
+    return [
+        generated,
+        f"{prompt}; loaded in {format_duration(statistics.load_s)}",
+        experts + read,
+        f"memory: peak {format_bytes(statistics.peak_rss_bytes)} of {format_bytes(settings.memory_bytes)}; "
+        f"{settings.slots} slots of {format_bytes(settings.slot_bytes)}",
+    ]

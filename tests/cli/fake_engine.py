@@ -17,11 +17,32 @@ STORY = ("Once", " upon", " a", " time", " gr\u00fcn", ".", "\n", "\x1b[31mred",
 
 
 @attrs.define
+class FakeCache:
+    hits: int
+    misses: int
+
+
+@attrs.define
+class FakeSettings:
+    memory_bytes: int = 1 << 30
+    slots: int = 20
+    slot_bytes: int = 2 << 20
+
+
+@attrs.define
 class FakeStatistics:
+    n_asked: int  # generations; every one adds as much as the others
     load_s: float = 0.5
     peak_rss_bytes: int = 123 << 20
-    cache: Any = attrs.Factory(lambda: type("Cache", (), {"hits": 30, "misses": 10}))
-    bytes_read: int = 4096
+    settings: FakeSettings = attrs.Factory(FakeSettings)
+
+    @property
+    def cache(self) -> FakeCache:
+        return FakeCache(30 * self.n_asked, 10 * self.n_asked)
+
+    @property
+    def bytes_read(self) -> int:
+        return 1024 + 4096 * self.n_asked
 
 
 @attrs.define
@@ -103,7 +124,7 @@ class FakeEngine:
                 )
 
     def statistics(self) -> FakeStatistics:
-        return FakeStatistics()
+        return FakeStatistics(len(self.asked))
 
 
 def completion(words: Sequence[str], reason: Literal["stop", "length"]) -> mer.Completion:

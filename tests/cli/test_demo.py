@@ -76,6 +76,7 @@ def test_converses_line_by_line_and_forgets_the_oldest(
     asked = [engine.encoded[i] for i in (0, 2, 5)]
     assert asked == [[why], [why, answer, how], [how, answer, who]]
     assert err.count("forgotten") == 1
+    assert err.count("75.0% of 40 lookups hit; read 4.00 KiB") == 3, "figures are of one answer"
     assert engine.opened[0][1]["memory"] == "1GiB"
 
 
