@@ -299,7 +299,7 @@ async def test_an_abandoned_fetch_keeps_its_slot_until_the_last_read_lands(autoj
         reads = disk.in_flight
         rig.fetcher.abandon(fetch)
         for wait in (fetch.wait, fetch.wait_gate_up):
-            with pytest.raises(RuntimeError, match="expert 1 of layer 0 was abandoned"):
+            with pytest.raises(RuntimeError, match="expert 1 of layer 0 was abandoned"), trio.fail_after(60):
                 await wait()
         with pytest.raises(RuntimeError, match="not in flight"):
             rig.fetcher.abandon(fetch)
