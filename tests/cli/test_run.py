@@ -403,3 +403,13 @@ def test_the_entry_point_exits_with_the_code(main_exit: Callable[[list[str]], An
     assert main_exit(["run", "x"]) == 0
     engine.error = TemplateError("none")
     assert main_exit(["run", "x"]) == 1
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
+def test_closed_standard_streams_are_no_error(closed: list[int]) -> None:
+    shell = " ".join(f"{fd}{'<' if fd == 0 else '>'}&-" for fd in closed)
+    command = f'"{sys.executable}" -m tests.cli.fake_main "{{}}" run x {shell}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert done.stdout == ("" if 1 in closed else TEXT + "\n")
+    assert ("tokens/s" in done.stderr) is (2 not in closed)
