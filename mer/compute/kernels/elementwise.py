@@ -13,20 +13,24 @@ from mer.compute.kernels.vector import add_scaled, dot, scale_product, swiglu16
 
 @step
 def rms_norm(row: int, thread: int, n_threads: int) -> None:
-    """Write out = x / sqrt(mean(x**2) + eps) * weight for rows of d floats, padded with zeros to a multiple of 16.
+    """Write out = x / sqrt(mean(x**2) + eps) * weight for rows of d floats.
 
-    Arguments: x, x_stride_bytes, index (int32 row numbers, or 0), n, d, weight (padded with zeros), eps (address of a
-    float32), out, out_stride_bytes.
+    Rows of x, out and weight have room for a multiple of 16 floats; what pads x has no effect on the d results.
+
+    Arguments: x, x_stride_bytes, index (int32 row numbers, or 0), n, d, weight, eps (address of a float32), out,
+    out_stride_bytes.
     """
     x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n, d, weight = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
     eps = load_f32(load_i64(row, ARG0 + 6), 0)
     out, out_stride = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
-    padded = (d + 15) // 16 * 16
+    whole, padded = d // 16 * 16, (d + 15) // 16 * 16
     for t in range(thread, n, n_threads):
         source = x + (load_i32(index, t) if index != 0 else t) * x_stride
-        mean = dot(source, source, padded) / np.float32(d)
-        scale = np.float32(1) / np.float32(math.sqrt(mean + eps))
+        square = dot(source, source, whole)
+        for i in range(whole, d):
+            square += load_f32(source, i) * load_f32(source, i)
+        scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(d) + eps))
         scale_product(out + t * out_stride, source, weight, scale, padded)
 
 

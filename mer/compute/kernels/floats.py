@@ -59,7 +59,7 @@ def float_tile(
     out_stride: Any,
     add: Any,
 ) -> Any:
-    """Multiply `rows` weight rows with `columns` activation rows; x is zero-padded to a multiple of 16 floats."""
+    """Multiply `rows` weight rows with `columns` activation rows of k floats."""
     n_rows, n_columns, ty = rows.literal_value, columns.literal_value, kind.literal_value
     signature = types.void(kind, rows, columns, *[types.int64] * 8)
 
@@ -71,7 +71,11 @@ def float_tile(
         column = [b.add(x, b.mul(x_stride, i64(c))) for c in range(n_columns)]
 
         def accumulate(index: Any, mask: Any = None) -> None:
-            xs = [load(b, a, b.mul(index, i64(4)), V16F32, 4) for a in column]
+            offset = b.mul(index, i64(4))
+            if mask is None:
+                xs = [load(b, a, offset, V16F32, 4) for a in column]
+            else:  # what pads x may be NaN
+                xs = [masked_load(b, a, offset, V16F32, mask) for a in column]
             for r in range(n_rows):
                 weights = _weights(b, ty, row[r], index, mask)
                 for c in range(n_columns):
@@ -97,7 +101,7 @@ def float_tile(
 def float_rows(row, kind):  # type: ignore[no-untyped-def]
     """Body of every float matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed chunks of rows.
 
-    Arguments: w, n_rows, k, row_bytes, n (columns), x, x_stride_bytes, out, out_stride_bytes, add, chunk.
+    Arguments: w, n_rows, k, row_bytes, n (columns), x, x_stride_bytes, out, out_stride_bytes, add, chunk (in rows).
     """
     literally(kind)
     w, n_rows = load_i64(row, ARG0), load_i64(row, ARG0 + 1)

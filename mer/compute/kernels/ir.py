@@ -52,6 +52,12 @@ def store(b: ir.IRBuilder, value: Any, address: Any, offset: Any, align: int = 4
     b.store(value, at(b, address, offset, value.type)).align = align
 
 
+def prefetch(b: ir.IRBuilder, address: Any, offset: int) -> None:
+    """Ask for the cache line at an address, which need not exist."""
+    read_all_caches_data = [ir.Constant(I32, n) for n in (0, 3, 1)]
+    call(b, "llvm.prefetch.p0", ir.VoidType(), at(b, address, offset, I8), *read_all_caches_data)
+
+
 def splat(b: ir.IRBuilder, scalar: Any, vector: ir.VectorType) -> Any:
     """Broadcast a scalar to every lane."""
     one = b.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))

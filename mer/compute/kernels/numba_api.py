@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -11,5 +12,5 @@ import numba.core.extending
 cgutils: Any = numba.core.cgutils
 intrinsic: Any = numba.core.extending.intrinsic
 literally: Any = numba.literally  # type: ignore[attr-defined]
-njit: Any = numba.njit
+njit: Any = functools.partial(numba.njit, error_model="numpy")  # division by zero gives infinity or NaN, no exception
 numba_config: Any = numba.config

@@ -1,7 +1,8 @@
 """Quantizing activations to int8 blocks, packed in the column tiles that `tile.py` reads.
 
-As ggml does: scale = max|x| / 127 per block, q = round(x / scale) to nearest even. Blocks are 32 long for the legacy
-types (one sum per block) and 256 long for the K types (one sum per 16).
+As ggml does: scale = max|x| / 127 per block, q = round(x * (1 / scale)) to nearest even; a block whose scale is below
+the normal float32 becomes zero. Blocks are 32 long for the legacy types (one sum per block) and 256 long for the K
+types (one sum per 16).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from mer.compute.kernels.ir import load_i32, load_i64, store_f32, store_i32
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, step
 from mer.compute.kernels.vector import amax, quantize16
+
+_TINY = np.float32(2.0**-126)  # the reciprocal of a smaller scale may be infinite; such blocks become zero
 
 
 @njit
@@ -48,7 +51,7 @@ def pack(row: int, thread: int, n_threads: int) -> None:
         first, columns = column_tile(t, n)
         place = first * n_blocks + k * columns + (t - first)
         scale = amax(block, size) / np.float32(127)
-        inverse = np.float32(0) if scale == np.float32(0) else np.float32(1) / scale
+        inverse = np.float32(0) if scale < _TINY else np.float32(1) / scale
         store_f32(xs, place, scale)
         for s in range(sums):
             partial = np.int32(0)

@@ -11,7 +11,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from mer.compute.kernels.ir import V16F32, V16I8, V16I16, V16I32, V32I16, V64I8, const, dot4, fma, load, widen_half
+from mer.compute.kernels.ir import (
+    I64,
+    V16F32,
+    V16I8,
+    V16I16,
+    V16I32,
+    V32I16,
+    V64I8,
+    const,
+    dot4,
+    fma,
+    i64,
+    load,
+    widen_half,
+)
+from mer.compute.kernels.numba_api import cgutils
 from mer.compute.kernels.step import step
 from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
 
@@ -26,39 +41,46 @@ class Q6_K:
     block_bytes = 210
     sums_per_block = 16
 
-    def _quads(self, b: Any, weights: Any, sub: int) -> list[Any]:
-        """Return 4 vectors with the 16 six-bit weights of sub-block `sub` of each row, as unsigned bytes."""
-        half, quarter, odd = sub // 8, sub % 8 // 2, sub % 2
+    def _weights(self, b: Any, low: list[Any], high: list[Any], quarter: int) -> list[Any]:
+        """Return 4 vectors with the 16 six-bit weights of each row from quarter `quarter` of a half, as bytes."""
         vectors = []
         for j in range(4):
-            low = b.bitcast(load(b, weights, _LOW + 64 * (16 * half + 8 * (quarter % 2) + 4 * odd + j), V64I8), V32I16)
+            nibbles = low[4 * (quarter % 2) + j]
             if quarter >= 2:
-                low = b.lshr(low, const(V32I16, 4))
-            high = b.bitcast(load(b, weights, _HIGH + 64 * (8 * half + 4 * odd + j), V64I8), V32I16)
-            shift = 4 - 2 * quarter
+                nibbles = b.lshr(nibbles, const(V32I16, 4))
+            pairs, shift = high[j], 4 - 2 * quarter
             if shift > 0:
-                high = b.shl(high, const(V32I16, shift))
+                pairs = b.shl(pairs, const(V32I16, shift))
             elif shift < 0:
-                high = b.lshr(high, const(V32I16, -shift))
-            nibble = b.and_(b.bitcast(low, V64I8), const(V64I8, 0x0F))
-            vectors.append(b.or_(nibble, b.and_(b.bitcast(high, V64I8), const(V64I8, 0x30))))
+                pairs = b.lshr(pairs, const(V32I16, -shift))
+            nibble = b.and_(b.bitcast(nibbles, V64I8), const(V64I8, 0x0F))
+            vectors.append(b.or_(nibble, b.and_(b.bitcast(pairs, V64I8), const(V64I8, 0x30))))
         return vectors
 
     def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
-        """See `BlockFormat`."""
-        totals = [const(V16I32, 0)] * columns
-        for sub in range(16):
-            vectors = self._quads(b, weights, sub)
-            scale = b.sext(load(b, weights, _SCALES + 16 * sub, V16I8), V16I32)
-            for c in range(columns):
-                part = column.sum(c, sub, -32)
-                for j, vector in enumerate(vectors):
-                    part = dot4(b, part, vector, column.quad(c, 16 * sub + 4 * j, V64I8))
-                totals[c] = b.add(totals[c], b.mul(part, scale))
+        """See `BlockFormat`. A loop over (half, odd), so that the code of 16 sub-blocks is compiled as that of 4."""
+        totals = [cgutils.alloca_once_value(b, const(V16I32, 0)) for _ in range(columns)]
+        with cgutils.for_range(b, i64(4), intp=I64) as loop:
+            half, odd = b.lshr(loop.index, i64(1)), b.and_(loop.index, i64(1))
+            sub = b.add(b.mul(half, i64(8)), odd)  # the first of sub-blocks sub, sub + 2, sub + 4, sub + 6
+            scales = b.add(weights, b.mul(sub, i64(16)))
+            low = b.add(weights, b.add(b.mul(half, i64(64 * 16)), b.mul(odd, i64(64 * 4))))
+            high = b.add(weights, b.mul(loop.index, i64(64 * 4)))
+            lows = [load(b, low, _LOW + 64 * (8 * run + j), V32I16) for run in range(2) for j in range(4)]
+            highs = [load(b, high, _HIGH + 64 * j, V32I16) for j in range(4)]
+            here = column.advanced(b.mul(sub, i64(16)), sub)
+            for quarter in range(4):
+                vectors = self._weights(b, lows, highs, quarter)
+                scale = b.sext(load(b, scales, _SCALES + 16 * 2 * quarter, V16I8), V16I32)
+                for c in range(columns):
+                    part = here.sum(c, 2 * quarter, -32)
+                    for j, vector in enumerate(vectors):
+                        part = dot4(b, part, vector, here.quad(c, 32 * quarter + 4 * j, V64I8))
+                    b.store(b.add(b.load(totals[c]), b.mul(part, scale)), totals[c])
         scale = widen_half(b, load(b, weights, 0, V16I16))
         for c in range(columns):
             both = b.fmul(scale, column.scale(c))
-            b.store(fma(b, b.sitofp(totals[c], V16F32), both, b.load(acc[c])), acc[c])
+            b.store(fma(b, b.sitofp(b.load(totals[c]), V16F32), both, b.load(acc[c])), acc[c])
 
 
 FORMATS[KIND] = Q6_K()

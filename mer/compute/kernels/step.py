@@ -16,7 +16,7 @@ from typing import Any
 import numba
 from numba import types
 
-from mer.compute.kernels.numba_api import numba_config
+from mer.compute.kernels.numba_api import njit, numba_config
 from mer.compute.kernels.target import KERNEL_CACHE
 
 ROW_WORDS = 24  # int64 per program row: function, barrier flag, work counter, arguments
@@ -63,7 +63,7 @@ class Step:
         """Compile the step, or load it from the cache, and return whether the cache had it."""
         if self._compiled is None:
             with _kernel_cache() as keep:
-                self._compiled = numba.cfunc(_SIGNATURE, cache=keep)(self._function)
+                self._compiled = numba.cfunc(_SIGNATURE, cache=keep, error_model="numpy")(self._function)
         return bool(self._compiled.cache_hits)
 
     @property
@@ -89,6 +89,6 @@ def nogil_function(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def declare(function: Callable[..., Any]) -> Any:
         with _kernel_cache() as keep:
-            return numba.njit(signature, nogil=True, cache=keep)(function)
+            return njit(signature, nogil=True, cache=keep)(function)
 
     return declare

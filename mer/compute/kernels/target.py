@@ -31,7 +31,9 @@ _VNNI_NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 
 
 def _host_features() -> dict[str, bool]:
-    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    """The features that numba will compile for; the CPU name "generic" alone stands for none of them."""
+    generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
+    chosen = os.environ.get("NUMBA_CPU_FEATURES", "" if generic else None)
     if chosen is None:
         return dict(binding.get_host_cpu_features())
     return {item[1:]: item[0] == "+" for item in chosen.split(",") if item}

@@ -14,16 +14,33 @@ block_weights], float32 scales [n_blocks, columns], and int32 sums of the int8 v
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol
 
 from llvmlite import ir
 from numba import types
 
-from mer.compute.kernels.ir import F32, I32, I64, V16F32, V16I32, atomic_add, const, i64, load, load_i64, splat, store
+from mer.compute.kernels.ir import (
+    F32,
+    I32,
+    I64,
+    V16F32,
+    V16I32,
+    atomic_add,
+    const,
+    i64,
+    load,
+    load_i64,
+    prefetch,
+    splat,
+    store,
+)
 from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
 from mer.compute.kernels.step import ARG0, COUNTER
 
 ROWS = 16  # rows in a tile
+_PREFETCH_BYTES = 2048  # weights are asked for so far ahead: the hardware's own prefetching stops at page boundaries
+_PREFETCH_COLUMNS = 4  # with more columns the arithmetic takes longer than the weights
 
 
 class BlockFormat(Protocol):
@@ -45,6 +62,13 @@ class ActivationColumn:
         self._xq = b.add(xq, b.mul(k, i64(columns * fmt.block_weights)))
         self._xs = b.add(xs, b.mul(k, i64(4 * columns)))
         self._xsum = b.add(xsum, b.mul(k, i64(4 * columns * fmt.sums_per_block)))
+
+    def advanced(self, weights: Any, sums: Any) -> ActivationColumn:
+        """Return the same block seen from `weights` weights and `sums` sums on, both IR values."""
+        later = copy.copy(self)
+        later._xq = self._b.add(self._xq, weights)
+        later._xsum = self._b.add(self._xsum, self._b.mul(sums, i64(4)))
+        return later
 
     def quad(self, column: int, position: int, vector: Any) -> Any:
         """Broadcast the 4 int8 activations from `position` (in weights) to all lanes, as `vector`."""
@@ -96,6 +120,9 @@ def tile(
             column = ActivationColumn(b, fmt, n_columns, loop.index, xq, xs, xsum)
             for g in range(n_groups):
                 base = b.add(b.add(w, b.mul(loop.index, i64(block))), b.mul(n, i64(block * g)))
+                if n_columns <= _PREFETCH_COLUMNS:
+                    for line in range(0, block, 64):
+                        prefetch(b, base, _PREFETCH_BYTES + line)
                 fmt.accumulate(b, base, column, n_columns, acc[g])
         adds = b.icmp_signed("!=", add, i64(0))
         for g in range(n_groups):
@@ -116,7 +143,7 @@ def matmul_rows(row, kind):  # type: ignore[no-untyped-def]
     """Body of every quantized matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed chunks of tiles.
 
     Arguments: w, n_tiles, n_blocks, tile_stride_bytes, n (columns), xq, xs, xsum, block_weights, sums_per_block, out,
-    out_stride_bytes, add.
+    out_stride_bytes, add, chunk (in tiles).
     """
     literally(kind)
     w, n_tiles, n_blocks = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
