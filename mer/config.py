@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def _fraction(_instance: Any, attribute: attrs.Attribute[Any], value: float) -> 
 
 
 def _temperature(_instance: Any, _attribute: attrs.Attribute[Any], value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+    if not (isinstance(value, int | float) and 0 <= value <= sys.float_info.max):
         raise RequestError(f"temperature is {value!r}; it must be a finite number from 0 up (0 is greedy)")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from types import TracebackType
 
@@ -18,7 +18,7 @@ from mer.compute.kernels.step import cache_failure
 from mer.compute.kernels.target import FORM, KERNEL_CACHE
 from mer.compute.weights import DenseWeights
 from mer.config import EngineConfig, Progress, Sampling
-from mer.errors import ContextOverflow, EngineClosed, RequestError
+from mer.errors import ContextOverflow, EngineClosed, MerError, RequestError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
@@ -86,8 +86,9 @@ class TokenStream(trio.abc.ReceiveChannel[Event]):
         try:
             event = await self._channel.receive()
         except trio.EndOfChannel:
-            if self._generation.error is not None:
-                raise self._generation.error from None
+            error = self._generation.error
+            if error is not None:
+                raise _copy(error) from error.__cause__
             raise
         self._wake()
         return event
@@ -204,7 +205,7 @@ class Engine:
 
         A reader that falls behind pauses its own generation and no other.
         """
-        generation, channel = self._prepare(prompt, max_tokens, sampling or Sampling(), stop, ignore_eos)
+        generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
         events = TokenStream(generation, channel, self._scheduler.wake)
         try:
             await self._scheduler.submit(generation)
@@ -221,6 +222,8 @@ class Engine:
         """
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt)
+        if isinstance(prompt, Message | bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+            raise RequestError(f"a prompt is text, token ids or a list of messages, not {type(prompt).__name__}")
         items = list(prompt)
         messages = [item for item in items if isinstance(item, Message)]
         if messages and len(messages) == len(items):
@@ -237,13 +240,18 @@ class Engine:
         return ids
 
     def _prepare(
-        self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop: Sequence[str], ignore_eos: bool
+        self, prompt: Prompt, max_tokens: int, sampling: Sampling | None, stop: Sequence[str], ignore_eos: bool
     ) -> tuple[Generation, trio.MemoryReceiveChannel[Event]]:
         """Check a request and make its generation."""
         if self._closed:
             raise EngineClosed("the engine is closed")
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise RequestError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1 up")
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise RequestError(f"sampling is {sampling!r}; it must be a Sampling")
+        if not isinstance(stop, Sequence):
+            raise RequestError(f"stop is {stop!r}; it must be a list of stop strings")
         ids = self.encode(prompt)
         if not ids:
             raise RequestError("the prompt is empty; give text or at least one token id")
@@ -287,8 +295,7 @@ async def open_engine(
     Args:
         path: the GGUF file, or any part of a split one.
         memory: bounds the whole process, in bytes or as text such as "8GiB"; by default the control group's limit or
-        what
-            is available.
+            what is available.
         threads: compute threads; by default one per processor.
         io_threads: reads that the disk sees at once.
         slots: caps the expert slots below what the budget allows.
@@ -383,19 +390,20 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
 
         worker.start_threads()
         stack.callback(worker.close)
-        async with trio.open_nursery() as nursery:
-            engine = Engine(
-                model=model,
-                plan=plan,
-                tokenizer=tokenizer,
-                scheduler=scheduler,
-                statistics=statistics,
-                stop=nursery.cancel_scope,
-            )
-            nursery.start_soon(worker.run)
-            nursery.start_soon(scheduler.run)
-            load_s = time.perf_counter() - begun_s
-            task_status.started(engine)
+        with _Unwrapped():
+            async with trio.open_nursery() as nursery:
+                engine = Engine(
+                    model=model,
+                    plan=plan,
+                    tokenizer=tokenizer,
+                    scheduler=scheduler,
+                    statistics=statistics,
+                    stop=nursery.cancel_scope,
+                )
+                nursery.start_soon(worker.run)
+                nursery.start_soon(scheduler.run)
+                load_s = time.perf_counter() - begun_s
+                task_status.started(engine)
 
 
 async def _compile(kinds: set[GGMLType], on_progress: Callable[[Progress], None]) -> None:
@@ -433,8 +441,18 @@ def _settings(
     )
 
 
+def _copy(error: MerError) -> MerError:
+    """Return an error to raise in place of one that several callers share: each raise adds to its traceback."""
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy
+
+
 class _Unwrapped:
-    """Lets a single error out of the exception groups that nurseries wrap it in."""
+    """Lets a single error out of the exception group that the nursery in its block wraps it in.
+
+    The error keeps its own cause and context; a group that the error itself is stays as it is.
+    """
 
     def __enter__(self) -> None:
         return None
@@ -442,8 +460,10 @@ class _Unwrapped:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        single = error
-        while isinstance(single, BaseExceptionGroup) and len(single.exceptions) == 1:
-            single = single.exceptions[0]
-        if single is not None and single is not error:
-            raise single from single.__cause__
+        if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            single = error.exceptions[0]
+            context, suppressed = single.__context__, single.__suppress_context__
+            try:
+                raise single
+            finally:
+                single.__context__, single.__suppress_context__ = context, suppressed

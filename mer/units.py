@@ -12,7 +12,7 @@ _FACTORS = {"b": 1} | {
     for power, letter in enumerate("kmgtp", 1)
     for name, base in ((letter, 1024), (letter + "ib", 1024), (letter + "b", 1000))
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(value: int | str) -> int:

@@ -37,9 +37,8 @@ class KVBlocks:
 
     def release(self, blocks: tuple[int, ...]) -> None:
         """Give blocks back."""
-        held = set(self._free)
-        if held & set(blocks) or len(set(blocks)) != len(blocks):
-            raise RuntimeError(f"blocks {sorted(held & set(blocks)) or blocks} are given back twice")
+        if len({*self._free, *blocks}) != len(self._free) + len(blocks):
+            raise RuntimeError(f"some of the blocks {blocks} are given back twice")
         self._free.extend(reversed(blocks))
 
     def statistics(self) -> KVStatistics:

@@ -51,14 +51,16 @@ class LayerResult:
 class LayerRun:
     """The experts of one layer for one batch.
 
-    Slots are taken as they can be had and never waited for while another slot is held for nothing: a slot is waited for
-    only when nothing is loading and nothing is ready, so that no order of events can block the engine.
+    Slots are taken as they can be had and never waited for while this run holds one that it could give back: it waits
+    only when nothing is ready to compute. Then every slot is being filled, by fetches of this run or by those that an
+    earlier batch has left behind, and each of them that ends leaves a slot to be had.
     """
 
     def __init__(self, store: ExpertStore, link: WorkerLink, layer: int) -> None:
         self._store, self._link, self._layer = store, link, layer
-        self._ready: list[LoadedExpert] = []
+        self._missing: deque[int] = deque()
         self._in_flight: dict[int, Fetch] = {}
+        self._ready: list[LoadedExpert] = []
         self._failed: dict[int, ReadError] = {}
 
     async def run(self, experts: Sequence[int], wanted: Callable[[], bool]) -> LayerResult:
@@ -68,7 +70,7 @@ class LayerRun:
 
         Args:
             experts: numbers of the routed experts, each once.
-            wanted: looked at between jobs; false gives the layer up.
+            wanted: looked at between jobs and when something changes in the store; false gives the layer up.
 
         Raises:
             MerError: a job failed; the experts it ran on are dropped.
@@ -76,27 +78,21 @@ class LayerRun:
         store, layer = self._store, self._layer
         hits, misses = store.cache.lookup(layer, experts)
         self._ready = [store.pin(layer, expert) for expert in hits]
-        queue = deque(misses)
+        self._missing.extend(misses)
         try:
-            while (queue or self._in_flight) and wanted():
+            while (self._missing or self._in_flight) and wanted():
                 self._collect()
-                self._start(queue)
-                if self._ready and (queue or self._in_flight):
+                self._start()
+                if not (self._missing or self._in_flight):
+                    break
+                if self._ready:
                     await self._run_ready()
-                elif self._in_flight:
-                    await store.wait_landed(self._in_flight.values())
-                elif queue and not self._ready:
-                    expert = queue.popleft()
-                    self._in_flight[expert] = await store.start_when_possible(layer, expert)
+                else:
+                    await store.wait_for_change()
         except BaseException:
             store.unpin(layer, self._ready, used=False)
             raise
         return LayerResult(tuple(self._ready), self._failed)
-
-    def _start(self, queue: deque[int]) -> None:
-        """Start as many missing experts as there are slots to be had."""
-        while queue and (fetch := self._store.start(self._layer, queue[0])) is not None:
-            self._in_flight[queue.popleft()] = fetch
 
     def _collect(self) -> None:
         """Pin what has landed, before anything can evict it."""
@@ -107,6 +103,14 @@ class LayerRun:
                     self._ready.append(self._store.pin(self._layer, expert))
                 else:
                     self._failed[expert] = fetch.error
+        for expert in [e for e in self._missing if (self._layer, e) in self._store.cache]:
+            self._missing.remove(expert)  # a fetch that an earlier batch left behind has brought it since the lookup
+            self._ready.append(self._store.pin(self._layer, expert))
+
+    def _start(self) -> None:
+        """Start as many missing experts as there are slots to be had."""
+        while self._missing and (fetch := self._store.start(self._layer, self._missing[0])) is not None:
+            self._in_flight[self._missing.popleft()] = fetch
 
     async def _run_ready(self) -> None:
         ready, self._ready = self._ready, []

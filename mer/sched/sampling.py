@@ -38,11 +38,12 @@ class Sampler:
         order = np.argsort(-logits, kind="stable")
         if s.top_k:
             order = order[: s.top_k]
-        scaled = logits[order].astype(np.float64) / s.temperature
-        p = np.exp(scaled - scaled[0])
+        below = logits[order].astype(np.float64) - logits[order[0]]  # before dividing: no temperature overflows 0
+        with np.errstate(over="ignore"):
+            p = np.exp(below / s.temperature)
         p /= p.sum()
-        kept = max(1, int(np.searchsorted(np.cumsum(p), s.top_p)) + 1) if s.top_p < 1 else len(p)
-        kept = min(kept, max(1, int(np.count_nonzero(p >= s.min_p * p[0]))))
+        kept = int(np.searchsorted(np.cumsum(p), s.top_p)) + 1 if s.top_p < 1 else len(p)
+        kept = min(kept, int(np.count_nonzero((p >= s.min_p * p[0]) & (p > 0))))
         cumulative = np.cumsum(p[:kept])
         index = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
         return int(order[min(index, kept - 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import attrs
@@ -125,6 +126,7 @@ class Scheduler:
     def wake(self) -> None:
         """Make the scheduler look again: a sequence was cancelled, or its reader has made room."""
         self._wake.set()
+        self._store.wake()
 
     def statistics(self) -> SchedulerStatistics:
         """Return a snapshot."""
@@ -134,49 +136,51 @@ class Scheduler:
     async def run(self) -> None:
         """Serve sequences until cancelled; those that are left then fail with EngineClosed."""
         try:
-            with self._admission:
-                while True:
-                    self._reap()
-                    self._admit()
-                    members, batch = self._compose()
-                    if batch is None:
-                        await self._wake.wait()
-                        self._wake = trio.Event()
-                    else:
-                        await self._run_batch(members, batch)
+            while True:
+                self._reap()
+                self._admit()
+                members, batch = self._compose()
+                if batch is None:
+                    await self._wake.wait()
+                    self._wake = trio.Event()
+                else:
+                    await self._run_batch(members, batch)
         finally:
-            closed = EngineClosed("the engine was closed before the generation had finished")
-            for sequence in [*self._running, *([self._head] if self._head else []), *self._queued()]:
-                if sequence.status is not Status.ENDED:
-                    sequence.fail(closed)
+            self._close()
 
-    def _queued(self) -> list[Sequence]:
-        """Take what is left in the admission channel."""
-        left: list[Sequence] = []
-        while True:
-            try:
-                left.append(self._admission.receive_nowait())
-            except (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-                return left
+    def _close(self) -> None:
+        """Fail every sequence that is left, and refuse new ones."""
+        queued = [] if self._head is None else [self._head]
+        self._head = None
+        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                queued.append(self._admission.receive_nowait())
+        self._admission.close()  # only now: closing forgets what is queued
+        for sequence in [*self._running, *queued]:
+            if sequence.status is not Status.ENDED and not sequence.cancelled:
+                sequence.fail(EngineClosed("the engine was closed before the generation had finished"))
+        self._reap()
+        for sequence in queued:
+            self._let_go(sequence)
 
     def _reap(self) -> None:
-        """Let go of sequences that have ended or were cancelled, and of their KV blocks."""
+        """Let go of sequences that have ended or were cancelled."""
         for sequence in list(self._running):
             if sequence.status is Status.ENDED or sequence.cancelled:
-                self._count_end(sequence)
                 self._running.remove(sequence)
-                self._kv.release(sequence.blocks)
-                sequence.blocks = ()
-                if sequence.status is not Status.ENDED:
-                    sequence.end()
+                self._let_go(sequence)
 
-    def _count_end(self, sequence: Sequence) -> None:
+    def _let_go(self, sequence: Sequence) -> None:
+        """Count a sequence that has ended or was cancelled, and take back its KV blocks."""
         if sequence.error is not None:
             self._counters.failed += 1
         elif sequence.status is Status.ENDED:
             self._counters.finished += 1
         else:
             self._counters.cancelled += 1
+            sequence.end()
+        self._kv.release(sequence.blocks)
+        sequence.blocks = ()
 
     def _admit(self) -> None:
         """Let queued sequences run, first come, first served, while there are places and KV blocks."""
@@ -188,8 +192,7 @@ class Scheduler:
                     return
             sequence = self._head
             if sequence.cancelled:
-                self._count_end(sequence)
-                sequence.end()
+                self._let_go(sequence)
                 self._head = None
                 continue
             blocks = self._kv.reserve(self._kv.needed(sequence.total_tokens))

@@ -22,7 +22,7 @@ class ExpertStore:
         self.cache = cache
         self.pool = pool
         self._fetcher: Fetcher | None = None
-        self._landed = trio.Event()
+        self._changed = trio.Event()
 
     def attach(self, fetcher: Fetcher) -> None:
         """Use a fetcher whose `on_done` is this store's `landed`."""
@@ -32,17 +32,16 @@ class ExpertStore:
         """Take an expert into the cache when its fetch ends; synchronous, called by the fetcher."""
         if fetch.error is None:
             self.cache.insert(fetch.key, fetch.slot, fetch.addresses)
-            self._make_room()
-        self._landed.set()
-        self._landed = trio.Event()
+        self.wake()
 
-    def _make_room(self) -> None:
-        """Evict for leases in line: what lands for nobody must not keep them waiting."""
-        while self.pool.statistics().tasks_waiting:
-            victim = self.cache.evict_for(0)
-            if victim is None:
-                return
-            self.pool.release(victim)
+    def wake(self) -> None:
+        """Make whoever is in `wait_for_change` look again."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_for_change(self) -> None:
+        """Wait until the next fetch ends, successful or not, or the next `wake`; changes nothing if cancelled."""
+        await self._changed.wait()
 
     def pin(self, layer: int, expert: int) -> LoadedExpert:
         """Keep a resident expert in its slot and return where its matrices lie."""
@@ -81,17 +80,3 @@ class ExpertStore:
             self.pool.release(victim)
             (slot,) = self.pool.lease_nowait(1)
         return self._fetcher.start(layer, expert, slot)
-
-    async def start_when_possible(self, layer: int, expert: int) -> Fetch:
-        """Start fetching an expert once a slot is free, for when no read and no job of the caller will free one.
-
-        If cancelled, no slot is taken.
-        """
-        assert self._fetcher is not None
-        (slot,) = await self.pool.lease(1)
-        return self._fetcher.start(layer, expert, slot)
-
-    async def wait_landed(self, fetches: Iterable[Fetch]) -> None:
-        """Wait until at least one of the fetches has ended; they go on if the wait is cancelled."""
-        while not any(fetch.done for fetch in fetches):
-            await self._landed.wait()

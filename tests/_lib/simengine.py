@@ -1,0 +1,210 @@
+"""The production engine on a simulated disk and a simulated worker, all of it on trio's clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import attrs
+import trio
+
+from mer.engine import Engine
+from mer.io.arena import Arena
+from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
+from mer.io.fetch import Fetcher
+from mer.io.ggml import GGMLType
+from mer.io.pool import BufferPool
+from mer.sched.experts import ExpertCache
+from mer.sched.kv import KVBlocks
+from mer.sched.policy import LayerLRU
+from mer.sched.scheduler import Scheduler
+from mer.sched.store import ExpertStore
+from tests._lib.simdisk import DiskProfile, SimDisk, open_sim_disk
+from tests._lib.simworker import JobCost, SimModel, SimWorker
+
+END_TOKEN = 1
+
+
+def make_experts(model: SimModel, seed: int = 0) -> tuple[ExpertMap, list[int]]:
+    """Return experts of uneven small sizes at odd offsets of two files, and the files' sizes."""
+    rng = random.Random(seed)
+    ends = [rng.randrange(5000), rng.randrange(5000)]
+    layers = []
+    for layer in range(model.n_layers):
+        row = []
+        for expert in range(model.n_experts):
+            parts = []
+            for projection in ("gate", "up", "down"):
+                file, n_bytes = rng.randrange(2), rng.randrange(1, 6000)
+                parts.append(ExpertPart(projection, GGMLType.Q4_0, 1, 1, file, ends[file], n_bytes))
+                ends[file] += n_bytes + rng.choice([0, 0, 1, 4096])
+            row.append(ExpertExtents(layer, expert, (parts[0], parts[1], parts[2])))
+        layers.append(tuple(row))
+    return ExpertMap(tuple(layers)), ends
+
+
+class SimTokenizer:
+    """Every token is a letter; token 1 ends a sequence."""
+
+    eos_ids = frozenset({END_TOKEN})
+    space_prefix = False
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text of letters."""
+        return [ord(letter) - ord("a") for letter in text]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the letter of a token."""
+        return bytes([ord("a") + token_id])
+
+
+@attrs.define(eq=False, kw_only=True)
+class SimEngine:
+    """An engine and everything in it."""
+
+    engine: Engine
+    scheduler: Scheduler
+    model: SimModel
+    experts: ExpertMap
+    disk: SimDisk
+    worker: SimWorker
+    arena: Arena
+    pool: BufferPool
+    cache: ExpertCache
+    store: ExpertStore
+    fetcher: Fetcher
+    kv: KVBlocks
+
+    def expected(
+        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = True
+    ) -> tuple[tuple[int, ...], set[tuple[int, int]]]:
+        """Return the tokens that the engine must generate, and the experts that this takes."""
+        tokens: list[int] = []
+        banned = SimTokenizer.eos_ids if ignore_eos else ()
+        for token, used in self.model.generate(prompt, self.disk.seed, self.experts, banned):
+            tokens.append(token)
+            if len(tokens) == max_tokens or (token == END_TOKEN and not ignore_eos):
+                return tuple(tokens), used
+        raise AssertionError("a generation has no end of its own")
+
+    def break_expert(self, layer: int, expert: int, *, part: int = 0, times: int | None = None) -> set[tuple[int, int]]:
+        """Let reads of the page in the middle of one of an expert's matrices fail; return all experts that share it."""
+        matrix = self.experts.experts[layer][expert].parts[part]
+        page = (matrix.offset + matrix.n_bytes // 2) // 4096 * 4096
+        self.disk.fail(matrix.file, page, page + 4096, times=times)
+        return {
+            (extents.layer, extents.expert)
+            for row in self.experts.experts
+            for extents in row
+            for p in extents.parts
+            if p.file == matrix.file and p.offset < page + 4096 and page < p.offset + p.n_bytes
+        }
+
+    async def settle(self) -> None:
+        """Wait until nothing moves any more: longer than any job and any read takes."""
+        await trio.sleep(1000)
+        assert not self.disk.in_flight
+
+    async def check_quiet(self) -> None:
+        """Assert that nothing is left of any generation and that all the counters add up."""
+        await self.settle()
+        s, pool, cache, fetcher, kv = (
+            self.scheduler.statistics(),
+            self.pool.statistics(),
+            self.cache.statistics(),
+            self.fetcher.statistics(),
+            self.kv.statistics(),
+        )
+        assert (s.running, s.waiting) == (0, 0)
+        assert s.submitted == s.finished + s.failed + s.cancelled
+        assert kv.free == kv.n_blocks
+        assert (pool.pinned, pool.filling, pool.quarantined, pool.tasks_waiting) == (0, 0, 0, 0)
+        assert pool.free + pool.ready == pool.n_slots
+        assert pool.ready == cache.resident
+        assert cache.hits + cache.misses == cache.lookups
+        assert cache.resident + cache.evictions <= fetcher.landed
+        assert fetcher.started == fetcher.landed + fetcher.failed
+        assert fetcher.started <= cache.misses
+        assert fetcher.reads_started == 3 * fetcher.started == len(self.disk.log)
+        assert fetcher.bytes_read == self.disk.statistics().bytes_read
+
+
+@asynccontextmanager
+async def open_sim_engine(
+    *,
+    model: SimModel | None = None,
+    n_slots: int | None = None,
+    batch_tokens: int = 8,
+    max_sequences: int = 4,
+    max_waiting: int = 8,
+    context: int = 64,
+    kv_blocks: int = 64,
+    profile: DiskProfile | None = None,
+    cost: JobCost | None = None,
+    failures: frozenset[int] = frozenset(),
+    seed: int = 0,
+) -> AsyncIterator[SimEngine]:
+    """Run an engine during the block; its `close` stops the scheduler and the worker, the disk goes on until the end.
+
+    By default every expert has a slot.
+    """
+    model = model or SimModel()
+    experts, sizes = make_experts(model, seed)
+    layout = experts.slot_layout(4096)
+    n_slots = n_slots or model.n_layers * model.n_experts
+    async with open_sim_disk(sizes, seed=seed, profile=profile) as disk:
+        arena = Arena(n_slots, layout.slot_bytes)
+        pool, cache = BufferPool(n_slots), ExpertCache(LayerLRU(model.n_layers, n_slots))
+        store = ExpertStore(cache, pool)
+        fetcher = Fetcher(pool, arena, layout, experts, disk, on_done=store.landed)
+        store.attach(fetcher)
+        worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures)
+        kv = KVBlocks(kv_blocks, worker.block_tokens)
+        scheduler = Scheduler(
+            n_layers=model.n_layers,
+            worker=worker,
+            store=store,
+            kv=kv,
+            batch_tokens=batch_tokens,
+            max_sequences=max_sequences,
+            max_waiting=max_waiting,
+            bytes_read=lambda: disk.statistics().bytes_read,
+        )
+        stop = trio.CancelScope()
+
+        async def serve() -> None:
+            with stop:
+                async with trio.open_nursery() as actors:
+                    actors.start_soon(worker.run)
+                    actors.start_soon(scheduler.run)
+
+        known = SimpleNamespace(spec=SimpleNamespace(vocab_size=model.vocab_size, context_length=context))
+        engine = Engine(
+            model=cast(Any, known),
+            plan=cast(Any, SimpleNamespace(context=context)),
+            tokenizer=cast(Any, SimTokenizer()),
+            scheduler=scheduler,
+            statistics=cast(Any, None),
+            stop=stop,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            yield SimEngine(
+                engine=engine,
+                scheduler=scheduler,
+                model=model,
+                experts=experts,
+                disk=disk,
+                worker=worker,
+                arena=arena,
+                pool=pool,
+                cache=cache,
+                store=store,
+                fetcher=fetcher,
+                kv=kv,
+            )
+            engine.close()
+        arena.close()

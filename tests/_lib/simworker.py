@@ -1,0 +1,298 @@
+"""A simulated compute worker on trio's clock: its numbers are hashes of all that they must depend on.
+
+The hidden state of a row is a hash of its token, its position, the KV entries of the positions before it and the bytes
+of the experts that were given for it, as they lie in memory while the job runs. A wrong expert, a wrong slot, stale
+bytes, a wrong KV table, a missing expert or a wrong order therefore gives other logits; what is wrong beyond doubt is
+an AssertionError at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from mer.compute.worker import (
+    Attend,
+    Batch,
+    Begin,
+    Combine,
+    Done,
+    Job,
+    LoadedExpert,
+    Project,
+    RunExperts,
+    WorkerStatistics,
+)
+from mer.errors import ComputeError
+from mer.io.arena import Arena
+from mer.io.extents import ExpertMap
+from tests._lib.simdisk import content
+
+_MASK = (1 << 64) - 1
+_ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it
+_GARBAGE = 0xBAD  # the hidden state of a row whose experts were not all computed
+
+
+def mix(*values: int) -> int:
+    """Return a 64-bit hash of numbers in order."""
+    h = 0x9E3779B97F4A7C15
+    for value in values:
+        h = (h ^ value) * 0xBF58476D1CE4E5B9 & _MASK
+        h ^= h >> 29
+    return h
+
+
+@attrs.frozen(kw_only=True)
+class SimModel:
+    """A model whose arithmetic is hashing; `expected` is what an engine must generate with it."""
+
+    n_layers: int = 2
+    n_experts: int = 6
+    top_k: int = 2
+    vocab_size: int = 16
+    seed: int = 0
+    nan_hidden: frozenset[int] = frozenset()  # tokens that make the hidden state NaN from the first layer on
+    nan_logits: frozenset[int] = frozenset()  # tokens whose logits are NaN, with a finite hidden state
+
+    def embed(self, token: int, position: int) -> int:
+        """Return the hidden state that a token starts with."""
+        return mix(self.seed, token, position)
+
+    def attend(self, layer: int, entries: Sequence[int], x: int) -> int:
+        """Return the hidden state after attention over the KV entries of all positions up to the row's own."""
+        return mix(layer, x, *entries)
+
+    def route(self, layer: int, x: int) -> list[int]:
+        """Return the experts of a row in router order."""
+        keys = [mix(x, layer, expert) for expert in range(self.n_experts)]
+        return sorted(range(self.n_experts), key=keys.__getitem__)[: self.top_k]
+
+    def logits(self, x: int) -> npt.NDArray[np.float32]:
+        """Return the logits [V] of a row."""
+        return np.array([mix(x, token) / 2**60 for token in range(self.vocab_size)], np.float32)
+
+    def generate(
+        self, prompt: Sequence[int], disk_seed: int, experts: ExpertMap, banned: Collection[int] = ()
+    ) -> Iterator[tuple[int, set[tuple[int, int]]]]:
+        """Yield the greedy tokens for a prompt, computed position by position with every expert at hand.
+
+        With each token comes the set of all (layer, expert) pairs that it and those before it took.
+        """
+        kv: list[list[int]] = [[] for _ in range(self.n_layers)]
+        used: set[tuple[int, int]] = set()
+        tokens = list(prompt)
+        for position, token in enumerate(tokens):  # grows as it is walked
+            x = self.embed(token, position)
+            for layer in range(self.n_layers):
+                kv[layer].append(x)
+                x = self.attend(layer, kv[layer], x)
+                chosen = self.route(layer, x)
+                used |= {(layer, expert) for expert in chosen}
+                x = mix(x, *(mix(x, file_crc(disk_seed, experts, layer, expert)) for expert in chosen))
+            if position + 1 == len(tokens):
+                logits = self.logits(x)
+                tokens.append(max(set(range(self.vocab_size)) - set(banned), key=lambda t: (logits[t], -t)))
+                yield tokens[-1], set(used)
+
+
+@functools.lru_cache(4096)
+def file_crc(disk_seed: int, experts: ExpertMap, layer: int, expert: int) -> int:
+    """Return the checksum of an expert's three matrices as the simulated files have them."""
+    crc = 0
+    for part in experts.experts[layer][expert].parts:
+        crc = zlib.crc32(content(disk_seed, part.file, part.offset, part.n_bytes).data, crc)
+    return crc
+
+
+@attrs.frozen(kw_only=True)
+class JobCost:
+    """How long jobs take on the simulated clock."""
+
+    job_s: float = 20e-6
+    row_s: float = 5e-6  # for each row of an Attend
+    expert_s: float = 10e-6  # for each expert
+
+
+class SimWorker:
+    """A ComputeWorker of a SimModel, deterministic.
+
+    Like a real one it re-arranges fresh experts in place, keeps the batch until the next Begin, and has no mercy with
+    memory that changes under it: the bytes of every expert are looked at when the job begins and when it ends.
+
+    Args:
+        model: what to compute.
+        arena: the memory of the slots.
+        experts: where the experts lie in the files.
+        disk_seed: of the SimDisk that the files are on.
+        cost: how long jobs take.
+        failures: numbers of the jobs, from 0, that fail half-way.
+    """
+
+    def __init__(
+        self,
+        model: SimModel,
+        arena: Arena,
+        experts: ExpertMap,
+        *,
+        disk_seed: int = 0,
+        cost: JobCost | None = None,
+        failures: frozenset[int] = frozenset(),
+    ) -> None:
+        self._model, self._arena, self._experts, self._disk_seed = model, arena, experts, disk_seed
+        self._cost, self._failures = cost or JobCost(), failures
+        self.block_tokens = 4  # positions in a KV block
+        self.batches: list[Batch] = []  # every batch begun
+        self.frozen: trio.Event | None = None  # set it to an Event to hold the jobs that begin from then on
+        self.jobs, self._jobs = trio.open_memory_channel[Job](1)
+        self._results, self.results = trio.open_memory_channel[Done](1)
+        self._kv: dict[tuple[int, int, int], tuple[int, bool]] = {}  # (layer, block, offset): hidden state, NaN
+        self._x: list[int] = []
+        self._nan: list[bool] = []
+        self._routes: list[list[int]] = []
+        self._outputs: list[dict[int, int]] = []  # for each row {expert: output}
+        self._layer = -1
+        self._n_jobs = self._n_tokens = self._n_runs = 0
+        self._compute_s = 0.0
+
+    async def run(self) -> None:
+        """See `ComputeWorker`."""
+        with self._results:
+            async for job in self._jobs:
+                if self.frozen is not None:
+                    await self.frozen.wait()
+                begun_s = trio.current_time()
+                fails = self._n_jobs in self._failures
+                self._n_jobs += 1
+                done = Done()
+                for operation in job.operations:
+                    done = await self._run_operation(operation, done, fails=fails)
+                if fails:
+                    done = Done(error=ComputeError("a simulated job failed"))
+                self._compute_s += trio.current_time() - begun_s
+                await self._results.send(done)
+
+    def statistics(self) -> WorkerStatistics:
+        """See `ComputeWorker`."""
+        return WorkerStatistics(
+            name="simulated",
+            kernels="none",
+            n_threads=1,
+            jobs=self._n_jobs,
+            tokens=self._n_tokens,
+            expert_runs=self._n_runs,
+            compute_s=self._compute_s,
+        )
+
+    async def _run_operation(
+        self, operation: Begin | Attend | RunExperts | Combine | Project, done: Done, *, fails: bool
+    ) -> Done:
+        match operation:
+            case Begin(batch):
+                self._begin(batch)
+            case Attend(layer):
+                await trio.sleep(self._cost.job_s + self._cost.row_s * len(self._x))
+                self._attend(layer)
+                done = attrs.evolve(done, expert_ids=np.array(self._routes, np.int32), damaged=self._damaged())
+            case RunExperts(layer, experts):
+                await self._run_experts(layer, experts, fails=fails)
+            case Combine(layer):
+                self._combine(layer)
+            case Project():
+                await trio.sleep(self._cost.job_s)
+                done = attrs.evolve(done, logits=self._project(), damaged=self._damaged())
+        return done
+
+    def _begin(self, batch: Batch) -> None:
+        assert len(batch.tokens) == len(batch.positions) == len(batch.sequences) > 0
+        assert len(batch.tables) == len(batch.outputs) == batch.sequences.max() + 1
+        assert (np.diff(batch.sequences) >= 0).all(), "the rows of a sequence are not adjacent"
+        same = np.diff(batch.sequences) == 0
+        assert (np.diff(batch.positions)[same] == 1).all(), "the rows of a sequence are not in order"
+        self.batches.append(batch)
+        self._n_tokens += len(batch.tokens)
+        rows = list(zip(batch.tokens.tolist(), batch.positions.tolist(), strict=True))
+        self._x = [self._model.embed(*row) for row in rows]
+        self._nan = [token in self._model.nan_hidden for token, _ in rows]
+        self._layer = -1
+
+    def _attend(self, layer: int) -> None:
+        assert layer == self._layer + 1, "a layer was left out, or run twice"
+        self._layer = layer
+        batch = self.batches[-1]
+        self._routes, self._outputs = [], [{} for _ in self._x]
+        for row, position in enumerate(batch.positions.tolist()):
+            table = batch.tables[batch.sequences[row]].tolist()
+            places = [(layer, table[p // self.block_tokens], p % self.block_tokens) for p in range(position + 1)]
+            self._kv[places[-1]] = (self._x[row], self._nan[row])
+            entries = [self._kv.get(place, (_GARBAGE, False)) for place in places]
+            self._nan[row] = any(nan for _, nan in entries)
+            self._x[row] = self._model.attend(layer, [x for x, _ in entries], self._x[row])
+            self._routes.append(self._model.route(layer, self._x[row]))
+
+    async def _run_experts(self, layer: int, experts: Sequence[LoadedExpert], *, fails: bool) -> None:
+        assert layer == self._layer
+        assert len({loaded.expert for loaded in experts}) == len(experts), "an expert twice in a job"
+        if fails:  # half-way through: some bytes are re-arranged, and some are not
+            for loaded in experts[: len(experts) // 2 + 1]:
+                self._arrange(layer, loaded, parts=2)
+            return
+        for loaded in experts:
+            if loaded.fresh:
+                self._arrange(layer, loaded)
+        crcs = [self._crc(layer, loaded) for loaded in experts]
+        await trio.sleep(self._cost.expert_s * len(experts))
+        assert crcs == [self._crc(layer, loaded) for loaded in experts], "an expert's bytes changed during a job"
+        for loaded, crc in zip(experts, crcs, strict=True):
+            assert crc == file_crc(self._disk_seed, self._experts, layer, loaded.expert), (
+                f"the bytes of expert {loaded.expert} of layer {layer} are wrong, or arranged twice or not at all"
+            )
+            self._n_runs += 1
+            for x, route, outputs in zip(self._x, self._routes, self._outputs, strict=True):
+                if loaded.expert in route:
+                    assert loaded.expert not in outputs, f"expert {loaded.expert} of layer {layer} computed twice"
+                    outputs[loaded.expert] = mix(x, crc)
+
+    def _combine(self, layer: int) -> None:
+        assert layer == self._layer
+        for row, (route, outputs) in enumerate(zip(self._routes, self._outputs, strict=True)):
+            complete = all(expert in outputs for expert in route)
+            self._x[row] = mix(self._x[row], *(outputs[e] for e in route)) if complete else _GARBAGE
+
+    def _project(self) -> npt.NDArray[np.float32]:
+        assert self._layer == self._model.n_layers - 1, "layers are missing"
+        batch = self.batches[-1]
+        logits = np.stack([self._model.logits(self._x[row]) for row in batch.outputs.tolist()])
+        for i, row in enumerate(batch.outputs.tolist()):
+            if self._nan[row]:
+                logits[i] = np.nan
+            elif int(batch.tokens[row]) in self._model.nan_logits:
+                logits[i, 3] = np.inf
+        return logits
+
+    def _damaged(self) -> npt.NDArray[np.int32]:
+        return np.flatnonzero(self._nan).astype(np.int32)
+
+    def _views(self, layer: int, loaded: LoadedExpert) -> list[npt.NDArray[np.uint8]]:
+        """Return the bytes of an expert's matrices where the scheduler says they lie."""
+        views = []
+        for part, address in zip(self._experts.experts[layer][loaded.expert].parts, loaded.addresses, strict=True):
+            slot, begin = divmod(address - self._arena.address(0), self._arena.slot_bytes)
+            views.append(self._arena.view(slot)[begin : begin + part.n_bytes])
+            assert len(views[-1]) == part.n_bytes
+        return views
+
+    def _arrange(self, layer: int, loaded: LoadedExpert, parts: int = 3) -> None:
+        for view in self._views(layer, loaded)[:parts]:
+            view ^= _ARRANGED
+
+    def _crc(self, layer: int, loaded: LoadedExpert) -> int:
+        crc = 0
+        for view in self._views(layer, loaded):
+            crc = zlib.crc32((view ^ np.uint8(_ARRANGED)).data, crc)
+        return crc
