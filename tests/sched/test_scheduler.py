@@ -1,0 +1,427 @@
+"""One situation each: stalled readers, hanging disks, failing jobs, full queues and engines that close."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from mer.engine import TokenStream
+from mer.errors import ComputeError, EngineClosed, MerError, NumericsError, ReadError
+from mer.sched.events import Completion, PrefillEvent, TokenEvent
+from mer.sched.sequence import CHANNEL_EVENTS
+from tests._lib.cancel import Subject, cancel_at_every_step
+from tests._lib.simdisk import DiskProfile
+from tests._lib.simengine import SimEngine, open_sim_engine
+from tests._lib.simworker import JobCost, SimModel
+
+BIG = SimModel(n_layers=3, n_experts=8, top_k=2)
+
+
+def prompts() -> Iterator[tuple[int, ...]]:
+    """Yield many different prompts."""
+    for number in count():
+        yield tuple(2 + number // 14**i % 14 for i in range(3))
+
+
+def prompt_where(holds: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:
+    return next(prompt for prompt, _ in zip(prompts(), range(2000), strict=False) if holds(prompt))
+
+
+async def generate(sim: SimEngine, prompt: tuple[int, ...], max_tokens: int = 4) -> Completion:
+    """Generate and compare."""
+    done = await sim.engine.generate(prompt, max_tokens=max_tokens, ignore_eos=True)
+    assert done.tokens == sim.expected(prompt, max_tokens)[0]
+    return done
+
+
+async def failure(sim: SimEngine, prompt: tuple[int, ...], into: list[MerError], max_tokens: int = 4) -> None:
+    """Generate what must fail."""
+    with pytest.raises(MerError) as caught:
+        await sim.engine.generate(prompt, max_tokens=max_tokens, ignore_eos=True)
+    into.append(caught.value)
+
+
+async def read_all(events: TokenStream) -> tuple[int, ...]:
+    return tuple([event.token async for event in events if isinstance(event, TokenEvent)])
+
+
+# --- the same for every number of slots ---
+
+
+@pytest.mark.parametrize("n_slots", range(1, 25))
+async def test_any_number_of_slots_gives_the_same(autojump_clock: MockClock, n_slots: int) -> None:
+    with trio.fail_after(3600):
+        async with open_sim_engine(model=BIG, n_slots=n_slots) as sim:
+            async with trio.open_nursery() as nursery:
+                for prompt in [(5,), (3, 4, 5, 6, 7, 8, 9, 10, 11), (2, 2), (3, 4, 5)]:
+                    nursery.start_soon(generate, sim, prompt)
+            await sim.check_quiet()
+            if n_slots == 24:
+                assert sim.fetcher.statistics().started == sim.cache.statistics().resident
+
+
+async def test_all_misses_of_a_layer_are_in_flight_at_once_and_shared_by_the_batch(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(model=BIG, batch_tokens=16) as sim:
+        sim.disk.freeze()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(generate, sim, (5, 6, 7, 8))
+            await trio.sleep(1)
+            _, used = sim.expected((5, 6, 7, 8), 1)
+            first = {key for key in used if key[0] == 0}
+            assert sim.fetcher.statistics().in_flight == len(first) > 2
+            assert len(sim.disk.log) == 3 * len(first)
+            sim.disk.thaw()
+        await sim.check_quiet()
+        assert sim.fetcher.statistics().started == len(sim.expected((5, 6, 7, 8), 4)[1])
+
+
+async def test_resident_experts_are_computed_while_missing_ones_load(autojump_clock: MockClock) -> None:
+    model = SimModel(n_layers=1, n_experts=8, top_k=2)
+    async with open_sim_engine(model=model) as sim:
+        await generate(sim, (5,), 1)
+        runs = sim.worker.statistics().expert_runs
+        sim.disk.freeze()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate, sim, (5, 6, 7, 8, 9), 1)
+            await trio.sleep(1)
+            assert sim.fetcher.statistics().in_flight > 0
+            assert sim.worker.statistics().expert_runs > runs
+            sim.disk.thaw()
+
+
+# --- slow readers ---
+
+
+async def test_a_reader_that_does_not_read_pauses_its_own_sequence_alone(autojump_clock: MockClock) -> None:
+    async with (
+        open_sim_engine(context=256, kv_blocks=200) as sim,
+        sim.engine.stream((4, 5), max_tokens=150, ignore_eos=True) as lazy,
+    ):
+        with trio.fail_after(3600):
+            await generate(sim, (6, 7), 200)
+            await trio.sleep(1000)
+            computed = sim.scheduler.statistics().completion_tokens - 200
+            assert computed == CHANNEL_EVENTS - 1  # the first event is a PrefillEvent
+            await lazy.receive()
+            await trio.sleep(1)
+            assert sim.scheduler.statistics().completion_tokens - 200 == computed + 1
+            assert await read_all(lazy) == sim.expected((4, 5), 150)[0]
+        await sim.check_quiet()
+
+
+@pytest.mark.parametrize("n_prompt", [60, 62, 63, 64, 65, 130])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+async def test_progress_never_takes_the_place_of_a_token(
+    autojump_clock: MockClock, n_prompt: int, max_tokens: int
+) -> None:
+    prompt = tuple(2 + i % 14 for i in range(n_prompt))
+    with trio.fail_after(3600):
+        async with (
+            open_sim_engine(context=256, batch_tokens=1, max_sequences=1) as sim,
+            sim.engine.stream(prompt, max_tokens=max_tokens, ignore_eos=True) as lazy,
+        ):
+            await trio.sleep(1000)
+            assert sim.scheduler.statistics().prompt_tokens == n_prompt
+            assert sim.scheduler.statistics().completion_tokens >= 1
+            assert await read_all(lazy) == sim.expected(prompt, max_tokens)[0]
+            await sim.check_quiet()
+
+
+async def test_a_failure_reaches_a_reader_after_the_events_it_had_not_read(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(failures=frozenset({30})) as sim:
+        async with sim.engine.stream((4, 5), max_tokens=40, ignore_eos=True) as events:
+            await trio.sleep(100)
+            unread = sim.scheduler.statistics().completion_tokens + 1  # and a PrefillEvent
+            assert unread > 2
+            for _ in range(unread):
+                await events.receive()
+            with pytest.raises(ComputeError):
+                await events.receive()
+        await sim.check_quiet()
+
+
+# --- admission ---
+
+
+async def test_admission_is_first_come_first_served_and_submit_waits_for_the_queue(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(max_sequences=1, max_waiting=2) as sim:
+        entered: list[int] = []
+        started: list[int] = []
+        finish = trio.Event()
+
+        async def caller(number: int) -> None:
+            async with sim.engine.stream((3 + number,), max_tokens=3, ignore_eos=True) as events:
+                entered.append(number)
+                async for event in events:
+                    if isinstance(event, PrefillEvent):
+                        started.append(number)
+                        if number == 0:
+                            await finish.wait()
+
+        async with trio.open_nursery() as nursery:
+            for number in range(7):
+                nursery.start_soon(caller, number)
+                await trio.sleep(1)
+            # the first has run and is let go, the second too: its tokens fit its channel
+            finish.set()
+        assert started == list(range(7))
+        assert entered == list(range(7))
+        await sim.check_quiet()
+
+
+async def test_submit_waits_while_the_queue_is_full(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(max_sequences=1, max_waiting=2, kv_blocks=32, context=200) as sim:
+        async with sim.engine.stream((4, 5), max_tokens=100, ignore_eos=True) as lazy:  # pauses, and keeps its place
+            await trio.sleep(10)
+            entered: list[int] = []
+            done: list[int] = []
+
+            async def caller(number: int) -> None:
+                async with sim.engine.stream((3 + number,), max_tokens=3, ignore_eos=True) as events:
+                    entered.append(number)
+                    assert await read_all(events) == sim.expected((3 + number,), 3)[0]
+                done.append(number)
+
+            async with trio.open_nursery() as nursery:
+                with trio.CancelScope() as scope:
+                    for number in range(2):
+                        nursery.start_soon(caller, number)
+                        await trio.sleep(1)
+                    assert entered == [0, 1]
+                    async with trio.open_nursery() as impatient:
+                        for number in range(2, 5):
+                            impatient.start_soon(caller, number)
+                            await trio.sleep(1)
+                        assert entered == [0, 1]
+                        assert sim.scheduler.statistics().waiting == 2
+                        scope.cancel()
+                nursery.start_soon(caller, 5)
+                await trio.sleep(1)
+                assert entered == [0, 1]
+                assert await read_all(lazy) == sim.expected((4, 5), 100)[0]
+        assert entered == done == [0, 1, 5]
+        await sim.check_quiet()
+        assert sim.scheduler.statistics().submitted == 4
+
+
+async def test_who_needs_many_kv_blocks_is_not_overtaken(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(kv_blocks=10, context=40) as sim:
+        async with trio.open_nursery() as nursery:
+            for number, max_tokens in enumerate([20, 39, 2, 2]):
+                nursery.start_soon(generate, sim, (4 + number,), max_tokens)
+                await wait_all_tasks_blocked()
+        first_of_big = min(i for i, b in enumerate(sim.worker.batches) if 5 in b.tokens.tolist() and 0 in b.positions)
+        first_of_small = min(i for i, b in enumerate(sim.worker.batches) if 6 in b.tokens[b.positions == 0].tolist())
+        assert first_of_big <= first_of_small
+        await sim.check_quiet()
+
+
+async def test_a_long_prompt_delays_another_stream_by_no_more_than_one_chunk(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(batch_tokens=8, context=128, kv_blocks=200) as sim:
+        long = tuple(2 + i % 14 for i in range(100))
+        async with trio.open_nursery() as nursery, sim.engine.stream((9,), max_tokens=60, ignore_eos=True) as events:
+            for _ in range(3):
+                await events.receive()
+            before = len(sim.worker.batches)
+            nursery.start_soon(generate, sim, long, 2)
+            assert len(await read_all(events)) == 58
+        chunks = [b for b in sim.worker.batches[before:] if len(b.tokens) > 2]
+        assert len(chunks) >= 100 // 7
+        for batch in chunks:
+            assert len(batch.tokens) <= 8
+            assert len(batch.tables) == 2, "the decoding sequence was left out of a batch"
+        await sim.check_quiet()
+
+
+# --- cancellation and hanging reads ---
+
+
+async def test_a_hanging_read_that_nobody_wants_any_more_holds_up_nobody(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(model=BIG, n_slots=23) as sim:
+        await generate(sim, (5,))
+        known = sim.expected((5,), 4)[1]
+        other = prompt_where(lambda p: not sim.expected(p, 1)[1] <= known)
+        sim.disk.freeze()
+        with trio.move_on_after(1):
+            await generate(sim, other)
+        assert sim.disk.in_flight
+        with trio.fail_after(10):
+            await generate(sim, (5,))
+        assert sim.disk.in_flight
+        sim.disk.thaw()
+        await sim.check_quiet()
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_what_a_cancelled_batch_left_behind_lands_while_another_wants_it(
+    autojump_clock: MockClock, seed: int
+) -> None:
+    model = SimModel(n_layers=1, n_experts=8, top_k=2, seed=seed)
+    async with open_sim_engine(model=model, n_slots=2 + seed % 4, profile=DiskProfile(jitter=30), seed=seed) as sim:
+        with trio.fail_after(3600):
+            sim.disk.freeze()
+            with trio.move_on_after(1):
+                await generate(sim, (5, 6))
+            assert sim.fetcher.statistics().in_flight
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(generate, sim, (7, 8, 9, 10, 11, 12))
+                await trio.sleep(1)
+                sim.disk.thaw()
+            await sim.check_quiet()
+
+
+async def test_kv_blocks_of_a_cancelled_sequence_are_free_only_after_its_job(autojump_clock: MockClock) -> None:
+    async with open_sim_engine() as sim:
+        held = sim.worker.frozen = trio.Event()
+        with trio.move_on_after(1):
+            await generate(sim, (5, 6, 7, 8, 9))
+        await trio.sleep(1)
+        assert sim.kv.statistics().free < sim.kv.n_blocks
+        assert sim.scheduler.statistics().running == 1
+        sim.worker.frozen = None
+        held.set()
+        await generate(sim, (5,))
+        await sim.check_quiet()
+        assert sim.scheduler.statistics().cancelled == 1
+
+
+def test_cancelling_generate_at_any_step_leaves_nothing_behind() -> None:
+    async def scenario(subject: Subject) -> None:
+        async with open_sim_engine(model=SimModel(n_layers=1), n_slots=2, max_sequences=2) as sim:
+            with trio.fail_after(3600):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(generate, sim, (8, 9), 3)
+                    await subject.run(lambda: generate(sim, (5, 6, 7), 3))
+                await generate(sim, (7,), 2)
+                await sim.check_quiet()
+
+    assert cancel_at_every_step(scenario) >= 5
+
+
+def test_cancelling_a_stream_at_any_step_leaves_nothing_behind() -> None:
+    async def scenario(subject: Subject) -> None:
+        async with open_sim_engine(model=SimModel(n_layers=1), n_slots=1, batch_tokens=2, max_sequences=1) as sim:
+
+            async def body() -> None:
+                async with sim.engine.stream((5, 6, 7), max_tokens=3, ignore_eos=True) as events:
+                    assert await read_all(events) == sim.expected((5, 6, 7), 3)[0]
+
+            with trio.fail_after(3600):
+                await subject.run(body)
+                await generate(sim, (7,), 2)
+                await sim.check_quiet()
+
+    assert cancel_at_every_step(scenario) >= 5
+
+
+def test_cancelling_at_any_step_while_the_queue_is_full_leaves_nothing_behind() -> None:
+    async def scenario(subject: Subject) -> None:
+        async with open_sim_engine(model=SimModel(n_layers=1), max_sequences=1, max_waiting=1) as sim:
+            with trio.fail_after(3600):
+                async with trio.open_nursery() as nursery:
+                    for number in range(3):
+                        nursery.start_soon(generate, sim, (4 + number,), 2)
+                    await wait_all_tasks_blocked()
+                    await subject.run(lambda: generate(sim, (8, 9), 2))
+                await sim.check_quiet()
+
+    assert cancel_at_every_step(scenario) >= 4
+
+
+# --- faults ---
+
+
+async def test_a_failed_read_fails_those_that_needed_it_and_a_later_try_may_succeed(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(model=BIG, batch_tokens=16) as sim:
+        layer, expert = min(sim.expected((5, 6), 1)[1])
+        broken = sim.break_expert(layer, expert, times=1)
+        other = prompt_where(lambda p: not sim.expected(p, 4)[1] & broken)
+        errors: list[MerError] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(failure, sim, (5, 6), errors)
+            nursery.start_soon(failure, sim, (5, 6), errors)
+            nursery.start_soon(generate, sim, other)
+        assert [type(error) for error in errors] == [ReadError, ReadError]
+        assert errors[0] is not errors[1], "each caller raises an error of its own"
+        assert str(errors[0]) == str(errors[1])
+        assert isinstance(errors[0], ReadError)
+        assert errors[0].errno == 5
+        await generate(sim, (5, 6))
+        await sim.check_quiet()
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 5, 24])
+async def test_a_disk_that_reads_nothing_fails_everybody(autojump_clock: MockClock, n_slots: int) -> None:
+    profile = DiskProfile(error_rate=1.0)
+    async with open_sim_engine(model=BIG, n_slots=n_slots, profile=profile) as sim:
+        errors: list[MerError] = []
+        with trio.fail_after(3600):
+            async with trio.open_nursery() as nursery:
+                for number in range(9):
+                    nursery.start_soon(failure, sim, (3 + number, 4, 5), errors)
+        assert [type(error) for error in errors] == [ReadError] * 9
+        await sim.check_quiet()
+
+
+@pytest.mark.parametrize("job", range(12))
+async def test_a_failed_job_fails_its_batch_and_spoils_no_expert(autojump_clock: MockClock, job: int) -> None:
+    async with open_sim_engine(model=BIG, n_slots=4, failures=frozenset({job})) as sim:
+        errors: list[MerError] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(failure, sim, (5, 6), errors)
+            nursery.start_soon(failure, sim, (7,), errors)
+        assert [type(error) for error in errors] == [ComputeError, ComputeError]
+        await generate(sim, (5, 6))
+        await generate(sim, (7,))
+        await sim.check_quiet()
+
+
+@pytest.mark.parametrize(
+    "model", [SimModel(nan_hidden=frozenset({9})), SimModel(nan_logits=frozenset({9}))], ids=["hidden", "logits"]
+)
+@pytest.mark.parametrize("batch_tokens", [2, 3, 16])
+async def test_numbers_that_are_not_finite_fail_their_own_sequence(
+    autojump_clock: MockClock, model: SimModel, batch_tokens: int
+) -> None:
+    async with open_sim_engine(model=model, batch_tokens=batch_tokens, max_sequences=max(1, batch_tokens // 2)) as sim:
+        errors: list[MerError] = []
+        good = prompt_where(lambda p: 9 not in p and 9 not in sim.expected(p, 4)[0])
+        prompt = (5, 9) if model.nan_logits else (5, 9, 6, 6, 6)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(failure, sim, prompt, errors)
+            nursery.start_soon(generate, sim, good)
+        assert [type(error) for error in errors] == [NumericsError]
+        await generate(sim, good)
+        await sim.check_quiet()
+
+
+# --- the end ---
+
+
+@pytest.mark.parametrize("when_s", [0.0, 1e-4, 1e-3, 0.05])
+@pytest.mark.parametrize("frozen", ["disk", "worker", "nothing"])
+async def test_closing_fails_everybody_at_once(autojump_clock: MockClock, when_s: float, frozen: str) -> None:
+    cost = JobCost(job_s=1e-3)
+    async with open_sim_engine(model=BIG, n_slots=3, max_sequences=2, max_waiting=2, cost=cost) as sim:
+        if frozen == "disk":
+            sim.disk.freeze()
+        if frozen == "worker":
+            sim.worker.frozen = trio.Event()
+        errors: list[MerError] = []
+        with trio.fail_after(3600):
+            async with trio.open_nursery() as nursery:
+                for number in range(9):  # two run, one heads the line, two are queued, four wait to be
+                    nursery.start_soon(failure, sim, (3 + number, 4, 5), errors, 50)
+                await trio.sleep(when_s)
+                sim.engine.close()
+                sim.engine.close()
+                with trio.fail_after(0):
+                    await failure(sim, (5,), errors)
+        assert [type(error) for error in errors] == [EngineClosed] * 10
+        sim.disk.thaw()
+        await sim.check_quiet()
