@@ -1,0 +1,211 @@
+"""Whole models through `CPUWorker` with every expert in memory: no cache, no slots, no scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from mer.compute.cpu import CPUWorker
+from mer.compute.forward import Forward
+from mer.compute.matrix import stored_bytes
+from mer.compute.program import Memory
+from mer.compute.scratch import Limits
+from mer.compute.weights import DenseWeights
+from mer.compute.worker import (
+    Attend,
+    Batch,
+    Begin,
+    Combine,
+    Done,
+    Job,
+    LoadedExpert,
+    Operation,
+    Project,
+    RunExperts,
+)
+from mer.io.extents import ExpertMap, map_experts
+from mer.io.gguf import GGUFFile, read_gguf
+from mer.io.reader import ThreadReader
+from mer.model.dense import dense_tensors
+from mer.model.registry import model_spec
+from mer.model.spec import ModelSpec
+
+Logits = npt.NDArray[np.float32]
+Split = Callable[[Sequence[LoadedExpert]], Sequence[Sequence[LoadedExpert]]]
+
+
+def together(experts: Sequence[LoadedExpert]) -> Sequence[Sequence[LoadedExpert]]:
+    """Run all experts of a layer in one job."""
+    return [experts]
+
+
+def batch(
+    tokens: Sequence[int],
+    start: int = 0,
+    *,
+    table: Sequence[int] = (2, 0, 1, 3),
+    outputs: Sequence[int] | None = None,
+) -> Batch:
+    """Return the batch of one sequence's tokens from position `start` on; all rows give logits unless `outputs`."""
+    n = len(tokens)
+    return Batch(
+        tokens=np.array(tokens, np.int32),
+        positions=np.arange(start, start + n, dtype=np.int32),
+        sequences=np.zeros(n, np.int32),
+        tables=np.array([table], np.int32),
+        outputs=np.arange(n, dtype=np.int32) if outputs is None else np.array(outputs, np.int32),
+    )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return one batch of several sequences' batches; their tables are of one length."""
+    starts = np.cumsum([0, *(len(b.tokens) for b in batches)])[: len(batches)]
+    return Batch(
+        tokens=np.concatenate([b.tokens for b in batches]),
+        positions=np.concatenate([b.positions for b in batches]),
+        sequences=np.concatenate([np.full(len(b.tokens), i, np.int32) for i, b in enumerate(batches)]),
+        tables=np.concatenate([b.tables for b in batches]),
+        outputs=np.concatenate([b.outputs + first for b, first in zip(batches, starts, strict=True)]).astype(np.int32),
+    )
+
+
+@attrs.define
+class Experts:
+    """The experts' bytes as they lie in the file, each copied into memory when it is first asked for.
+
+    Args:
+        gguf: the file.
+        experts: where they lie.
+        keep: whether an expert stays as the worker has arranged it, or comes fresh from the file each time.
+    """
+
+    gguf: GGUFFile
+    experts: ExpertMap
+    keep: bool
+    _loaded: dict[tuple[int, int], tuple[Memory, tuple[int, int, int]]] = attrs.field(factory=dict)
+
+    def load(self, layer: int, expert: int) -> LoadedExpert:
+        """Return an expert of a layer."""
+        key = layer, expert
+        if self.keep and key in self._loaded:
+            return LoadedExpert(expert, self._loaded[key][1], fresh=False)
+        parts = self.experts.experts[layer][expert].parts
+        memory = Memory(sum(stored_bytes(p.type, p.rows, p.cols) + 64 for p in parts))
+        addresses = []
+        for part in parts:
+            address = memory.cut(stored_bytes(part.type, part.rows, part.cols))
+            with open(self.gguf.paths[part.file], "rb") as stream:
+                stream.seek(part.offset)
+                memory.view(address, part.n_bytes)[:] = np.frombuffer(stream.read(part.n_bytes), np.uint8)
+            addresses.append(address)
+        gate, up, down = addresses
+        self._loaded[key] = memory, (gate, up, down)
+        return LoadedExpert(expert, (gate, up, down), fresh=True)
+
+
+@attrs.define
+class Resident:
+    """A model whose worker is running."""
+
+    spec: ModelSpec
+    worker: CPUWorker
+    experts: Experts
+    split: Split
+
+    async def do(self, *operations: Operation) -> Done:
+        """Run one job and return its result; raise its error."""
+        await self.worker.jobs.send(Job(operations))
+        done = await self.worker.results.receive()
+        if done.error is not None:
+            raise done.error
+        return done
+
+    async def run(self, batch: Batch) -> Done:
+        """Take a batch through all layers and return its last job's result."""
+        operations: list[Operation] = [Begin(batch)]
+        for layer in range(self.spec.n_layers):
+            done = await self.do(*operations, Attend(layer))
+            assert done.expert_ids is not None
+            loaded = [self.experts.load(layer, int(expert)) for expert in np.unique(done.expert_ids)]
+            *first, last = (RunExperts(layer, tuple(group)) for group in self.split(loaded))
+            for group in first:
+                await self.do(group)
+            operations = [last, Combine(layer)]
+        return await self.do(*operations, Project())
+
+
+def run(
+    path: str | Path,
+    batches: Sequence[Batch],
+    *,
+    threads: int = 2,
+    keep: bool = True,
+    split: Split = together,
+    kv_blocks: int = 8,
+) -> list[Done]:
+    """Load a model and return the last result of each batch, in order.
+
+    Args:
+        path: GGUF file.
+        batches: what to run, one after another.
+        threads: threads that compute.
+        keep: as for `Experts`.
+        split: how a layer's experts are divided into jobs.
+        kv_blocks: KV blocks in all.
+    """
+    gguf = read_gguf(path)
+    spec = model_spec(gguf)
+    experts = map_experts(
+        gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff
+    )
+    limits = Limits(
+        batch_tokens=max(len(b.tokens) for b in batches),
+        outputs=max(len(b.outputs) for b in batches),
+        sequences=max(len(b.tables) for b in batches),
+        sequence_blocks=max(b.tables.shape[1] for b in batches),
+        kv_blocks=kv_blocks,
+        threads=threads,
+    )
+
+    async def main() -> list[Done]:
+        weights = DenseWeights(dense_tensors(spec, gguf))
+        with ThreadReader(gguf.paths) as reader:
+            await weights.load(reader, lambda _loaded, _total: None)
+        worker = CPUWorker(Forward(spec, limits, weights, experts), threads)
+        model = Resident(spec, worker, Experts(gguf, experts, keep), split)
+        worker.start_threads()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.run)
+                done = [await model.run(batch) for batch in batches]
+                worker.jobs.close()
+        finally:
+            worker.close()
+        return done
+
+    return trio.run(main)
+
+
+def logits(
+    path: str | Path,
+    tokens: Sequence[int],
+    *,
+    chunks: Sequence[int] | None = None,
+    table: Sequence[int] = (2, 0, 1, 3),
+    threads: int = 2,
+    keep: bool = True,
+    split: Split = together,
+) -> Logits:
+    """Return the logits [T, V] of one sequence, fed in chunks of the given lengths."""
+    batches, start = [], 0
+    for length in [len(tokens)] if chunks is None else chunks:
+        batches.append(batch(tokens[start : start + length], start, table=table))
+        start += length
+    assert start == len(tokens)
+    results = [done.logits for done in run(path, batches, threads=threads, keep=keep, split=split)]
+    return np.concatenate([part for part in results if part is not None])

@@ -1,0 +1,142 @@
+"""Running single kernel steps on areas between canaries."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mer.compute.kernels.interleave import FIELDS, field_table, interleave
+from mer.compute.kernels.step import COUNTER, Step
+from mer.compute.kernels.tile import FORMATS, ROWS
+from mer.compute.matrix import Activations, Matrix, PackedArea, float_stride, multiply, stored_bytes
+from mer.compute.program import Program
+from mer.io.ggml import GGMLType
+
+MARGIN = 256  # canary bytes before and after every area
+CANARY = 0xFF  # as float32, float16 or bfloat16: NaN, so that a read outside spoils results
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+
+class Areas:
+    """Areas of memory for a step's arguments, each between canaries."""
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[U8, int, int]] = []
+
+    def room(self, n_bytes: int, shift: int = 0) -> U8:
+        """Return canary-filled bytes whose address is a multiple of 64, plus `shift`."""
+        buffer = np.full(n_bytes + 2 * MARGIN + 128, CANARY, np.uint8)
+        start = MARGIN + -(buffer.ctypes.data + MARGIN) % 64 + shift
+        self._buffers.append((buffer, start, start + n_bytes))
+        return buffer[start : start + n_bytes]
+
+    def put(self, array: npt.NDArray[Any], shift: int = 0) -> int:
+        """Copy an array into an area and return its address."""
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        area = self.room(len(raw), shift)
+        area[:] = raw
+        return int(area.ctypes.data)
+
+    def put_rows(self, array: F32, pad: float = np.nan) -> int:
+        """Copy rows of float32 into an area where each takes whole vectors of 16, and return its address."""
+        rows, cols = array.shape
+        padded = np.full((rows, float_stride(cols) // 4), pad, np.float32)
+        padded[:, :cols] = array
+        return self.put(padded)
+
+    def floats(self, *shape: int) -> F32:
+        """Return an area of float32, NaN throughout."""
+        return self.room(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+
+    def ints(self, *shape: int) -> npt.NDArray[np.int32]:
+        """Return an area of int32."""
+        return self.room(4 * int(np.prod(shape))).view(np.int32).reshape(shape)
+
+    def check(self) -> None:
+        """Fail if a byte outside the areas has changed."""
+        for buffer, start, end in self._buffers:
+            outside = np.concatenate([buffer[:start], buffer[end:]])
+            assert (outside == CANARY).all(), f"bytes beside an area of {end - start} were written"
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """Return the address of an array's first element."""
+    return int(array.ctypes.data)
+
+
+def run_program(program: Program, n_threads: int = 1) -> None:
+    """Run a program's steps in order, each for all thread numbers one after another, the last thread first."""
+    for row in program.rows[: program.length]:
+        row[COUNTER] = 0
+        for thread in reversed(range(n_threads)):
+            _ENTRY(int(row[0]))(row.ctypes.data, thread, n_threads)
+
+
+def run_step(step: Step, *arguments: int, n_threads: int = 1) -> None:
+    """Run one step for all thread numbers."""
+    program = Program()
+    program.add(step, *arguments)
+    run_program(program, n_threads)
+
+
+def tiles(areas: Areas, kind: GGMLType, raw: U8, rows: int, cols: int, n_threads: int = 1) -> Matrix:
+    """Return a matrix in memory in the kernels' layout, from the file's bytes."""
+    n_blocks = cols // kind.block_size
+    if int(kind) not in FIELDS:
+        return Matrix(kind, rows, cols, areas.put(raw, shift=2))
+    row_bytes = n_blocks * kind.block_bytes
+    target = areas.room(stored_bytes(kind, rows, cols), shift=32)
+    table = field_table(int(kind))
+    scratch = areas.room(n_threads * ROWS * row_bytes)
+    run_step(
+        interleave, areas.put(raw, shift=3), address(target), rows, n_blocks, kind.block_bytes, address(table),
+        len(table), address(scratch), ROWS * row_bytes, n_threads=n_threads,
+    )  # fmt: skip
+    return Matrix(kind, rows, cols, address(target))
+
+
+def product(
+    kind: GGMLType,
+    raw: U8,
+    rows: int,
+    x: F32,
+    *,
+    out: F32 | None = None,
+    n_threads: int = 1,
+) -> F32:
+    """Return x @ W.T [n, rows] by the kernels, from W's bytes in the file and x [n, cols].
+
+    Args:
+        kind: type of W.
+        raw: its bytes.
+        rows: its rows.
+        x: activations.
+        out: what to add the product to.
+        n_threads: thread numbers that share the work.
+    """
+    n, cols = x.shape
+    areas = Areas()
+    matrix = tiles(areas, kind, raw, rows, cols, n_threads)
+    fmt = FORMATS.get(int(kind))
+    packed = {}
+    if fmt is not None:
+        q, scales, sums = (address(areas.room(size)) for size in PackedArea.sizes(fmt, n, cols))
+        packed[fmt.block_weights] = PackedArea(fmt.block_weights, fmt.sums_per_block, q, scales, sums)
+    activations = Activations(n, areas.put_rows(x), float_stride(cols), packed)
+    results = areas.floats(n, float_stride(rows) // 4)
+    if out is not None:
+        results[:, :rows] = out
+    program = Program()
+    activations.pack(program, cols, {kind})
+    multiply(program, matrix, activations, address(results), float_stride(rows), n_threads, add=out is not None)
+    run_program(program, n_threads)
+    areas.check()
+    if fmt is None:
+        assert np.isnan(results[:, rows:]).all()
+    return results[:, :rows].copy()

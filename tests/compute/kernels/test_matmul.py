@@ -1,0 +1,220 @@
+"""Matrix products of every weight type against exact arithmetic on the very int8 activations, and gguf's weights."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mer.compute.kernels.matmul import STEPS, block_format
+from mer.compute.reference import matmul_quantized
+from mer.io.extents import MATRIX_TYPES
+from mer.io.ggml import GGMLType
+from tests._lib.quantize import decode
+from tests._lib.steps import F32, U8, product
+
+F64 = npt.NDArray[np.float64]
+KINDS = sorted(MATRIX_TYPES)
+FLOATS = [kind for kind in KINDS if kind.block_size == 1]
+BLOCKS = [kind for kind in KINDS if kind.block_size > 1]
+HALVES = {GGMLType.Q4_0: (0,), GGMLType.Q4_1: (0, 2), GGMLType.Q8_0: (0,), GGMLType.Q6_K: (208,)}
+ROUNDING = 2.0**-24  # the largest relative error of one float32 operation
+
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def random_weights(kind: GGMLType, rows: int, cols: int, rng: np.random.Generator) -> U8:
+    """Return the bytes [rows, row bytes] of a matrix with any bit pattern in its integers, and all sorts of scales."""
+    if kind in FLOATS:
+        numbers = (rng.normal(size=(rows, cols)) * 10.0 ** rng.integers(-3, 4, (rows, 1))).astype(np.float32)
+        return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType(int(kind))).view(np.uint8)
+    raw = rng.integers(0, 256, (rows, cols // kind.block_size, kind.block_bytes), np.uint8)
+    for at in HALVES[kind]:
+        scales = (rng.normal(size=raw.shape[:2]) * 10.0 ** rng.integers(-4, 1, raw.shape[:2])).astype(np.float16)
+        special = rng.random(scales.shape)
+        scales[special < 0.1] = 0
+        scales[special > 0.95] = 65504  # the largest half
+        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def exact_activations(n: int, cols: int, rng: np.random.Generator) -> F32:
+    """Return activations whose int8 form is exact: in each 256 a power of two times integers up to 127."""
+    q = rng.integers(-127, 128, (n, cols)).astype(np.float32)
+    scale = np.repeat(2.0 ** rng.integers(-20, 20, (n, -(-cols // 256))), 256, axis=1)[:, :cols]
+    scale[rng.random(n) < 0.1] = 0
+    q[:, ::16] = np.where(rng.random((n, -(-cols // 16))) < 0.5, 127, -127)
+    return (q * scale).astype(np.float32)
+
+
+def magnitudes(kind: GGMLType, raw: U8, cols: int) -> F64:
+    """Return for each weight a bound of the terms that make it up; Q4_1 adds two that may cancel."""
+    weights = np.abs(decode(raw, gguf.GGMLQuantizationType(int(kind))).astype(np.float64))
+    if kind is not GGMLType.Q4_1:
+        return weights
+    blocks = raw.reshape(len(raw), -1, kind.block_bytes)
+    scale, minimum = (
+        np.abs(np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16).astype(np.float64)) for at in (0, 2)
+    )
+    return np.repeat(15 * scale[..., 0] + minimum[..., 0], 32, axis=1)
+
+
+def tolerance(kind: GGMLType, raw: U8, x: F32) -> F64:
+    """Return the bound of the error [n, rows]: one rounding for each term that is added, and a few for the factors."""
+    cols = x.shape[1]
+    additions = {GGMLType.Q4_1: 2 * cols // 32}.get(kind, cols // (kind.block_size if kind in BLOCKS else 16))
+    size = np.abs(x.astype(np.float64)) @ magnitudes(kind, raw, cols).T
+    return (additions + 8) * ROUNDING * size + 1e-38
+
+
+def check(kind: GGMLType, rows: int, cols: int, n: int, seed: int, *, add: bool = False, n_threads: int = 1) -> None:
+    rng = np.random.default_rng(seed)
+    raw, x = random_weights(kind, rows, cols, rng), exact_activations(n, cols, rng)
+    start = rng.normal(size=(n, rows)).astype(np.float32) if add else None
+    got = product(kind, raw, rows, x, out=start, n_threads=n_threads)
+    before = np.zeros((n, rows)) if start is None else start.astype(np.float64)
+    want = matmul_quantized(kind, raw, x) + before
+    bound = tolerance(kind, raw, x) + ROUNDING * np.abs(want)
+    assert (np.abs(got - want) <= bound).all()
+    weights = decode(raw, gguf.GGMLQuantizationType(int(kind))).astype(np.float64)
+    assert (np.abs(got - (x.astype(np.float64) @ weights.T + before)) <= bound + 2 * tolerance(kind, raw, x)).all()
+
+
+@every_kind
+def test_every_number_of_columns(kind: GGMLType) -> None:
+    for n in range(1, 20):
+        check(kind, rows=37, cols=2 * 256 if kind in BLOCKS else 2 * 256 - 13, n=n, seed=n)
+
+
+@every_kind
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_shape(kind: GGMLType, data: st.DataObject) -> None:
+    blocks = st.integers(1, 5).map(lambda n: n * kind.block_size)
+    cols = data.draw(blocks if kind in BLOCKS else st.integers(1, 70), "cols")
+    check(
+        kind,
+        rows=data.draw(st.integers(1, 70), "rows"),
+        cols=cols,
+        n=data.draw(st.integers(1, 19), "n"),
+        seed=data.draw(st.integers(0, 2**32), "seed"),
+        add=data.draw(st.booleans(), "add"),
+        n_threads=data.draw(st.integers(1, 4), "n_threads"),
+    )
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+def test_every_byte_at_every_place_stands_for_its_weight(kind: GGMLType) -> None:
+    """One-hot columns of 127 give back 127 times each weight; every byte value comes at every place of a block."""
+    place = np.arange(kind.block_bytes, dtype=np.uint8)
+    raw = np.arange(256, dtype=np.uint8)[:, None] + place * np.uint8(7)
+    for at in HALVES[kind]:
+        raw[:, at : at + 2] = np.array([0.5 if at != 2 else -3.25], np.float16).view(np.uint8)
+    weights = decode(raw, gguf.GGMLQuantizationType(int(kind)))
+    got = product(kind, raw, 256, 127 * np.eye(kind.block_size, dtype=np.float32))
+    assert np.array_equal(got, 127 * weights.T)
+
+
+@every_kind
+def test_every_half_float_and_bfloat_is_exact(kind: GGMLType) -> None:
+    """As weights or scales: subnormals, infinities and NaN included."""
+    bits = np.arange(65536, dtype=np.uint16)
+    if kind in (GGMLType.F16, GGMLType.BF16):
+        numbers = decode(bits.view(np.uint8).reshape(-1, 2), gguf.GGMLQuantizationType(int(kind)))[:, 0]
+        got = product(kind, bits.view(np.uint8).reshape(-1, 2), len(bits), np.ones((1, 1), np.float32))
+        assert np.array_equal(got[0], numbers, equal_nan=True)
+        return
+    if kind is GGMLType.F32:
+        numbers = np.array([np.nan, np.inf, -np.inf, 3e38, 1e-45, -0.0], np.float32)
+        got = product(kind, numbers.view(np.uint8).reshape(-1, 4), len(numbers), np.ones((1, 1), np.float32))
+        assert np.array_equal(got[0], numbers, equal_nan=True)
+        return
+    halves = bits.view(np.float16).astype(np.float64)
+    for at in HALVES[kind]:
+        block = np.zeros(kind.block_bytes, np.uint8)
+        if kind is GGMLType.Q6_K:
+            block[192:208] = 1  # sub-scales
+        raw = np.tile(block, (len(bits), 1))
+        raw[:, at : at + 2] = bits.view(np.uint8).reshape(-1, 2)
+        if at == 0 and kind is not GGMLType.Q4_0:
+            raw[:, 2 * len(HALVES[kind])] = 1  # the first weight; Q4_0 has -8 already
+        x = np.zeros((1, kind.block_size), np.float32)
+        x[0, 0] = 127
+        factor = {GGMLType.Q4_0: -8, GGMLType.Q6_K: -32}.get(kind, 1)
+        got = product(kind, raw, len(bits), x)
+        finite = np.isfinite(halves)
+        assert np.array_equal(got[0, finite], (127 * factor * halves[finite]).astype(np.float32))
+        assert np.array_equal(np.isnan(got[0]), np.isnan(halves))
+        infinite = np.isinf(halves)
+        assert np.array_equal(got[0, infinite], factor * halves[infinite])
+
+
+@every_kind
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n", [1, 7, 8])
+def test_a_damaged_weight_reaches_its_row_and_no_other(kind: GGMLType, bad: float, n: int) -> None:
+    rng = np.random.default_rng(5)
+    rows, cols = 37, 2 * 256
+    raw, x = random_weights(kind, rows, cols, rng), exact_activations(n, cols, rng)
+    x[:, :] = np.where(x == 0, np.float32(1), x)
+    clean = product(kind, raw, rows, x)
+    for row in (0, 17, 36):
+        hurt = raw.copy()
+        if kind in FLOATS:
+            one = gguf.quants.quantize(np.array([[bad]], np.float32), gguf.GGMLQuantizationType(int(kind)))
+            size = kind.block_bytes
+            hurt[row, -size:] = one.view(np.uint8)[0]
+        else:
+            at = raw.shape[1] - kind.block_bytes + HALVES[kind][-1]
+            hurt[row, at : at + 2] = np.array([bad], np.float16).view(np.uint8)
+        got = product(kind, hurt, rows, x)
+        others = np.arange(rows) != row
+        assert np.array_equal(got[:, others], clean[:, others])
+        assert not np.isfinite(got[:, row]).any()
+        if np.isnan(bad):
+            assert np.isnan(got[:, row]).all()
+
+
+@every_kind
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_damaged_activation_reaches_its_column_and_no_other(kind: GGMLType, bad: float) -> None:
+    rng = np.random.default_rng(6)
+    raw, x = random_weights(kind, 37, 512, rng), exact_activations(15, 512, rng)
+    clean = product(kind, raw, 37, x)
+    for column in (0, 9, 14):  # in tiles of 8, 4 and 1
+        hurt = x.copy()
+        hurt[column, 300] = bad
+        got = product(kind, raw, 37, hurt)
+        others = np.arange(15) != column
+        assert np.array_equal(got[others], clean[others])
+        if kind in FLOATS:
+            damaged = decode(raw, gguf.GGMLQuantizationType(int(kind)))[:, 300] != 0
+            assert not np.isfinite(got[column, damaged]).any()
+        else:
+            assert not np.isfinite(got[column]).any()
+
+
+@every_kind
+def test_a_result_does_not_depend_on_the_other_columns_rows_or_threads(kind: GGMLType) -> None:
+    rng = np.random.default_rng(8)
+    cols = 3 * 256 if kind in BLOCKS else 3 * 256 + 5
+    raw, x = random_weights(kind, 83, cols, rng), rng.normal(size=(19, cols)).astype(np.float32)
+    whole = product(kind, raw, 83, x)
+    for t in range(19):
+        assert np.array_equal(product(kind, raw, 83, x[t : t + 1]), whole[t : t + 1])
+    for rows in (1, 4, 16, 33):
+        assert np.array_equal(product(kind, raw[:rows], rows, x[:5]), whole[:5, :rows])
+    for n_threads in (2, 3, 7):
+        assert np.array_equal(product(kind, raw, 83, x, n_threads=n_threads), whole)
+
+
+def test_the_table_of_steps_covers_the_types_that_files_may_have() -> None:
+    assert set(STEPS) == {int(kind) for kind in MATRIX_TYPES}
+    for kind in BLOCKS:
+        fmt = block_format(int(kind))
+        assert fmt is not None
+        assert (fmt.block_weights, fmt.block_bytes) == (kind.block_size, kind.block_bytes)
+    assert all(block_format(int(kind)) is None for kind in FLOATS)
