@@ -17,7 +17,7 @@ from mer.compute.kernels.attention import KV_TILE
 from mer.compute.kernels.step import cache_failure
 from mer.compute.kernels.target import FORM, KERNEL_CACHE
 from mer.compute.weights import DenseWeights
-from mer.config import EngineConfig, Progress, Sampling
+from mer.config import Activations, EngineConfig, Progress, Sampling
 from mer.errors import ContextOverflow, EngineClosed, MerError, RequestError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
@@ -286,6 +286,7 @@ async def open_engine(
     context: int | None = None,
     max_sequences: int = 8,
     batch_tokens: int | None = None,
+    activations: Activations = "auto",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> AsyncIterator[Engine]:
     """Open a model and close it when the block is left.
@@ -302,6 +303,8 @@ async def open_engine(
         context: positions of the longest sequence.
         max_sequences: sequences that run at once.
         batch_tokens: rows of a batch, which is also the prefill chunk.
+        activations: precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model's
+            size.
         on_progress: called in the trio thread as kernels are compiled and weights are read.
 
     Raises:
@@ -319,6 +322,7 @@ async def open_engine(
         context=context,
         max_sequences=max_sequences,
         batch_tokens=batch_tokens,
+        activations=activations,
         **({} if on_progress is None else {"on_progress": on_progress}),
     )
     with _Unwrapped():
@@ -341,7 +345,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     plan = plan_memory(model, config)
     tokenizer = Tokenizer.from_gguf(model.gguf)
     kinds = matrix_types(model.dense.values(), model.experts)
-    await _compile(kinds, config.on_progress)
+    await _compile(kinds, plan.limits.planes, config.on_progress)
     with ExitStack() as stack:
         reader = stack.enter_context(ThreadReader(model.gguf.paths, n_threads=config.io_threads))
         weights = DenseWeights(model.dense)
@@ -406,9 +410,9 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 task_status.started(engine)
 
 
-async def _compile(kinds: set[GGMLType], on_progress: Callable[[Progress], None]) -> None:
+async def _compile(kinds: set[GGMLType], planes: int, on_progress: Callable[[Progress], None]) -> None:
     """Compile or load every kernel that the weight types need, off the trio thread."""
-    steps = steps_for(kinds)
+    steps = steps_for(kinds, planes)
     on_progress(Progress("kernels", 0, len(steps), "kernels"))
     for number, step in enumerate(steps, 1):
         await trio.to_thread.run_sync(step.compile)
@@ -434,6 +438,7 @@ def _settings(
         batch_tokens=plan.limits.batch_tokens,
         kernels=FORM.value,
         kernel_cache=cache_failure() or str(KERNEL_CACHE),
+        activations="int8" if plan.limits.planes == 1 else "int15",
         policy=cache.statistics().policy,
         io_modes=reader.modes,
         huge_pages=arena.huge_pages,

@@ -1,4 +1,6 @@
-"""One tree of errors: everything `mer` raises on purpose is a `MerError` whose text says what, where and what would work."""
+"""One tree of errors: everything `mer` raises on purpose is a `MerError` whose text says what, where and what would
+work.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ class ReadError(MerError):
         errno: the operating system's error number, or None (a truncated file has none).
     """
 
-    def __init__(self, path: str | os.PathLike[str], offset: int, n_bytes: int, reason: str, errno: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], offset: int, n_bytes: int, reason: str, errno: int | None = None
+    ) -> None:
         self.path = Path(path)
         self.offset = offset
         self.n_bytes = n_bytes

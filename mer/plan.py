@@ -10,7 +10,7 @@ from mer.compute.forward import matrix_types
 from mer.compute.kernels.attention import KV_TILE
 from mer.compute.scratch import Limits, kv_block_bytes, scratch_bytes
 from mer.compute.weights import READ_BYTES, READS_AHEAD, dense_bytes
-from mer.config import EngineConfig, default_threads
+from mer.config import SMALL_MODEL, EngineConfig, default_threads
 from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.arena import PAGE_BYTES
 from mer.io.extents import ExpertMap, SlotLayout, map_experts
@@ -24,8 +24,9 @@ from mer.units import format_bytes
 MiB = 1 << 20
 INTERPRETER_BYTES = 96 * MiB  # Python with numpy, numba, LLVM, tokenizers and loaded kernels: 69 MiB measured
 COMPILER_BYTES = 128 * MiB  # what compiling every kernel adds and keeps: 112 MiB measured
-TOKENIZER_BYTES_PER_TOKEN = 1024
-HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header
+TOKENIZER_BYTES = 2 * MiB
+TOKENIZER_BYTES_PER_TOKEN = 512  # 330 to 400 measured
+HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header: 3.5 to 5.3 measured
 STACK_BYTES = MiB // 2  # touched stack and interpreter state of a thread
 _BATCHES = (512, 256, 128, 64, 32, 16)
 _CONTEXTS = (4096, 2048, 1024, 512)
@@ -106,12 +107,14 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
     fixed = {
         "interpreter and libraries": max(INTERPRETER_BYTES, private_bytes()),
         "kernel compiler": COMPILER_BYTES,
-        "tokenizer": spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
+        "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
         "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
         "thread stacks": (threads + config.io_threads + 2) * STACK_BYTES,
         "dense weights": dense_bytes(model.dense),
     }
     kinds = matrix_types(model.dense.values(), model.experts)
+    fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)
+    planes = 2 if fine else 1
     slot_cost = layout.slot_bytes
 
     def parts_for(limits: Limits, slots: int) -> dict[str, int]:
@@ -133,6 +136,7 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
             sequence_blocks=-(-context // KV_TILE),
             kv_blocks=-(-kv_tokens // KV_TILE),
             threads=threads,
+            planes=planes,
         )
 
     batches = (config.batch_tokens,) if config.batch_tokens else _BATCHES

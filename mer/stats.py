@@ -32,6 +32,7 @@ class Settings:
     batch_tokens: int
     kernels: str  # instruction-set form
     kernel_cache: str  # folder, or why compiled kernels are not kept
+    activations: str  # precision of activations that meet quantized weights: int8 or int15
     policy: str
     io_modes: tuple[IoMode, ...]  # per file
     huge_pages: bool

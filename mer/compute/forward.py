@@ -10,7 +10,7 @@ import numpy as np
 from mer.compute.kernels.attention import attention, rope_store
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
 from mer.compute.kernels.interleave import FIELDS, field_table, interleave
-from mer.compute.kernels.matmul import STEPS
+from mer.compute.kernels.matmul import matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.router import route
 from mer.compute.kernels.step import Step
@@ -269,7 +269,7 @@ def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLTyp
     return types | {p.type for layer in experts.experts for e in layer for p in e.parts}
 
 
-def steps_for(kinds: Iterable[GGMLType]) -> list[Step]:
-    """Return every kernel step that a model of these weight types uses."""
-    steps = [STEPS[int(kind)] for kind in kinds]
+def steps_for(kinds: Iterable[GGMLType], planes: int) -> list[Step]:
+    """Return every kernel step that a model of these weight types uses with activations of so many planes."""
+    steps = [matmul_step(int(kind), planes) for kind in kinds]
     return [*steps, interleave, pack, rms_norm, gather, swiglu, combine, rope_store, attention, route]

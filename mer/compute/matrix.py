@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from mer.compute.kernels.interleave import FIELDS
-from mer.compute.kernels.matmul import STEPS, block_format
+from mer.compute.kernels.matmul import block_format, matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.tile import ROWS, BlockFormat
 from mer.compute.program import Memory, Program
@@ -53,33 +53,35 @@ def float_stride(n: int) -> int:
 
 @attrs.frozen
 class PackedArea:
-    """Room for int8 activations: `rows` rows of `cols`, in blocks of one size."""
+    """Room for packed activations in blocks of one size, each value in one int8 plane or in two."""
 
     block_weights: int
     sums_per_block: int
     xq: int
     xs: int
     xsum: int
+    planes: int = 1
 
     @classmethod
-    def sizes(cls, fmt: BlockFormat, rows: int, cols: int) -> tuple[int, int, int]:
+    def sizes(cls, fmt: BlockFormat, rows: int, cols: int, planes: int = 1) -> tuple[int, int, int]:
         """Return the bytes of values, scales and sums."""
         blocks = rows * round_up(cols, fmt.block_weights) // fmt.block_weights
-        return rows * cols, FLOAT_BYTES * blocks, FLOAT_BYTES * blocks * fmt.sums_per_block
+        return planes * rows * cols, FLOAT_BYTES * blocks, FLOAT_BYTES * planes * blocks * fmt.sums_per_block
 
     @classmethod
-    def cut(cls, memory: Memory, fmt: BlockFormat, rows: int, cols: int) -> PackedArea:
-        """Take the room from `memory`."""
-        return cls(fmt.block_weights, fmt.sums_per_block, *map(memory.cut, cls.sizes(fmt, rows, cols)))
+    def cut(cls, memory: Memory, fmt: BlockFormat, rows: int, cols: int, planes: int = 1) -> PackedArea:
+        """Take the room for `rows` rows of `cols` from `memory`."""
+        sizes = cls.sizes(fmt, rows, cols, planes)
+        return cls(fmt.block_weights, fmt.sums_per_block, *map(memory.cut, sizes), planes=planes)
 
     def offset(self, first_row: int, cols: int) -> PackedArea:
         """Return the room that begins `first_row` rows of `cols` later."""
         blocks = first_row * (cols // self.block_weights)
         return attrs.evolve(
             self,
-            xq=self.xq + first_row * cols,
+            xq=self.xq + self.planes * first_row * cols,
             xs=self.xs + FLOAT_BYTES * blocks,
-            xsum=self.xsum + FLOAT_BYTES * blocks * self.sums_per_block,
+            xsum=self.xsum + FLOAT_BYTES * self.planes * blocks * self.sums_per_block,
         )
 
 
@@ -107,7 +109,7 @@ class Activations:
             area = self.packed[size]
             program.add(
                 pack, source or self.address, self.stride, index, self.n, cols // size, size, area.sums_per_block,
-                area.xq, area.xs, area.xsum,
+                area.xq, area.xs, area.xsum, area.planes,
             )  # fmt: skip
 
 
@@ -122,8 +124,10 @@ def multiply(
     add: bool = False,
 ) -> None:
     """Add the step out[t] = matrix @ x[t] for all rows t of x, or out[t] += with `add`."""
-    step, fmt = STEPS[int(matrix.type)], block_format(int(matrix.type))
+    kind = int(matrix.type)
+    fmt = block_format(kind)
     if fmt is None:
+        step = matmul_step(kind, 1)
         chunk = round_up(max(1, matrix.rows // (n_threads * _CHUNKS_PER_THREAD)), 4)
         program.add(
             step, matrix.address, matrix.rows, matrix.cols, matrix.row_bytes, x.n, x.address, x.stride,
@@ -131,6 +135,7 @@ def multiply(
         )  # fmt: skip
         return
     area = x.packed[fmt.block_weights]
+    step = matmul_step(kind, area.planes)
     n_tiles = -(-matrix.rows // ROWS)
     chunk = round_up(max(1, n_tiles // (n_threads * _CHUNKS_PER_THREAD)), 2)
     program.add(

@@ -28,6 +28,7 @@ class Limits:
     sequence_blocks: int  # KV blocks of the longest sequence
     kv_blocks: int  # KV blocks in all
     threads: int
+    planes: int = 1  # int8 planes of an activation that meets quantized weights: 1 or 2
 
     def ffn_rows(self, spec: ModelSpec) -> int:
         """Rows of gate and up computed at once: a whole batch on one expert, or one token on all of its experts."""
@@ -97,7 +98,8 @@ def scratch_bytes(spec: ModelSpec, limits: Limits, kinds: Iterable[GGMLType], ex
     total = sum(round_up(size, 64) for size in area_sizes(spec, limits, experts).values())
     for rows, cols in packed_shapes(spec, limits).values():
         for fmt in _formats(kinds).values():
-            total += sum(round_up(size, 64) for size in PackedArea.sizes(fmt, rows, round_up(cols, fmt.block_weights)))
+            sizes = PackedArea.sizes(fmt, rows, round_up(cols, fmt.block_weights), limits.planes)
+            total += sum(round_up(size, 64) for size in sizes)
     return total
 
 
@@ -111,7 +113,7 @@ class Scratch:
         self.address: Mapping[str, int] = {name: self.memory.cut(size) for name, size in sizes.items()}
         self.packed: Mapping[str, dict[int, PackedArea]] = {
             name: {
-                size: PackedArea.cut(self.memory, fmt, rows, round_up(cols, size))
+                size: PackedArea.cut(self.memory, fmt, rows, round_up(cols, size), limits.planes)
                 for size, fmt in _formats(kinds).items()
             }
             for name, (rows, cols) in packed_shapes(spec, limits).items()

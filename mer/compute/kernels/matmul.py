@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mer.compute.kernels.floats import matmul_bf16, matmul_f16, matmul_f32
-from mer.compute.kernels.q4_0 import matmul_q4_0
-from mer.compute.kernels.q4_1 import matmul_q4_1
-from mer.compute.kernels.q6_k import matmul_q6_k
-from mer.compute.kernels.q8_0 import matmul_q8_0
+from mer.compute.kernels.q4_0 import matmul_q4_0, matmul_q4_0_a15
+from mer.compute.kernels.q4_1 import matmul_q4_1, matmul_q4_1_a15
+from mer.compute.kernels.q6_k import matmul_q6_k, matmul_q6_k_a15
+from mer.compute.kernels.q8_0 import matmul_q8_0, matmul_q8_0_a15
 from mer.compute.kernels.step import Step
 from mer.compute.kernels.tile import FORMATS, BlockFormat
 
@@ -20,6 +20,14 @@ STEPS: dict[int, Step] = {
     14: matmul_q6_k,
     30: matmul_bf16,
 }
+
+# The same for quantized types on activations of two planes
+FINE_STEPS: dict[int, Step] = {2: matmul_q4_0_a15, 3: matmul_q4_1_a15, 8: matmul_q8_0_a15, 14: matmul_q6_k_a15}
+
+
+def matmul_step(kind: int, planes: int) -> Step:
+    """Return the step for a weight type and a number of activation planes; float types have none and take float32."""
+    return FINE_STEPS[kind] if planes == 2 and kind in FINE_STEPS else STEPS[kind]
 
 
 def block_format(kind: int) -> BlockFormat | None:

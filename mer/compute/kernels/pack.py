@@ -1,8 +1,9 @@
-"""Quantizing activations to int8 blocks, packed in the column tiles that `tile.py` reads.
+"""Quantizing activations to blocks of int8, packed in the column tiles that `tile.py` reads.
 
-As ggml does: scale = max|x| / 127 per block, q = round(x * (1 / scale)) to nearest even; a block whose scale is below
-the normal float32 becomes zero. Blocks are 32 long for the legacy types (one sum per block) and 256 long for the K
-types (one sum per 16).
+One plane, as ggml does: scale = max|x| / 127 per block, q = round(x * (1 / scale)) to nearest even. Two planes:
+scale = max|x| / (127 * 128), q the same way, stored as q = 128 * first + second with the second in -64..63. A block
+whose scale is below the normal float32 becomes zero. Blocks are 32 long for the legacy types (one sum per block) and
+256 long for the K types (one sum per 16).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from mer.compute.kernels.ir import load_i32, load_i64, store_f32, store_i32
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, step
-from mer.compute.kernels.vector import amax, quantize16
+from mer.compute.kernels.vector import amax, quantize16, quantize16_high, quantize16_low
 
 _TINY = np.float32(2.0**-126)  # the reciprocal of a smaller scale may be infinite; such blocks become zero
 
@@ -36,12 +37,14 @@ def pack(row: int, thread: int, n_threads: int) -> None:
     """Quantize rows of float32 into packed blocks; (row, block) pairs are split evenly over the threads.
 
     Arguments: x, x_stride_bytes, index (int32 row numbers, or 0 for 0, 1, 2, ...), n, n_blocks, block_weights,
-    sums_per_block, xq, xs, xsum.
+    sums_per_block, xq, xs, xsum, planes.
     """
     x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n, n_blocks, size = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
     sums = load_i64(row, ARG0 + 6)
     xq, xs, xsum = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
+    planes = load_i64(row, ARG0 + 10)
+    largest = np.float32(127 if planes == 1 else 127 * 128)
     total = n * n_blocks
     per_sum = size // 16 // sums
     for item in range(total * thread // n_threads, total * (thread + 1) // n_threads):
@@ -50,11 +53,19 @@ def pack(row: int, thread: int, n_threads: int) -> None:
         block = x + source * x_stride + 4 * size * k
         first, columns = column_tile(t, n)
         place = first * n_blocks + k * columns + (t - first)
-        scale = amax(block, size) / np.float32(127)
+        plane = planes * (first * n_blocks + k * columns) + (t - first)
+        scale = amax(block, size) / largest
         inverse = np.float32(0) if scale < _TINY else np.float32(1) / scale
         store_f32(xs, place, scale)
         for s in range(sums):
-            partial = np.int32(0)
+            partial, rest = np.int32(0), np.int32(0)
             for p in range(s * per_sum, (s + 1) * per_sum):
-                partial += quantize16(block + 64 * p, inverse, xq + place * size + 16 * p)
-            store_i32(xsum, place * sums + s, partial)
+                here, to = block + 64 * p, xq + plane * size + 16 * p
+                if planes == 1:
+                    partial += quantize16(here, inverse, to)
+                else:
+                    partial += quantize16_high(here, inverse, to)
+                    rest += quantize16_low(here, inverse, to + columns * size)
+            store_i32(xsum, plane * sums + s, partial)
+            if planes == 2:
+                store_i32(xsum, (plane + columns) * sums + s, rest)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mer.compute.kernels.ir import V16F32, V16I16, V32I16, V64I8, const, dot4, fma, load, widen_half
+from mer.compute.kernels.ir import V16F32, V16I16, V16I32, V32I16, V64I8, const, dot4, fma, load, widen_half
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
 
 KIND = 2  # ggml type id
 
@@ -26,12 +26,16 @@ def nibbles(b: Any, weights: Any, offset: int) -> tuple[list[Any], list[Any]]:
     return low, high
 
 
-def nibble_dot(b: Any, total: Any, low: list[Any], high: list[Any], column: ActivationColumn, c: int) -> Any:
-    """Add the dot product of 32 unsigned nibbles per row with column c's activations to 16 int32 totals."""
-    for part, vectors in enumerate((low, high)):
-        for j, vector in enumerate(vectors):
-            total = dot4(b, total, vector, column.quad(c, 16 * part + 4 * j, V64I8))
-    return total
+def nibble_dot(b: Any, zero: int, low: list[Any], high: list[Any], column: ActivationColumn, c: int) -> Any:
+    """Return the 16 int32 dot products of 32 nibbles per row, less `zero`, with column c's activations."""
+    planes = []
+    for plane in range(column.planes):
+        total = column.sum(plane, c, 0, -zero) if zero else const(V16I32, 0)
+        for part, vectors in enumerate((low, high)):
+            for j, vector in enumerate(vectors):
+                total = dot4(b, total, vector, column.quad(plane, c, 16 * part + 4 * j, V64I8))
+        planes.append(total)
+    return joined(b, planes)
 
 
 class Q4_0:
@@ -46,7 +50,7 @@ class Q4_0:
         scale = widen_half(b, load(b, weights, 0, V16I16))
         low, high = nibbles(b, weights, 32)
         for c in range(columns):
-            total = nibble_dot(b, column.sum(c, 0, -8), low, high, column, c)
+            total = nibble_dot(b, 8, low, high, column, c)
             both = b.fmul(scale, column.scale(c))
             b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
 
@@ -56,5 +60,11 @@ FORMATS[KIND] = Q4_0()
 
 @step
 def matmul_q4_0(row: int, _thread: int, _n_threads: int) -> None:
-    """Q4_0 matrix product; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND)
+    """Q4_0 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 1)
+
+
+@step
+def matmul_q4_0_a15(row: int, _thread: int, _n_threads: int) -> None:
+    """Q4_0 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 2)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mer.compute.kernels.ir import V16F32, V16I16, V16I32, const, fma, load, widen_half
+from mer.compute.kernels.ir import V16F32, V16I16, fma, load, widen_half
 from mer.compute.kernels.q4_0 import nibble_dot, nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
 
 KIND = 3  # ggml type id
 
@@ -29,10 +29,10 @@ class Q4_1:
         minimum = widen_half(b, load(b, weights, 32, V16I16))
         low, high = nibbles(b, weights, 64)
         for c in range(columns):
-            total = nibble_dot(b, const(V16I32, 0), low, high, column, c)
+            total = nibble_dot(b, 0, low, high, column, c)
             activation = column.scale(c)
             value = fma(b, b.sitofp(total, V16F32), b.fmul(scale, activation), b.load(acc[c]))
-            lift = b.sitofp(column.sum(c, 0, 1), V16F32)
+            lift = b.sitofp(joined(b, [column.sum(plane, c, 0, 1) for plane in range(column.planes)]), V16F32)
             b.store(fma(b, lift, b.fmul(minimum, activation), value), acc[c])
 
 
@@ -41,5 +41,11 @@ FORMATS[KIND] = Q4_1()
 
 @step
 def matmul_q4_1(row: int, _thread: int, _n_threads: int) -> None:
-    """Q4_1 matrix product; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND)
+    """Q4_1 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 1)
+
+
+@step
+def matmul_q4_1_a15(row: int, _thread: int, _n_threads: int) -> None:
+    """Q4_1 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 2)

@@ -9,6 +9,7 @@ order. Format: ggml's `block_q6_K` (ql[128], qh[64], scales[16], d).
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from mer.compute.kernels.ir import (
@@ -28,7 +29,7 @@ from mer.compute.kernels.ir import (
 )
 from mer.compute.kernels.numba_api import cgutils
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, PLANE_SHIFT, ActivationColumn, matmul_rows
 
 KIND = 14  # ggml type id
 _SCALES, _LOW, _HIGH = 32, 288, 2336  # byte offsets in the tile block
@@ -59,7 +60,8 @@ class Q6_K:
 
     def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`. A loop over (half, odd), so that the code of 16 sub-blocks is compiled as that of 4."""
-        totals = [cgutils.alloca_once_value(b, const(V16I32, 0)) for _ in range(columns)]
+        planes = range(column.planes)
+        totals = [[cgutils.alloca_once_value(b, const(V16I32, 0)) for _ in range(columns)] for _ in planes]
         with cgutils.for_range(b, i64(4), intp=I64) as loop:
             half, odd = b.lshr(loop.index, i64(1)), b.and_(loop.index, i64(1))
             sub = b.add(b.mul(half, i64(8)), odd)  # the first of sub-blocks sub, sub + 2, sub + 4, sub + 6
@@ -72,15 +74,19 @@ class Q6_K:
             for quarter in range(4):
                 vectors = self._weights(b, lows, highs, quarter)
                 scale = b.sext(load(b, scales, _SCALES + 16 * 2 * quarter, V16I8), V16I32)
-                for c in range(columns):
-                    part = here.sum(c, 2 * quarter, -32)
+                for c, plane in itertools.product(range(columns), planes):
+                    part = here.sum(plane, c, 2 * quarter, -32)
                     for j, vector in enumerate(vectors):
-                        part = dot4(b, part, vector, here.quad(c, 32 * quarter + 4 * j, V64I8))
-                    b.store(b.add(b.load(totals[c]), b.mul(part, scale)), totals[c])
+                        part = dot4(b, part, vector, here.quad(plane, c, 32 * quarter + 4 * j, V64I8))
+                    total = totals[plane][c]
+                    b.store(b.add(b.load(total), b.mul(part, scale)), total)
         scale = widen_half(b, load(b, weights, 0, V16I16))
         for c in range(columns):
             both = b.fmul(scale, column.scale(c))
-            b.store(fma(b, b.sitofp(b.load(totals[c]), V16F32), both, b.load(acc[c])), acc[c])
+            for plane in planes:  # joined as floats: two planes of a super-block do not fit int32 together
+                weight = const(V16F32, float(1 << PLANE_SHIFT * (column.planes - 1 - plane)))
+                total = b.sitofp(b.load(totals[plane][c]), V16F32)
+                b.store(fma(b, total, b.fmul(both, weight), b.load(acc[c])), acc[c])
 
 
 FORMATS[KIND] = Q6_K()
@@ -88,5 +94,11 @@ FORMATS[KIND] = Q6_K()
 
 @step
 def matmul_q6_k(row: int, _thread: int, _n_threads: int) -> None:
-    """Q6_K matrix product; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND)
+    """Q6_K matrix product on int8 activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 1)
+
+
+@step
+def matmul_q6_k_a15(row: int, _thread: int, _n_threads: int) -> None:
+    """Q6_K matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 2)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mer.compute.kernels.ir import V16F32, V16I16, V64I8, dot4, fma, load, widen_half
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
 
 KIND = 8  # ggml type id
 
@@ -27,10 +27,13 @@ class Q8_0:
         scale = widen_half(b, load(b, weights, 0, V16I16))
         vectors = [load(b, weights, 32 + 64 * j, V64I8) for j in range(8)]
         for c in range(columns):
-            total = column.sum(c, 0, -128)
-            for j, vector in enumerate(vectors):
-                total = dot4(b, total, vector, column.quad(c, 4 * j, V64I8))
-            b.store(fma(b, b.sitofp(total, V16F32), b.fmul(scale, column.scale(c)), b.load(acc[c])), acc[c])
+            planes = []
+            for plane in range(column.planes):
+                total = column.sum(plane, c, 0, -128)
+                for j, vector in enumerate(vectors):
+                    total = dot4(b, total, vector, column.quad(plane, c, 4 * j, V64I8))
+                planes.append(total)
+            b.store(fma(b, b.sitofp(joined(b, planes), V16F32), b.fmul(scale, column.scale(c)), b.load(acc[c])), acc[c])
 
 
 FORMATS[KIND] = Q8_0()
@@ -38,5 +41,11 @@ FORMATS[KIND] = Q8_0()
 
 @step
 def matmul_q8_0(row: int, _thread: int, _n_threads: int) -> None:
-    """Q8_0 matrix product; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND)
+    """Q8_0 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 1)
+
+
+@step
+def matmul_q8_0_a15(row: int, _thread: int, _n_threads: int) -> None:
+    """Q8_0 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, KIND, 2)

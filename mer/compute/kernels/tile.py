@@ -8,8 +8,9 @@ in order,
 
 so a result does not depend on the number of columns, on the row split or on the instruction-set form.
 
-Activations come packed (`pack.py`): columns in tiles of 8, then 4, 2, 1; in a tile int8 [n_blocks, columns,
-block_weights], float32 scales [n_blocks, columns], and int32 sums of the int8 values.
+Activations come packed (`pack.py`): columns in tiles of 8, then 4, 2, 1; in a tile int8 [n_blocks, planes, columns,
+block_weights], float32 scales [n_blocks, columns], and int32 sums of the int8 values of each plane. One plane is an
+int8 activation; two are a 15-bit one, 128 times the first plus the second, for twice the integer work.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
 from mer.compute.kernels.step import ARG0, COUNTER
 
 ROWS = 16  # rows in a tile
+PLANE_SHIFT = 7  # the first of two planes counts 2**7 times the second
 _PREFETCH_BYTES = 2048  # weights are asked for so far ahead: the hardware's own prefetching stops at page boundaries
 _PREFETCH_COLUMNS = 4  # with more columns the arithmetic takes longer than the weights
 
@@ -55,13 +57,15 @@ class BlockFormat(Protocol):
 
 
 class ActivationColumn:
-    """Addresses of one block's activations in a tile of `columns` columns."""
+    """Addresses of one block's activations in a tile of `columns` columns and `planes` planes of int8."""
 
-    def __init__(self, b: Any, fmt: BlockFormat, columns: int, k: Any, xq: Any, xs: Any, xsum: Any) -> None:
-        self._b, self._fmt = b, fmt
-        self._xq = b.add(xq, b.mul(k, i64(columns * fmt.block_weights)))
+    def __init__(
+        self, b: Any, fmt: BlockFormat, planes: int, columns: int, k: Any, xq: Any, xs: Any, xsum: Any
+    ) -> None:
+        self._b, self._fmt, self._columns, self.planes = b, fmt, columns, planes
+        self._xq = b.add(xq, b.mul(k, i64(planes * columns * fmt.block_weights)))
         self._xs = b.add(xs, b.mul(k, i64(4 * columns)))
-        self._xsum = b.add(xsum, b.mul(k, i64(4 * columns * fmt.sums_per_block)))
+        self._xsum = b.add(xsum, b.mul(k, i64(4 * planes * columns * fmt.sums_per_block)))
 
     def advanced(self, weights: Any, sums: Any) -> ActivationColumn:
         """Return the same block seen from `weights` weights and `sums` sums on, both IR values."""
@@ -70,18 +74,18 @@ class ActivationColumn:
         later._xsum = self._b.add(self._xsum, self._b.mul(sums, i64(4)))
         return later
 
-    def quad(self, column: int, position: int, vector: Any) -> Any:
+    def quad(self, plane: int, column: int, position: int, vector: Any) -> Any:
         """Broadcast the 4 int8 activations from `position` (in weights) to all lanes, as `vector`."""
-        offset = column * self._fmt.block_weights + position
+        offset = (plane * self._columns + column) * self._fmt.block_weights + position
         return self._b.bitcast(splat(self._b, load(self._b, self._xq, offset, I32, 4), V16I32), vector)
 
     def scale(self, column: int) -> Any:
         """The block's float32 scale, broadcast."""
         return splat(self._b, load(self._b, self._xs, 4 * column, F32, 4), V16F32)
 
-    def sum(self, column: int, index: int, factor: int) -> Any:
+    def sum(self, plane: int, column: int, index: int, factor: int) -> Any:
         """The int32 activation sum `index` of the block times a constant, broadcast."""
-        offset = 4 * (column * self._fmt.sums_per_block + index)
+        offset = 4 * ((plane * self._columns + column) * self._fmt.sums_per_block + index)
         value = load(self._b, self._xsum, offset, I32, 4)
         return splat(self._b, self._b.mul(value, ir.Constant(I32, factor)), V16I32)
 
@@ -89,10 +93,18 @@ class ActivationColumn:
 FORMATS: dict[int, BlockFormat] = {}  # {ggml type id: format}
 
 
+def joined(b: Any, planes: list[Any]) -> Any:
+    """Return the int32 total of all planes: the first one counts 128 times the second."""
+    if len(planes) == 1:
+        return planes[0]
+    return b.add(b.shl(planes[0], const(V16I32, PLANE_SHIFT)), planes[1])
+
+
 @intrinsic(prefer_literal=True)
 def tile(
     _ctx: Any,
     kind: Any,
+    planes: Any,
     columns: Any,
     groups: Any,
     w: Any,
@@ -104,20 +116,22 @@ def tile(
     out_stride: Any,
     add: Any,
 ) -> Any:
-    """Multiply `groups` adjacent tiles with one tile of `columns` activation columns and store or add float32 results.
+    """Multiply `groups` adjacent tiles with one tile of `columns` activation columns; store or add float32 results.
 
-    `kind`, `columns` and `groups` are compile-time integers; the others are int64 addresses, counts, and bytes.
+    `kind`, `planes`, `columns` and `groups` are compile-time integers; the others are int64 addresses, counts, and
+    bytes.
     """
-    fmt, n_columns, n_groups = FORMATS[kind.literal_value], columns.literal_value, groups.literal_value
-    signature = types.void(kind, columns, groups, *[types.int64] * 8)
+    fmt, n_planes = FORMATS[kind.literal_value], planes.literal_value
+    n_columns, n_groups = columns.literal_value, groups.literal_value
+    signature = types.void(kind, planes, columns, groups, *[types.int64] * 8)
 
     def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        w, n, xq, xs, xsum, out, out_stride, add = args[3:]
+        w, n, xq, xs, xsum, out, out_stride, add = args[4:]
         zero = const(V16F32, 0.0)
         acc = [[cgutils.alloca_once_value(b, zero) for _ in range(n_columns)] for _ in range(n_groups)]
         block = ROWS * fmt.block_bytes
         with cgutils.for_range(b, n, intp=I64) as loop:
-            column = ActivationColumn(b, fmt, n_columns, loop.index, xq, xs, xsum)
+            column = ActivationColumn(b, fmt, n_planes, n_columns, loop.index, xq, xs, xsum)
             for g in range(n_groups):
                 base = b.add(b.add(w, b.mul(loop.index, i64(block))), b.mul(n, i64(block * g)))
                 if n_columns <= _PREFETCH_COLUMNS:
@@ -139,18 +153,19 @@ def tile(
 
 
 @njit
-def matmul_rows(row, kind):  # type: ignore[no-untyped-def]
+def matmul_rows(row, kind, planes):  # type: ignore[no-untyped-def]
     """Body of every quantized matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed chunks of tiles.
 
     Arguments: w, n_tiles, n_blocks, tile_stride_bytes, n (columns), xq, xs, xsum, block_weights, sums_per_block, out,
     out_stride_bytes, add, chunk (in tiles).
     """
     literally(kind)
+    literally(planes)
     w, n_tiles, n_blocks = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     tile_stride, n = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
     xq, xs, xsum = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
-    q_stride = n_blocks * load_i64(row, ARG0 + 8)
-    sum_stride = 4 * n_blocks * load_i64(row, ARG0 + 9)
+    q_stride = planes * n_blocks * load_i64(row, ARG0 + 8)
+    sum_stride = 4 * planes * n_blocks * load_i64(row, ARG0 + 9)
     s_stride = 4 * n_blocks
     out, out_stride, add = load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12)
     chunk = load_i64(row, ARG0 + 13)
@@ -162,7 +177,7 @@ def matmul_rows(row, kind):  # type: ignore[no-untyped-def]
         r = first
         if n == 1:
             while r + 2 <= last:
-                tile(kind, 1, 2, w + r * tile_stride, n_blocks, xq, xs, xsum, out + 64 * r, out_stride, add)
+                tile(kind, planes, 1, 2, w + r * tile_stride, n_blocks, xq, xs, xsum, out + 64 * r, out_stride, add)
                 r += 2
         while r < last:
             wr = w + r * tile_stride
@@ -172,15 +187,15 @@ def matmul_rows(row, kind):  # type: ignore[no-untyped-def]
                 q, s, u, o = xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride
                 left = n - t
                 if left >= 8:
-                    tile(kind, 8, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 8, 1, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 8
                 elif left >= 4:
-                    tile(kind, 4, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 4, 1, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 4
                 elif left >= 2:
-                    tile(kind, 2, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 2, 1, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 2
                 else:
-                    tile(kind, 1, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 1, 1, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 1
             r += 1

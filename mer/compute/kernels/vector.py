@@ -180,15 +180,34 @@ def amax(_ctx: Any, x: Any, n: Any) -> Any:
     return types.float32(types.int64, types.int64), codegen
 
 
-@intrinsic
-def quantize16(_ctx: Any, x: Any, inverse: Any, out: Any) -> Any:
-    """Write 16 floats times `inverse`, rounded to nearest even, as int8, and return the sum of the int8 values."""
+def _quantizer(select: Any) -> Any:
+    """Return an intrinsic that rounds 16 floats times `inverse` and stores `select` of the integers as int8.
 
-    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        x, inverse, out = args
-        scaled = b.fmul(load(b, x, 0, V16F32, 4), splat(b, inverse, V16F32))
-        q = _round_to_int(b, scaled)
-        store(b, b.trunc(q, V16I8), out, 0, 1)
-        return call(b, "llvm.vector.reduce.add.v16i32", I32, q)
+    Rounding is to nearest even; the intrinsic returns the sum of what it stored.
+    """
 
-    return types.int32(types.int64, types.float32, types.int64), codegen
+    @intrinsic
+    def quantize(_ctx: Any, x: Any, inverse: Any, out: Any) -> Any:
+        def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+            x, inverse, out = args
+            scaled = b.fmul(load(b, x, 0, V16F32, 4), splat(b, inverse, V16F32))
+            q = select(b, _round_to_int(b, scaled))
+            store(b, b.trunc(q, V16I8), out, 0, 1)
+            return call(b, "llvm.vector.reduce.add.v16i32", I32, q)
+
+        return types.int32(types.int64, types.float32, types.int64), codegen
+
+    return quantize
+
+
+def _high(b: Any, q: Any) -> Any:
+    return b.ashr(b.add(q, const(V16I32, 64)), const(V16I32, 7))
+
+
+def _low(b: Any, q: Any) -> Any:
+    return b.sub(q, b.shl(_high(b, q), const(V16I32, 7)))
+
+
+quantize16 = _quantizer(lambda b, q: q)  # the integers, -127..127
+quantize16_high = _quantizer(_high)  # of integers -16256..16256 = 128 * high + low
+quantize16_low = _quantizer(_low)  # -64..63
