@@ -160,9 +160,7 @@ def run(
     """
     gguf = read_gguf(path)
     spec = model_spec(gguf)
-    experts = map_experts(
-        gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff
-    )
+    experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
     limits = Limits(
         batch_tokens=max(len(b.tokens) for b in batches),
         outputs=max(len(b.outputs) for b in batches),

@@ -107,6 +107,7 @@ def product(
     rows: int,
     x: F32,
     *,
+    planes: int = 1,
     out: F32 | None = None,
     n_threads: int = 1,
 ) -> F32:
@@ -117,6 +118,7 @@ def product(
         raw: its bytes.
         rows: its rows.
         x: activations.
+        planes: int8 planes that they are rounded to, if W is quantized.
         out: what to add the product to.
         n_threads: thread numbers that share the work.
     """
@@ -126,8 +128,8 @@ def product(
     fmt = FORMATS.get(int(kind))
     packed = {}
     if fmt is not None:
-        q, scales, sums = (address(areas.room(size)) for size in PackedArea.sizes(fmt, n, cols))
-        packed[fmt.block_weights] = PackedArea(fmt.block_weights, fmt.sums_per_block, q, scales, sums)
+        q, scales, sums = (address(areas.room(size)) for size in PackedArea.sizes(fmt, n, cols, planes))
+        packed[fmt.block_weights] = PackedArea(fmt.block_weights, fmt.sums_per_block, q, scales, sums, planes)
     activations = Activations(n, areas.put_rows(x), float_stride(cols), packed)
     results = areas.floats(n, float_stride(rows) // 4)
     if out is not None:

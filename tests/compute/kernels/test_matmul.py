@@ -21,9 +21,13 @@ KINDS = sorted(MATRIX_TYPES)
 FLOATS = [kind for kind in KINDS if kind.block_size == 1]
 BLOCKS = [kind for kind in KINDS if kind.block_size > 1]
 HALVES = {GGMLType.Q4_0: (0,), GGMLType.Q4_1: (0, 2), GGMLType.Q8_0: (0,), GGMLType.Q6_K: (208,)}
+LARGEST = {1: 127, 2: 127 * 128}  # {planes: the largest integer of an activation}
 ROUNDING = 2.0**-24  # the largest relative error of one float32 operation
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+every_form = pytest.mark.parametrize(
+    ("kind", "planes"), [(kind, planes) for kind in KINDS for planes in ((1, 2) if kind in BLOCKS else (1,))]
+)
 
 
 def random_weights(kind: GGMLType, rows: int, cols: int, rng: np.random.Generator) -> U8:
@@ -41,12 +45,13 @@ def random_weights(kind: GGMLType, rows: int, cols: int, rng: np.random.Generato
     return raw.reshape(rows, -1)
 
 
-def exact_activations(n: int, cols: int, rng: np.random.Generator) -> F32:
-    """Return activations whose int8 form is exact: in each 256 a power of two times integers up to 127."""
-    q = rng.integers(-127, 128, (n, cols)).astype(np.float32)
+def exact_activations(n: int, cols: int, rng: np.random.Generator, planes: int = 1) -> F32:
+    """Return activations whose packed form is exact: in each 256 a power of two times integers of `planes` planes."""
+    largest = LARGEST[planes]
+    q = rng.integers(-largest, largest + 1, (n, cols)).astype(np.float32)
     scale = np.repeat(2.0 ** rng.integers(-20, 20, (n, -(-cols // 256))), 256, axis=1)[:, :cols]
     scale[rng.random(n) < 0.1] = 0
-    q[:, ::16] = np.where(rng.random((n, -(-cols // 16))) < 0.5, 127, -127)
+    q[:, ::16] = np.where(rng.random((n, -(-cols // 16))) < 0.5, largest, -largest)
     return (q * scale).astype(np.float32)
 
 
@@ -63,58 +68,67 @@ def magnitudes(kind: GGMLType, raw: U8, cols: int) -> F64:
 
 
 def tolerance(kind: GGMLType, raw: U8, x: F32) -> F64:
-    """Return the bound of the error [n, rows]: one rounding for each term that is added, and a few for the factors."""
+    """Return the bound of the error [n, rows]: one rounding for each term that is added, and a few for the factors.
+
+    A block adds one term; Q4_1 adds its minimum too, and Q6_K one for each plane.
+    """
     cols = x.shape[1]
-    additions = {GGMLType.Q4_1: 2 * cols // 32}.get(kind, cols // (kind.block_size if kind in BLOCKS else 16))
+    per_block = 2 if kind in (GGMLType.Q4_1, GGMLType.Q6_K) else 1
+    additions = per_block * cols // kind.block_size if kind in BLOCKS else cols // 16
     size = np.abs(x.astype(np.float64)) @ magnitudes(kind, raw, cols).T
     return (additions + 8) * ROUNDING * size + 1e-38
 
 
-def check(kind: GGMLType, rows: int, cols: int, n: int, seed: int, *, add: bool = False, n_threads: int = 1) -> None:
+def check(
+    kind: GGMLType, rows: int, cols: int, n: int, seed: int, *, planes: int, add: bool = False, n_threads: int = 1
+) -> None:
     rng = np.random.default_rng(seed)
-    raw, x = random_weights(kind, rows, cols, rng), exact_activations(n, cols, rng)
-    start = rng.normal(size=(n, rows)).astype(np.float32) if add else None
-    got = product(kind, raw, rows, x, out=start, n_threads=n_threads)
-    before = np.zeros((n, rows)) if start is None else start.astype(np.float64)
-    want = matmul_quantized(kind, raw, x) + before
-    bound = tolerance(kind, raw, x) + ROUNDING * np.abs(want)
-    assert (np.abs(got - want) <= bound).all()
+    raw, x = random_weights(kind, rows, cols, rng), exact_activations(n, cols, rng, planes)
+    before = rng.normal(size=(n, rows)).astype(np.float32) if add else np.zeros((n, rows), np.float32)
+    got = product(kind, raw, rows, x, planes=planes, out=before if add else None, n_threads=n_threads)
     weights = decode(raw, gguf.GGMLQuantizationType(int(kind))).astype(np.float64)
-    assert (np.abs(got - (x.astype(np.float64) @ weights.T + before)) <= bound + 2 * tolerance(kind, raw, x)).all()
+    want = x.astype(np.float64) @ weights.T + before
+    bound = tolerance(kind, raw, x) + ROUNDING * np.abs(want)
+    assert (np.abs(got - want) <= 2 * bound).all()  # GGUF's weights themselves are rounded once
+    if planes == 1:
+        want = matmul_quantized(kind, raw, x) + before
+        assert (np.abs(got - want) <= bound).all()
 
 
-@every_kind
-def test_every_number_of_columns(kind: GGMLType) -> None:
+@every_form
+def test_every_number_of_columns(kind: GGMLType, planes: int) -> None:
+    cols = 2 * 256 if kind in BLOCKS else 2 * 256 - 13
     for n in range(1, 20):
-        check(kind, rows=37, cols=2 * 256 if kind in BLOCKS else 2 * 256 - 13, n=n, seed=n)
+        check(kind, rows=37, cols=cols, n=n, seed=n, planes=planes)
 
 
-@every_kind
-@settings(max_examples=15, deadline=None)
+@every_form
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_any_shape(kind: GGMLType, data: st.DataObject) -> None:
+def test_any_shape(kind: GGMLType, planes: int, data: st.DataObject) -> None:
     blocks = st.integers(1, 5).map(lambda n: n * kind.block_size)
-    cols = data.draw(blocks if kind in BLOCKS else st.integers(1, 70), "cols")
     check(
         kind,
         rows=data.draw(st.integers(1, 70), "rows"),
-        cols=cols,
+        cols=data.draw(blocks if kind in BLOCKS else st.integers(1, 70), "cols"),
         n=data.draw(st.integers(1, 19), "n"),
         seed=data.draw(st.integers(0, 2**32), "seed"),
+        planes=planes,
         add=data.draw(st.booleans(), "add"),
         n_threads=data.draw(st.integers(1, 4), "n_threads"),
     )
 
 
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
-def test_every_byte_at_every_place_stands_for_its_weight(kind: GGMLType) -> None:
+def test_every_byte_at_every_place_stands_for_its_weight(kind: GGMLType, planes: int) -> None:
     """One-hot columns of 127 give back 127 times each weight; every byte value comes at every place of a block."""
     place = np.arange(kind.block_bytes, dtype=np.uint8)
     raw = np.arange(256, dtype=np.uint8)[:, None] + place * np.uint8(7)
     for at in HALVES[kind]:
         raw[:, at : at + 2] = np.array([0.5 if at != 2 else -3.25], np.float16).view(np.uint8)
     weights = decode(raw, gguf.GGMLQuantizationType(int(kind)))
-    got = product(kind, raw, 256, 127 * np.eye(kind.block_size, dtype=np.float32))
+    got = product(kind, raw, 256, 127 * np.eye(kind.block_size, dtype=np.float32), planes=planes)
     assert np.array_equal(got, 127 * weights.T)
 
 
@@ -178,16 +192,16 @@ def test_a_damaged_weight_reaches_its_row_and_no_other(kind: GGMLType, bad: floa
             assert np.isnan(got[:, row]).all()
 
 
-@every_kind
+@every_form
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_damaged_activation_reaches_its_column_and_no_other(kind: GGMLType, bad: float) -> None:
+def test_a_damaged_activation_reaches_its_column_and_no_other(kind: GGMLType, planes: int, bad: float) -> None:
     rng = np.random.default_rng(6)
     raw, x = random_weights(kind, 37, 512, rng), exact_activations(15, 512, rng)
-    clean = product(kind, raw, 37, x)
+    clean = product(kind, raw, 37, x, planes=planes)
     for column in (0, 9, 14):  # in tiles of 8, 4 and 1
         hurt = x.copy()
         hurt[column, 300] = bad
-        got = product(kind, raw, 37, hurt)
+        got = product(kind, raw, 37, hurt, planes=planes)
         others = np.arange(15) != column
         assert np.array_equal(got[others], clean[others])
         if kind in FLOATS:
@@ -197,18 +211,18 @@ def test_a_damaged_activation_reaches_its_column_and_no_other(kind: GGMLType, ba
             assert not np.isfinite(got[column]).any()
 
 
-@every_kind
-def test_a_result_does_not_depend_on_the_other_columns_rows_or_threads(kind: GGMLType) -> None:
+@every_form
+def test_a_result_does_not_depend_on_the_other_columns_rows_or_threads(kind: GGMLType, planes: int) -> None:
     rng = np.random.default_rng(8)
     cols = 3 * 256 if kind in BLOCKS else 3 * 256 + 5
     raw, x = random_weights(kind, 83, cols, rng), rng.normal(size=(19, cols)).astype(np.float32)
-    whole = product(kind, raw, 83, x)
+    whole = product(kind, raw, 83, x, planes=planes)
     for t in range(19):
-        assert np.array_equal(product(kind, raw, 83, x[t : t + 1]), whole[t : t + 1])
+        assert np.array_equal(product(kind, raw, 83, x[t : t + 1], planes=planes), whole[t : t + 1])
     for rows in (1, 4, 16, 33):
-        assert np.array_equal(product(kind, raw[:rows], rows, x[:5]), whole[:5, :rows])
+        assert np.array_equal(product(kind, raw[:rows], rows, x[:5], planes=planes), whole[:5, :rows])
     for n_threads in (2, 3, 7):
-        assert np.array_equal(product(kind, raw, 83, x, n_threads=n_threads), whole)
+        assert np.array_equal(product(kind, raw, 83, x, planes=planes, n_threads=n_threads), whole)
 
 
 def test_the_table_of_steps_covers_the_types_that_files_may_have() -> None:

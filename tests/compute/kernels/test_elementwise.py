@@ -1,0 +1,164 @@
+"""Steps on rows of float32 against float64 arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mer.compute import reference
+from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
+from mer.compute.kernels.ir import load_i64
+from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.vector import exp_sum
+from tests._lib.steps import F32, Areas, address, run_step
+
+
+@step
+def exponential(row: int, _thread: int, _n_threads: int) -> None:
+    """Write x = e**x. Arguments: x, n."""
+    exp_sum(load_i64(row, ARG0), np.float32(0), load_i64(row, ARG0 + 1))
+
+
+def exponentials(x: F32) -> F32:
+    areas = Areas()
+    area = areas.floats(-(-len(x) // 16) * 16)
+    area[:] = 0
+    area[: len(x)] = x
+    run_step(exponential, address(area), len(area))
+    areas.check()
+    return area[: len(x)].copy()
+
+
+def normalized(
+    x: F32, weight: F32, eps: float, *, index: list[int] | None = None, pad: float = np.nan, n_threads: int = 1
+) -> F32:
+    areas = Areas()
+    n, d = len(x) if index is None else len(index), x.shape[1]
+    stride = -(-d // 16) * 16
+    out = areas.floats(n, stride)
+    run_step(
+        rms_norm, areas.put_rows(x, pad), 4 * stride, 0 if index is None else areas.put(np.array(index, np.int32)), n,
+        d, areas.put_rows(weight[None], 0), areas.put(np.array([eps], np.float32)), address(out), 4 * stride,
+        n_threads=n_threads,
+    )  # fmt: skip
+    areas.check()
+    return out[:, :d].copy()
+
+
+# --- RMSNorm ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    d=st.integers(1, 200), n=st.integers(1, 9), seed=st.integers(0, 2**32), n_threads=st.integers(1, 4),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]), eps=st.sampled_from([1e-6, 1e-5, 0.5]),
+)  # fmt: skip
+def test_rms_norm(d: int, n: int, seed: int, n_threads: int, scale: float, eps: float) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, d)) * scale).astype(np.float32)
+    weight = rng.normal(size=d).astype(np.float32)
+    want = reference.rms_norm(x.astype(np.float64), weight, float(np.float32(eps)))
+    got = normalized(x, weight, eps, n_threads=n_threads)
+    assert np.allclose(got, want, rtol=(d / 16 + 16) * 2.0**-24, atol=1e-40)
+    index = [int(row) for row in rng.integers(0, n, 5)]
+    assert np.array_equal(normalized(x, weight, eps, index=index, n_threads=n_threads), got[index])
+
+
+def test_rms_norm_of_zeros_without_eps_is_nan_in_that_row_alone() -> None:
+    x = np.ones((3, 24), np.float32)
+    x[1] = 0
+    got = normalized(x, np.ones(24, np.float32), 0.0)
+    assert np.isnan(got).all(1).tolist() == [False, True, False]
+    assert (got[[0, 2]] == 1).all()
+
+
+def test_what_pads_a_row_has_no_effect() -> None:
+    x = np.random.default_rng(4).normal(size=(2, 21)).astype(np.float32)
+    weight = np.ones(21, np.float32)
+    assert np.array_equal(normalized(x, weight, 1e-5, pad=np.nan), normalized(x, weight, 1e-5, pad=0.0))
+
+
+# --- exponential and SwiGLU -------------------------------------------------------------------------
+
+
+def ulps(got: F32, want: np.ndarray) -> float:
+    """Return the largest error in units of the last place of the float32 result."""
+    return float((np.abs(got - want) / np.spacing(want.astype(np.float32))).max())
+
+
+def test_exponential_over_its_whole_range() -> None:
+    x = np.linspace(-87.3, 88.3, 400_001).astype(np.float32)
+    assert ulps(exponentials(x), np.exp(x.astype(np.float64))) <= 1.5
+    near = np.concatenate([np.geomspace(1e-30, 1, 10_000), -np.geomspace(1e-30, 1, 10_000), [0.0, -0.0]])
+    near = near.astype(np.float32)
+    assert ulps(exponentials(near), np.exp(near.astype(np.float64))) <= 1.5
+    assert exponentials(np.zeros(1, np.float32))[0] == 1
+
+
+def test_exponential_beyond_its_range() -> None:
+    x = np.array([-np.inf, -1e30, -20_000, -200, -88, np.nan, 89, 200, np.inf], np.float32)
+    got = exponentials(x)
+    assert got[:3].tolist() == [0, 0, 0]
+    assert (got[3:5] > 0).all()
+    assert (got[3:5] < 1.3e-38).all()
+    assert np.isnan(got[5])
+    assert (got[6:] > 2e38).all()
+    assert np.isfinite(got[6:]).all()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_swiglu(n_threads: int) -> None:
+    gate = np.concatenate([np.linspace(-87, 87, 20_000), np.geomspace(1e-30, 1, 1000), -np.geomspace(1e-30, 1, 1000)])
+    gate = np.append(gate, [0.0, -200.0, 1e30, np.nan]).astype(np.float32)
+    gate = np.append(gate, np.zeros(-len(gate) % 16, np.float32))
+    up = np.random.default_rng(1).normal(size=len(gate)).astype(np.float32)
+    areas = Areas()
+    result = areas.floats(len(gate))
+    result[:] = gate
+    run_step(swiglu, address(result), areas.put(up), len(gate), n_threads=n_threads)
+    areas.check()
+    want = reference.silu(gate.astype(np.float64)) * up
+    precise = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up  # silu loses digits far below 0
+    ordinary = np.isfinite(gate) & (gate > -87.2)
+    assert np.allclose(result[ordinary], precise[ordinary], rtol=5 * 2.0**-23, atol=1e-44)
+    assert np.allclose(result[~np.isnan(gate)], want[~np.isnan(gate)], rtol=1e-5, atol=1e-12)
+    assert np.array_equal(np.isnan(result), np.isnan(gate))
+
+
+# --- rows -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_gather(n_threads: int) -> None:
+    x = np.random.default_rng(2).normal(size=(6, 48)).astype(np.float32)
+    index = np.array([5, 0, 0, 3], np.int32)
+    areas = Areas()
+    out = areas.floats(4, 48)
+    run_step(
+        gather, areas.put(x), 192, areas.put(index), 4, 192, address(out), 192, n_threads=n_threads
+    )  # fmt: skip
+    areas.check()
+    assert np.array_equal(out, x[index])
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 6), k=st.integers(1, 5), vectors=st.integers(1, 5), n_threads=st.integers(1, 4))
+def test_combine_adds_in_router_order(n: int, k: int, vectors: int, n_threads: int) -> None:
+    rng = np.random.default_rng([n, k, vectors])
+    x, y = rng.normal(size=(n, 16 * vectors)), rng.normal(size=(n * k, 16 * vectors)) * 1e3
+    weights, places = rng.random((n, k)).astype(np.float32), rng.permutation(n * k).astype(np.int32).reshape(n, k)
+    areas = Areas()
+    result = areas.floats(n, 16 * vectors)
+    result[:] = x
+    want = result.copy()
+    for j in range(k):  # each step rounded once, as a fused multiply-add does
+        product = weights[:, j, None].astype(np.float64) * y[places[:, j]].astype(np.float32)
+        want = (want + product).astype(np.float32)
+    run_step(
+        combine, address(result), 64 * vectors, n, 16 * vectors, areas.put(y.astype(np.float32)), areas.put(weights),
+        areas.put(places), k, n_threads=n_threads,
+    )  # fmt: skip
+    areas.check()
+    assert np.array_equal(result, want)

@@ -1,0 +1,81 @@
+"""The router step against the reference and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mer.compute import reference
+from mer.compute.kernels.router import route
+from mer.model.spec import Routing
+from tests._lib.steps import F32, Areas, address, run_step
+
+Ints = npt.NDArray[np.int32]
+
+
+def routed(logits: F32, k: int, n_threads: int = 1) -> tuple[Ints, F32, Ints]:
+    """Return ids [n, k], weights [n, k] and damaged [n]."""
+    areas = Areas()
+    n, n_experts = logits.shape
+    ids, weights, damaged = areas.ints(n, k), areas.floats(n, k), areas.ints(n)
+    damaged[:] = 0
+    stride = 4 * (-(-n_experts // 16) * 16)
+    run_step(
+        route, areas.put_rows(logits), stride, n, n_experts, k, address(ids), address(weights), address(damaged),
+        n_threads=n_threads,
+    )  # fmt: skip
+    areas.check()
+    return ids.copy(), weights.copy(), damaged.copy()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), routing=st.sampled_from(Routing), n_threads=st.integers(1, 4))
+def test_any_finite_logits(data: st.DataObject, routing: Routing, n_threads: int) -> None:
+    n_experts = data.draw(st.integers(1, 20), "n_experts")
+    k = data.draw(st.integers(1, n_experts), "k")
+    values = st.sampled_from([-3.0, 0.0, 0.5, 2.0, 40.0]) | st.floats(-50, 50, width=32)  # ties are likely
+    logits = data.draw(hnp.arrays(np.float32, (5, n_experts), elements=values), "logits")
+    ids, weights, damaged = routed(logits, k, n_threads)
+    want_ids, want_weights = reference.route(logits.astype(np.float64), k, routing)
+    assert np.array_equal(ids, want_ids)
+    assert np.allclose(weights, want_weights, rtol=3e-7, atol=1e-45)
+    assert not damaged.any()
+
+
+def test_of_equal_logits_the_lower_number_comes_first() -> None:
+    ids, weights, _ = routed(np.array([[1, 5, 5, 1, 5], [2, 2, 2, 2, 2]], np.float32), 4)
+    assert ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+    assert weights[1].tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_logit_that_is_not_finite_marks_its_row_alone(bad: float, place: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    clean = routed(logits, 3)
+    logits[2, place] = bad
+    ids, weights, damaged = routed(logits, 3)
+    assert damaged.tolist() == [0, 0, 1, 0]
+    rest = [0, 1, 3]
+    assert np.array_equal(ids[rest], clean[0][rest])
+    assert np.array_equal(weights[rest], clean[1][rest])
+    assert ((ids >= 0) & (ids < 7)).all()
+
+
+def test_a_row_of_nan_still_names_experts_that_exist() -> None:
+    ids, _, damaged = routed(np.full((1, 5), np.nan, np.float32), 5)
+    assert damaged.tolist() == [1]
+    assert ((ids >= 0) & (ids < 5)).all()
+
+
+def test_damage_found_before_is_kept() -> None:
+    areas = Areas()
+    ids, weights, damaged = areas.ints(2, 1), areas.floats(2, 1), areas.ints(2)
+    damaged[:] = [1, 0]
+    logits = areas.put_rows(np.ones((2, 3), np.float32))
+    run_step(route, logits, 64, 2, 3, 1, address(ids), address(weights), address(damaged))
+    assert damaged.tolist() == [1, 0]
