@@ -23,7 +23,8 @@ from mer.units import format_bytes
 
 MiB = 1 << 20
 INTERPRETER_BYTES = 96 * MiB  # Python with numpy, numba, LLVM, tokenizers and loaded kernels: 69 MiB measured
-COMPILER_BYTES = 128 * MiB  # what compiling every kernel adds and keeps: 112 MiB measured
+COMPILER_BYTES = 24 * MiB  # what compiling the kernels of every model adds and keeps, and for each weight type more:
+COMPILER_BYTES_PER_TYPE = 16 * MiB  # 44 MiB for two types, 112 MiB for all seven measured
 TOKENIZER_BYTES = 2 * MiB
 TOKENIZER_BYTES_PER_TOKEN = 512  # 330 to 400 measured
 HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header: 3.5 to 5.3 measured
@@ -104,15 +105,15 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
     layout = model.experts.slot_layout(PAGE_BYTES)
     total_experts = spec.n_layers * spec.n_experts
     threads = config.threads or default_threads()
+    kinds = matrix_types(model.dense.values(), model.experts)
     fixed = {
         "interpreter and libraries": max(INTERPRETER_BYTES, private_bytes()),
-        "kernel compiler": COMPILER_BYTES,
+        "kernel compiler": COMPILER_BYTES + len(kinds) * COMPILER_BYTES_PER_TYPE,
         "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
         "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
         "thread stacks": (threads + config.io_threads + 2) * STACK_BYTES,
         "dense weights": dense_bytes(model.dense),
     }
-    kinds = matrix_types(model.dense.values(), model.experts)
     fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)
     planes = 2 if fine else 1
     slot_cost = layout.slot_bytes

@@ -12,6 +12,9 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by whoever started this process
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open as long as the process
 
+    # NumPy's OpenBLAS, which mer has no use for, would reserve tens of MiB of the data limit for each of its threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     from mer.cli.app import run_app
 
     sys.exit(run_app(sys.argv[1:]))

@@ -114,7 +114,7 @@ class CPUWorker:
                 done = self._run_job(job)
             except MerError as error:
                 done = Done(error=error)
-            except BaseException as error:
+            except Exception as error:
                 failure = ComputeError(f"a compute job failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 done = Done(error=failure)

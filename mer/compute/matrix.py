@@ -71,8 +71,8 @@ class PackedArea:
     @classmethod
     def cut(cls, memory: Memory, fmt: BlockFormat, rows: int, cols: int, planes: int = 1) -> PackedArea:
         """Take the room for `rows` rows of `cols` from `memory`."""
-        sizes = cls.sizes(fmt, rows, cols, planes)
-        return cls(fmt.block_weights, fmt.sums_per_block, *map(memory.cut, sizes), planes=planes)
+        xq, xs, xsum = map(memory.cut, cls.sizes(fmt, rows, cols, planes))
+        return cls(fmt.block_weights, fmt.sums_per_block, xq, xs, xsum, planes)
 
     def offset(self, first_row: int, cols: int) -> PackedArea:
         """Return the room that begins `first_row` rows of `cols` later."""

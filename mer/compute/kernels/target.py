@@ -11,13 +11,13 @@ import enum
 import hashlib
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from llvmlite import binding
 
 from mer.errors import ConfigError
 from mer.paths import cache_folder
+from mer.version import VERSION
 
 
 class Form(enum.Enum):
@@ -71,11 +71,6 @@ def _prepare_numba(form: Form) -> bool:
         os.environ["NUMBA_CPU_FEATURES"] = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
     return wide
 
-
-try:
-    VERSION = metadata.version("mer-engine")
-except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-    VERSION = "source"
 
 FORM = _choose_form()
 WIDE_VECTORS = _prepare_numba(FORM)
