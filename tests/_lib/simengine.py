@@ -127,6 +127,7 @@ class SimEngine:
         assert cache.hits + cache.misses == cache.lookups
         assert cache.resident + cache.evictions <= fetcher.landed
         assert fetcher.started == fetcher.landed + fetcher.failed
+        assert fetcher.joined == 0, "a slot was leased for an expert that was on its way"
         assert fetcher.started <= cache.misses
         assert fetcher.reads_started == 3 * fetcher.started == len(self.disk.log)
         assert fetcher.bytes_read == self.disk.statistics().bytes_read

@@ -58,7 +58,8 @@ class SimModel:
     vocab_size: int = 16
     seed: int = 0
     nan_hidden: frozenset[int] = frozenset()  # tokens that make the hidden state NaN from the first layer on
-    nan_logits: frozenset[int] = frozenset()  # tokens whose logits are NaN, with a finite hidden state
+    nan_router: frozenset[int] = frozenset()  # tokens whose router logits are NaN, and nothing else
+    nan_logits: frozenset[int] = frozenset()  # tokens whose logits are infinite, with a finite hidden state
 
     def embed(self, token: int, position: int) -> int:
         """Return the hidden state that a token starts with."""
@@ -276,7 +277,8 @@ class SimWorker:
         return logits
 
     def _damaged(self) -> npt.NDArray[np.int32]:
-        return np.flatnonzero(self._nan).astype(np.int32)
+        router = [token in self._model.nan_router for token in self.batches[-1].tokens.tolist()]
+        return np.flatnonzero(np.logical_or(self._nan, router)).astype(np.int32)
 
     def _views(self, layer: int, loaded: LoadedExpert) -> list[npt.NDArray[np.uint8]]:
         """Return the bytes of an expert's matrices where the scheduler says they lie."""

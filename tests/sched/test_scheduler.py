@@ -257,22 +257,51 @@ async def test_a_hanging_read_that_nobody_wants_any_more_holds_up_nobody(autojum
         await sim.check_quiet()
 
 
-@pytest.mark.parametrize("seed", range(40))
-async def test_what_a_cancelled_batch_left_behind_lands_while_another_wants_it(
-    autojump_clock: MockClock, seed: int
+async def test_an_expert_that_lands_for_nobody_is_not_read_again_by_who_wants_it(autojump_clock: MockClock) -> None:
+    model = SimModel(n_layers=1, n_experts=8, top_k=2)
+    profile = DiskProfile(jitter=0)
+    async with open_sim_engine(model=model, n_slots=3, profile=profile) as sim:
+        prompt = prompt_where(lambda p: {(0, 0), (0, 1)} <= sim.expected(p, 1)[1])
+        sim.disk.freeze()
+        sim.cache.lookup(0, (7, 6, 1))  # as a batch that was given up leaves them, to land in this order all at once
+        for expert in (7, 6, 1):
+            sim.store.start(0, expert)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate, sim, prompt, 1)
+            await trio.sleep(1)
+            sim.disk.thaw()
+        await sim.check_quiet()
+        assert sim.fetcher.statistics().started == 3 + len(sim.expected(prompt, 1)[1] - {(0, 1), (0, 6), (0, 7)})
+
+
+async def test_experts_of_a_cancelled_sequence_are_not_read_for_the_rest_of_its_batch(
+    autojump_clock: MockClock,
 ) -> None:
-    model = SimModel(n_layers=1, n_experts=8, top_k=2, seed=seed)
-    async with open_sim_engine(model=model, n_slots=2 + seed % 4, profile=DiskProfile(jitter=30), seed=seed) as sim:
-        with trio.fail_after(3600):
-            sim.disk.freeze()
+    async with open_sim_engine(model=BIG, batch_tokens=16) as sim:
+        sim.disk.freeze()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate, sim, (5, 6), 1)
             with trio.move_on_after(1):
-                await generate(sim, (5, 6))
-            assert sim.fetcher.statistics().in_flight
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(generate, sim, (7, 8, 9, 10, 11, 12))
-                await trio.sleep(1)
-                sim.disk.thaw()
-            await sim.check_quiet()
+                await generate(sim, (9, 10, 11, 12, 13), 1)
+            sim.disk.thaw()
+        await sim.check_quiet()
+        of_first_layer = {key for key in sim.expected((9, 10, 11, 12, 13), 1)[1] if key[0] == 0}
+        assert sim.fetcher.statistics().started == len(sim.expected((5, 6), 1)[1] | of_first_layer)
+
+
+@pytest.mark.parametrize("disk_hangs", [False, True])
+async def test_leaving_a_stream_frees_all_it_held_though_nothing_else_happens(
+    autojump_clock: MockClock, *, disk_hangs: bool
+) -> None:
+    async with open_sim_engine(context=200, kv_blocks=50) as sim:
+        if disk_hangs:
+            sim.disk.freeze()
+        async with sim.engine.stream((4, 5), max_tokens=150, ignore_eos=True):
+            await trio.sleep(10)
+            assert sim.kv.statistics().free == 50 - 152 // 4
+        await trio.sleep(10)
+        assert sim.kv.statistics().free == 50
+        assert sim.scheduler.statistics().cancelled == 1
 
 
 async def test_kv_blocks_of_a_cancelled_sequence_are_free_only_after_its_job(autojump_clock: MockClock) -> None:
@@ -381,20 +410,25 @@ async def test_a_failed_job_fails_its_batch_and_spoils_no_expert(autojump_clock:
         await sim.check_quiet()
 
 
-@pytest.mark.parametrize(
-    "model", [SimModel(nan_hidden=frozenset({9})), SimModel(nan_logits=frozenset({9}))], ids=["hidden", "logits"]
-)
+@pytest.mark.parametrize("where", ["nan_hidden", "nan_router", "nan_logits"])
 @pytest.mark.parametrize("batch_tokens", [2, 3, 16])
+@pytest.mark.parametrize("first", [False, True])
 async def test_numbers_that_are_not_finite_fail_their_own_sequence(
-    autojump_clock: MockClock, model: SimModel, batch_tokens: int
+    autojump_clock: MockClock, where: str, batch_tokens: int, *, first: bool
 ) -> None:
+    model = SimModel(**{where: frozenset({9})})  # type: ignore[arg-type]
     async with open_sim_engine(model=model, batch_tokens=batch_tokens, max_sequences=max(1, batch_tokens // 2)) as sim:
         errors: list[MerError] = []
         good = prompt_where(lambda p: 9 not in p and 9 not in sim.expected(p, 4)[0])
-        prompt = (5, 9) if model.nan_logits else (5, 9, 6, 6, 6)
+        prompt = (5, 9) if where == "nan_logits" else (5, 9, 6, 6, 6)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(failure, sim, prompt, errors)
+            if first:
+                nursery.start_soon(failure, sim, prompt, errors)
+                await wait_all_tasks_blocked()
             nursery.start_soon(generate, sim, good)
+            if not first:
+                await wait_all_tasks_blocked()
+                nursery.start_soon(failure, sim, prompt, errors)
         assert [type(error) for error in errors] == [NumericsError]
         await generate(sim, good)
         await sim.check_quiet()
