@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import attrs
 from cyclopts import Group, Parameter
@@ -35,6 +35,11 @@ class EngineOptions:
     context: Annotated[
         int | None, Parameter(alias=("-c", "--ctx-size"), help="Tokens that prompt and answer may have together.")
     ] = None
+
+    activations: Annotated[
+        Literal["auto", "int8", "int15"],
+        Parameter(help="Precision of activations that meet quantized weights; int15 doubles a prefill's arithmetic."),
+    ] = "auto"
 
     def arguments(self) -> dict[str, Any]:
         """Return them as keyword arguments of `open_engine` and `plan_memory`."""

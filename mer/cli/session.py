@@ -161,6 +161,10 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
         generated,
         f"{prompt}; loaded in {format_duration(statistics.load_s)}",
         experts + read,
-        f"memory: peak {format_bytes(statistics.peak_rss_bytes)} of {format_bytes(settings.memory_bytes)}; "
-        f"{settings.slots} slots of {format_bytes(settings.slot_bytes)}",
+        f"memory: {format_bytes(statistics.private_bytes)} of a budget of {format_bytes(settings.memory_bytes)}; "
+        f"{settings.slots} slots of {format_bytes(settings.slot_bytes)}; "
+        f"peak RSS with file pages {format_bytes(statistics.peak_rss_bytes)}",
+        f"in force: {settings.kernels} kernels, {settings.activations} activations, {settings.threads} threads, "
+        f"{'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} reads, {settings.policy} cache, "
+        f"context {settings.context}, prefill chunk {settings.batch_tokens}",
     ]

@@ -12,6 +12,7 @@ import trio.testing
 
 import mer
 from mer.config import Progress
+from mer.io.files import IoMode
 
 STORY = ("Once", " upon", " a", " time", " gr\u00fcn", ".", "\n", "\x1b[31mred", " end")
 
@@ -27,12 +28,20 @@ class FakeSettings:
     memory_bytes: int = 1 << 30
     slots: int = 20
     slot_bytes: int = 2 << 20
+    kernels: str = "portable"
+    activations: str = "int15"
+    threads: int = 3
+    io_modes: tuple[IoMode, ...] = (IoMode(True, 4096, "it works"), IoMode(False, 4096, "refused"))
+    policy: str = "layer-lru"
+    context: int = 128
+    batch_tokens: int = 32
 
 
 @attrs.define
 class FakeStatistics:
     n_asked: int  # generations; every one adds as much as the others
     load_s: float = 0.5
+    private_bytes: int = 99 << 20
     peak_rss_bytes: int = 123 << 20
     settings: FakeSettings = attrs.Factory(FakeSettings)
 
