@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import attrs
+from attrs.validators import optional
 
 from mer.errors import ConfigError, RequestError
 from mer.units import parse_bytes
@@ -35,10 +36,8 @@ def _ignore(_progress: Progress) -> None:
     pass
 
 
-def _at_least(minimum: int) -> Callable[[Any, attrs.Attribute[Any], int | None], None]:
-    def check(_instance: Any, attribute: attrs.Attribute[Any], value: int | None) -> None:
-        if value is None:
-            return
+def _at_least(minimum: int) -> Callable[[Any, attrs.Attribute[Any], int], None]:
+    def check(_instance: Any, attribute: attrs.Attribute[Any], value: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ConfigError(f"{attribute.name} is {value!r}; it must be a whole number from {minimum} up")
 
@@ -67,12 +66,16 @@ class EngineConfig:
 
     path: Path = attrs.field(converter=Path)  # the GGUF file, or any part of a split one
     memory: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes for the whole process
-    threads: int | None = attrs.field(default=None, validator=_at_least(1))  # compute threads
+    threads: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # compute threads
     io_threads: int = attrs.field(default=4, validator=_at_least(1))  # reads the disk sees at once
-    slots: int | None = attrs.field(default=None, validator=_at_least(1))  # caps the expert slots
-    context: int | None = attrs.field(default=None, validator=_at_least(1))  # positions of the longest sequence
+    slots: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # caps the expert slots
+    context: int | None = attrs.field(
+        default=None, validator=optional(_at_least(1))
+    )  # positions of the longest sequence
     max_sequences: int = attrs.field(default=8, validator=_at_least(1))  # sequences that run at once
-    batch_tokens: int | None = attrs.field(default=None, validator=_at_least(1))  # rows of a batch: the prefill chunk
+    batch_tokens: int | None = attrs.field(
+        default=None, validator=optional(_at_least(1))
+    )  # rows of a batch: the prefill chunk
     activations: Activations = attrs.field(default="auto", validator=_one_of("auto", "int8", "int15"))
     on_progress: Callable[[Progress], None] = _ignore
 
@@ -92,8 +95,8 @@ def _temperature(_instance: Any, _attribute: attrs.Attribute[Any], value: float)
         raise RequestError(f"temperature is {value!r}; it must be a finite number from 0 up (0 is greedy)")
 
 
-def _count(_instance: Any, attribute: attrs.Attribute[Any], value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+def _count(_instance: Any, attribute: attrs.Attribute[Any], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise RequestError(f"{attribute.name} is {value!r}; it must be a whole number from 0 up")
 
 
@@ -111,4 +114,6 @@ class Sampling:
     top_k: int = attrs.field(default=0, validator=_count)  # keep the k most likely; 0 keeps all
     top_p: float = attrs.field(default=1.0, validator=_fraction)  # keep the smallest set with this much probability
     min_p: float = attrs.field(default=0.0, validator=_fraction)  # drop what is below this share of the most likely
-    seed: int | None = attrs.field(default=None, validator=_count)  # None draws a fresh one, which is reported
+    seed: int | None = attrs.field(
+        default=None, validator=optional(_count)
+    )  # None draws a fresh one, which is reported

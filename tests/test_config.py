@@ -1,0 +1,41 @@
+"""The engine's configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mer.config import EngineConfig, default_threads
+from mer.errors import ConfigError
+
+
+def test_sizes_come_as_text_or_bytes() -> None:
+    assert EngineConfig(path="m.gguf", memory="8GiB").memory == 8 << 30
+    assert EngineConfig(path="m.gguf", memory=123).memory == 123
+    assert EngineConfig(path="m.gguf").path == Path("m.gguf")
+
+
+@pytest.mark.parametrize("name", ["threads", "io_threads", "slots", "context", "max_sequences", "batch_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "1"])
+def test_numbers_are_checked_by_name(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is .* whole number from 1 up"):
+        EngineConfig(path=Path("m"), **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["io_threads", "max_sequences"])
+def test_what_has_a_default_number_cannot_be_none(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(path=Path("m"), **{name: None})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("memory", ["8", "lots", -1, 1.5, True])
+def test_a_size_that_is_none_is_refused(memory: object) -> None:
+    with pytest.raises(ConfigError):
+        EngineConfig(path=Path("m"), memory=memory)  # type: ignore[arg-type]
+
+
+def test_threads_follow_the_processors_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {1, 3, 5})
+    assert default_threads() == 3
