@@ -75,9 +75,10 @@ class CPUWorker:
                 self._threads.append(start_thread(follow, *arguments, name=f"mer-cpu-{number}"))
             self._leader = start_thread(self._lead, name="mer-cpu-0")
         except RuntimeError as error:
+            started = len(self._threads)
             self.close()
             raise ConfigError(
-                f"the system refuses compute thread {len(self._threads) + 1} of {self._n_threads} ({error}); "
+                f"the system refuses compute thread {started + 1} of {self._n_threads} ({error}); "
                 "use fewer threads or raise the limit on processes (ulimit -u)"
             ) from error
 

@@ -49,7 +49,8 @@ class Sequence:
     @classmethod
     def random(cls, shape: Shape, length: int, table: list[int], rng: np.random.Generator) -> Sequence:
         heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-        return cls(*(rng.normal(size=(length, n, shape.head_dim)).astype(np.float32) for n in heads), table)
+        q, k, v = (rng.normal(size=(length, n, shape.head_dim)).astype(np.float32) for n in heads)
+        return cls(q, k, v, table)
 
 
 class Layer:
