@@ -38,14 +38,14 @@ class DenseModel:
             h = rms_norm(x, self._weights(block + "attn_norm.weight"), self.eps)
             heads = [(h @ self._weights(f"{block}attn_{n}.weight").T).reshape(len(x), -1, self.head_dim) for n in "qkv"]
             q, k = (
-                rope(
-                    a, positions, dim=self.head_dim, base=self.rope_base, scale=1.0, style=RopeStyle.INTERLEAVED
-                )
+                rope(a, positions, dim=self.head_dim, base=self.rope_base, scale=1.0, style=RopeStyle.INTERLEAVED)
                 for a in heads[:2]
             )
             x = x + attention(q, k, heads[2]).reshape(len(x), -1) @ self._weights(block + "attn_output.weight").T
             h = rms_norm(x, self._weights(block + "ffn_norm.weight"), self.eps)
-            inner = silu(h @ self._weights(block + "ffn_gate.weight").T) * (h @ self._weights(block + "ffn_up.weight").T)
+            inner = silu(h @ self._weights(block + "ffn_gate.weight").T) * (
+                h @ self._weights(block + "ffn_up.weight").T
+            )
             x = x + inner @ self._weights(block + "ffn_down.weight").T
         head = self._weights("output.weight") if "output.weight" in self._gguf.tensors else embedding
         return rms_norm(x, self._weights("output_norm.weight"), self.eps) @ head.T

@@ -147,6 +147,7 @@ def run(
     keep: bool = True,
     split: Split = together,
     kv_blocks: int = 8,
+    planes: int = 1,
 ) -> list[Done]:
     """Load a model and return the last result of each batch, in order.
 
@@ -157,6 +158,7 @@ def run(
         keep: as for `Experts`.
         split: how a layer's experts are divided into jobs.
         kv_blocks: KV blocks in all.
+        planes: of activations that meet quantized weights; 1 is int8, 2 is 15 bits.
     """
     gguf = read_gguf(path)
     spec = model_spec(gguf)
@@ -168,6 +170,7 @@ def run(
         sequence_blocks=max(b.tables.shape[1] for b in batches),
         kv_blocks=kv_blocks,
         threads=threads,
+        planes=planes,
     )
 
     async def main() -> list[Done]:
@@ -198,6 +201,7 @@ def logits(
     threads: int = 2,
     keep: bool = True,
     split: Split = together,
+    planes: int = 1,
 ) -> Logits:
     """Return the logits [T, V] of one sequence, fed in chunks of the given lengths."""
     batches, start = [], 0
@@ -205,5 +209,5 @@ def logits(
         batches.append(batch(tokens[start : start + length], start, table=table))
         start += length
     assert start == len(tokens)
-    results = [done.logits for done in run(path, batches, threads=threads, keep=keep, split=split)]
+    results = [done.logits for done in run(path, batches, threads=threads, keep=keep, split=split, planes=planes)]
     return np.concatenate([part for part in results if part is not None])

@@ -149,6 +149,7 @@ def test_options_reach_the_engine(engine: FakeEngine) -> None:
         "threads": 3,
         "slots": 20,
         "context": 99,
+            "activations": "auto",
     }
     sampling = Sampling(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=11)
     want = {"max_tokens": 5, "sampling": sampling, "stop": ("x", "\n\n"), "ignore_eos": True}
