@@ -158,6 +158,7 @@ def run(
         keep: as for `Experts`.
         split: how a layer's experts are divided into jobs.
         kv_blocks: KV blocks in all.
+        planes: int8 planes of activations that meet quantized weights.
         planes: of activations that meet quantized weights; 1 is int8, 2 is 15 bits.
     """
     gguf = read_gguf(path)

@@ -110,6 +110,22 @@ def test_quantized_models_equal_the_reference_on_int8_activations(arch: Any, kin
     assert np.median(every) < 1e-5
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_models_on_15_bit_activations_are_close_to_the_reference_on_float_ones(
+    arch: Any, kind: Type, tmp_path: Path
+) -> None:
+    """A rounding is off by at most 1/32512 of its block's largest, and all experts are used: no routing can flip."""
+    shape = {"n_experts": 3, "top_k": 3} | (BLOCK_256 if kind is Type.Q6_K else {})
+    path = tiny_model(tmp_path / "m.gguf", arch, weight_type=kind, seed=3, **shape).path
+    tokens = some_tokens(40)
+    want = ReferenceModel(path).logits(tokens)
+    fine = logits(path, tokens, planes=2)
+    assert (error(fine, want) < 1e-3).all()
+    assert error(logits(path, tokens), want).max() > 10 * error(fine, want).max()
+    assert np.array_equal(logits(path, tokens, planes=2, chunks=[1, 9, 2, 28], threads=3), fine)
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_types_may_differ_between_tensors(kind: Type, tmp_path: Path) -> None:
     """Rows that are not multiples of 16, float beside quantized, and two block sizes at once."""
