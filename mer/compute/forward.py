@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 
 from mer.compute.kernels.attention import attention, rope_store
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
@@ -23,6 +24,8 @@ from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
 from mer.model.spec import ModelSpec, RopeStyle
+
+_KEPT_SHAPES = 8  # numbers of tokens for which a layer's attention steps are kept
 
 
 @attrs.frozen
@@ -52,6 +55,7 @@ class Forward:
         self._fields = {kind: field_table(kind) for kind in FIELDS}
         self._batch: Batch | None = None
         self._starts = np.zeros(spec.n_experts + 1, np.int64)
+        self._attend_rows: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}  # {(layer, tokens, blocks): steps}
 
     @property
     def batch(self) -> Batch:
@@ -78,6 +82,18 @@ class Forward:
 
     def attend(self, program: Program, layer: int) -> None:
         """Add attention and router of a layer."""
+        key = layer, len(self.batch.tokens), self.batch.tables.shape[1]
+        rows = self._attend_rows.get(key)
+        if rows is None:
+            built = Program()
+            self._attend(built, layer)
+            rows = built.rows[: built.length]
+            if len(self._attend_rows) >= _KEPT_SHAPES * self._spec.n_layers:
+                self._attend_rows.clear()
+            self._attend_rows[key] = rows
+        program.extend(rows)
+
+    def _attend(self, program: Program, layer: int) -> None:
         spec, s, a = self._spec, self.scratch, self.scratch.address
         n, threads = len(self.batch.tokens), self._limits.threads
         d, eps = float_stride(spec.d_model), s.eps

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import attrs
 
 from mer.compute.kernels.interleave import FIELDS
 from mer.compute.kernels.matmul import block_format, matmul_step
 from mer.compute.kernels.pack import pack
+from mer.compute.kernels.step import Step
 from mer.compute.kernels.tile import ROWS, BlockFormat
 from mer.compute.program import Memory, Program
 from mer.io.extents import round_up
@@ -124,21 +127,35 @@ def multiply(
     add: bool = False,
 ) -> None:
     """Add the step out[t] = matrix @ x[t] for all rows t of x, or out[t] += with `add`."""
-    kind = int(matrix.type)
-    fmt = block_format(kind)
-    if fmt is None:
-        step = matmul_step(kind, 1)
-        chunk = round_up(max(1, matrix.rows // (n_threads * _CHUNKS_PER_THREAD)), 4)
+    planes = next(iter(x.packed.values())).planes if x.packed else 1
+    block_weights, step, head, chunk = _product(matrix.type, matrix.rows, matrix.cols, planes, n_threads)
+    if block_weights:
+        area = x.packed[block_weights]
         program.add(
-            step, matrix.address, matrix.rows, matrix.cols, matrix.row_bytes, x.n, x.address, x.stride,
+            step, matrix.address, *head, x.n, area.xq, area.xs, area.xsum, block_weights, area.sums_per_block,
             out, out_stride, int(add), chunk,
         )  # fmt: skip
-        return
-    area = x.packed[fmt.block_weights]
-    step = matmul_step(kind, area.planes)
-    n_tiles = -(-matrix.rows // ROWS)
-    chunk = round_up(max(1, n_tiles // (n_threads * _CHUNKS_PER_THREAD)), 2)
-    program.add(
-        step, matrix.address, n_tiles, matrix.n_blocks, ROWS * matrix.row_bytes, x.n, area.xq, area.xs, area.xsum,
-        fmt.block_weights, fmt.sums_per_block, out, out_stride, int(add), chunk,
-    )  # fmt: skip
+    else:
+        program.add(
+            step, matrix.address, *head, x.n, x.address, x.stride, out, out_stride, int(add), chunk
+        )  # fmt: skip
+
+
+@functools.cache
+def _product(
+    kind: GGMLType, rows: int, cols: int, planes: int, n_threads: int
+) -> tuple[int, Step, tuple[int, int, int], int]:
+    """Return what is the same for all products with matrices of one shape.
+
+    These are the weights per block (0 for float types), the step, its three arguments behind the address, and how
+    many tiles or rows are handed out at a time.
+    """
+    fmt = block_format(int(kind))
+    row_bytes = cols // kind.block_size * kind.block_bytes
+    pieces = n_threads * _CHUNKS_PER_THREAD
+    if fmt is None:
+        chunk = round_up(max(1, rows // pieces), 4)
+        return 0, matmul_step(int(kind), 1), (rows, cols, row_bytes), chunk
+    n_tiles = -(-rows // ROWS)
+    head = (n_tiles, cols // kind.block_size, ROWS * row_bytes)
+    return fmt.block_weights, matmul_step(int(kind), planes), head, round_up(max(1, n_tiles // pieces), 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import attrs
+import struct
+
 import numpy as np
 import numpy.typing as npt
 
@@ -41,12 +42,17 @@ class Memory:
         return self.view(address, 4 * int(np.prod(shape))).view(np.int32).reshape(shape)
 
 
-@attrs.define
+_PACKERS = [struct.Struct(f"={n}q") for n in range(ROW_WORDS + 1)]
+_ROW_BYTES = 8 * ROW_WORDS
+
+
 class Program:
     """A list of steps that grows as needed and is used again from job to job."""
 
-    rows: npt.NDArray[np.int64] = attrs.field(factory=lambda: np.zeros((64, ROW_WORDS), np.int64))
-    length: int = 0
+    def __init__(self) -> None:
+        self.rows = np.zeros((64, ROW_WORDS), np.int64)
+        self.length = 0
+        self._bytes = self.rows.data.cast("B")
 
     def clear(self) -> None:
         """Forget all steps."""
@@ -55,11 +61,25 @@ class Program:
     def add(self, step: Step, *arguments: int) -> None:
         """Append a step; threads may run it while others are still in the step before, back to the last barrier."""
         if self.length == len(self.rows):
-            self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
-        self.rows[self.length, : ARG0 + len(arguments)] = (step.address, 0, 0, *arguments)
+            self._grow(1)
+        packer = _PACKERS[ARG0 + len(arguments)]
+        packer.pack_into(self._bytes, self.length * _ROW_BYTES, step.address, 0, 0, *arguments)
         self.length += 1
+
+    def extend(self, rows: npt.NDArray[np.int64]) -> None:
+        """Append steps that another program has built and not run."""
+        self._grow(len(rows))
+        self.rows[self.length : self.length + len(rows)] = rows
+        self.length += len(rows)
 
     def barrier(self) -> None:
         """Let every thread finish all steps so far before any goes on; the end of a program is a barrier anyway."""
         if self.length:
             self.rows[self.length - 1, BARRIER] = 1
+
+    def _grow(self, n_rows: int) -> None:
+        """Make room for more rows."""
+        if self.length + n_rows > len(self.rows):
+            more = np.zeros((self.length + n_rows, ROW_WORDS), np.int64)
+            self.rows = np.concatenate([self.rows, more])
+            self._bytes = self.rows.data.cast("B")

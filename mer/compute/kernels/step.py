@@ -58,6 +58,7 @@ class Step:
         self.name = function.__name__
         self._function = function
         self._compiled: Any = None
+        self._address = 0
 
     def compile(self) -> bool:
         """Compile the step, or load it from the cache, and return whether the cache had it."""
@@ -69,8 +70,10 @@ class Step:
     @property
     def address(self) -> int:
         """The C function's address, compiled now if it was not."""
-        self.compile()
-        return int(self._compiled.address)
+        if not self._address:
+            self.compile()
+            self._address = int(self._compiled.address)
+        return self._address
 
     @property
     def assembly(self) -> str:
