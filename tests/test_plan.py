@@ -1,0 +1,198 @@
+"""The memory plan as a function of the budget and the settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mer
+from mer import plan as plan_module
+from mer.compute.kernels.attention import KV_TILE
+from mer.compute.scratch import kv_block_bytes
+from mer.model.spec import ModelSpec
+from mer.plan import MemoryPlan, Model, load_model, plan_memory
+from mer.units import format_bytes
+from tests._lib.tiny_models import Type, tiny_model
+
+MIB = 1 << 20
+PRIVATE = 80 * MIB
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_process_of_one_size() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "private_bytes", lambda: PRIVATE)
+        yield
+
+
+class Models(list[Model]):
+    """Models, with a short text for reports."""
+
+    def __repr__(self) -> str:
+        return "models"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Three models of which nothing but the headers is left."""
+    folder = tmp_path_factory.mktemp("models")
+    paths = [
+        tiny_model(folder / "f32.gguf", n_experts=16).path,
+        tiny_model(folder / "mixed.gguf", weight_type=Type.Q4_0, down_type=Type.Q6_K, d_ff=256, n_layers=5).path,
+    ]
+    loaded = [load_model(mer.EngineConfig(path=path)) for path in (*paths, mer.embedded_model_path())]
+    for path in paths:
+        path.unlink()
+    return Models(loaded)
+
+
+def wide(model: Model, n_layers: int, context: int) -> Model:
+    """Return a model with longer contexts and more layers in its KV cache than its file has."""
+    spec: ModelSpec = attrs.evolve(model.spec, context_length=context, n_kv_heads=model.spec.n_heads * n_layers)
+    return attrs.evolve(model, spec=spec)
+
+
+configs = st.fixed_dictionaries(
+    {
+        "threads": st.integers(1, 64),
+        "io_threads": st.integers(1, 16),
+        "max_sequences": st.integers(1, 32),
+    },
+    optional={
+        "context": st.integers(1, 256),
+        "batch_tokens": st.integers(1, 700),
+        "slots": st.integers(1, 100),
+        "activations": st.sampled_from(["auto", "int8", "int15"]),
+    },
+)
+
+
+def plan(model: Model, budget: int, **arguments: Any) -> MemoryPlan:
+    return plan_memory(model, mer.EngineConfig(path="no file", memory=budget, **arguments))
+
+
+def floor_of(model: Model, **arguments: Any) -> tuple[int, str]:
+    with pytest.raises(mer.NotEnoughMemory) as caught:
+        plan(model, 0, **arguments)
+    return caught.value.needed_bytes, str(caught.value)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2), st.booleans(), configs, st.integers(0, 2**32) | st.integers(0, 2**22))
+def test_from_the_floor_up_the_parts_fit_the_budget(
+    models: Models, which: int, long: bool, config: dict[str, Any], more: int
+) -> None:
+    model = wide(models[which], 8, 32768) if long else models[which]
+    floor, _ = floor_of(model, **config)
+    made = plan(model, floor + more, **config)
+    assert made.floor_bytes == floor
+    assert made.budget_bytes == floor + more
+    assert made.used_bytes == sum(made.parts.values()) <= made.budget_bytes
+    assert min(made.parts.values()) >= 0
+    assert plan(model, floor + more, **config) == made, "the same question has the same answer"
+    # what the parts are made of
+    limits, spec = made.limits, model.spec
+    assert made.parts["expert slots"] == made.slots * made.slot_bytes
+    assert made.parts["KV cache"] == limits.kv_blocks * kv_block_bytes(spec)
+    assert made.slot_bytes >= max(e.n_bytes for row in model.experts.experts for e in row)
+    # settings are kept to
+    assert 1 <= made.slots <= min(made.total_experts, config.get("slots", made.total_experts))
+    assert limits.threads == config["threads"]
+    assert limits.batch_tokens == config.get("batch_tokens", limits.batch_tokens)
+    assert config.get("context", 1) <= made.context <= spec.context_length
+    assert 1 <= limits.sequences == limits.outputs <= config["max_sequences"]
+    # and the scheduler can live with them: decoding leaves room for a prompt, and the longest sequence has its blocks
+    assert limits.sequences <= max(1, limits.batch_tokens // 2)
+    assert limits.sequence_blocks * KV_TILE >= made.context
+    assert limits.kv_blocks >= limits.sequence_blocks
+    # all that fits is used
+    if made.slots < min(made.total_experts, config.get("slots", made.total_experts)):
+        assert made.used_bytes + made.slot_bytes + made.slot_bytes // 512 + 2 > made.budget_bytes
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2), configs, st.integers(0, 2**30), st.integers(0, 2**28))
+def test_with_the_same_limits_more_memory_never_means_fewer_slots(
+    models: Models, which: int, config: dict[str, Any], first: int, more: int
+) -> None:
+    floor, _ = floor_of(models[which], **config)
+    small, large = (plan(models[which], floor + extra, **config) for extra in (first, first + more))
+    assert small.context <= large.context
+    if small.limits == large.limits:
+        assert small.slots <= large.slots
+    if {"context", "batch_tokens"} <= set(config) and config["max_sequences"] == 1:
+        assert small.limits == large.limits
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2), configs, st.integers(1, 2**40))
+def test_below_the_floor_the_arithmetic_is_told(models: Models, which: int, config: dict[str, Any], less: int) -> None:
+    model = models[which]
+    floor, _ = floor_of(model, **config)
+    parts = plan(model, floor, **config | {"slots": 1}).parts
+    budget = max(0, floor - less)
+    with pytest.raises(mer.NotEnoughMemory) as caught:
+        plan(model, budget, **config)
+    error = caught.value
+    assert (error.budget_bytes, error.needed_bytes) == (budget, floor)
+    for name, size in parts.items():
+        assert (name in str(error)) == (size > 0)
+        assert size == 0 or f"{name}  {format_bytes(size)}" in str(error)
+    advice = re.search(r"--memory (\S+)\)", str(error))
+    assert advice is not None
+    assert plan_memory(model, mer.EngineConfig(path="no file", memory=advice[1], **config)).slots >= 1
+
+
+def test_the_floor_is_one_slot(models: Models) -> None:
+    for model in models:
+        floor, _ = floor_of(model, threads=2)
+        assert plan(model, floor, threads=2).slots >= 1
+        one = plan(model, 1 << 40, threads=2, slots=1)
+        assert one.slots == 1
+        everything = plan(model, 1 << 40, threads=2)
+        assert everything.slots == everything.total_experts
+        assert everything.resident_share == 1.0
+        assert everything.expected_read_bytes_per_token == 0
+        assert one.expected_read_bytes_per_token == round(one.expert_bytes_per_token * (1 - 1 / one.total_experts))
+        assert plan(model, 1 << 40, threads=2, slots=10**6).slots == everything.total_experts
+
+
+def test_the_process_as_it_is_counts(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, _ = floor_of(models[0])
+    monkeypatch.setattr(plan_module, "private_bytes", lambda: PRIVATE + 700 * MIB)
+    large, text = floor_of(models[0])
+    assert large - small >= 600 * MIB
+    assert "interpreter and libraries" in text
+
+
+def test_a_context_beyond_the_models_is_refused_with_both_numbers(models: Models) -> None:
+    with pytest.raises(mer.ConfigError, match=r"context is 257; the model was trained for 256"):
+        plan(models[0], 1 << 40, context=257)
+
+
+def test_without_a_budget_the_default_is_taken_and_told(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "default_budget", lambda: (1 << 33, "somewhere"))
+    made = plan_memory(models[0], mer.EngineConfig(path=Path("no file")))
+    assert (made.budget_bytes, made.budget_source) == (1 << 33, "somewhere")
+    assert plan(models[0], 1 << 33).budget_source == "given"
+    monkeypatch.setattr(plan_module, "default_budget", lambda: (MIB, "somewhere"))
+    with pytest.raises(mer.NotEnoughMemory, match=r"1\.00 MiB \(somewhere\)"):
+        plan_memory(models[0], mer.EngineConfig(path=Path("no file")))
+
+
+def test_bytes_a_token_touches(models: Models) -> None:
+    for model in models:
+        made, spec = plan(model, 1 << 40), model.spec
+        every = [sum(p.n_bytes for p in e.parts) for row in model.experts.experts for e in row]
+        assert made.expert_bytes_per_token == spec.n_layers * spec.top_k * (sum(every) // len(every))
+        dense = {name: tensor.n_bytes for name, tensor in model.dense.items()}
+        rows_of_embedding = spec.vocab_size if spec.tied_head else 1
+        embedding = dense.pop("token_embd.weight") // spec.vocab_size * rows_of_embedding
+        assert made.dense_bytes_per_token == sum(dense.values()) + embedding
