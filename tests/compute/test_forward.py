@@ -259,3 +259,33 @@ def test_a_damaged_token_is_reported_and_harms_no_other_sequence_nor_a_later_bat
     assert second.damaged is not None
     assert second.damaged.tolist() == []
     assert np.array_equal(second.logits, np.concatenate([want, want[:4]]))
+
+
+def test_a_batch_of_nothing_but_damaged_tokens_stays_within_its_memory(tmp_path: Path) -> None:
+    """Then every router logit is NaN, and each token still has k different experts."""
+    shape: dict[str, Any] = {"n_experts": 4, "top_k": 3}
+    bad = tiny_model(tmp_path / "bad.gguf", **shape, tensors={"output_norm.weight": np.full(96, np.nan, np.float32)})
+    worse = tiny_model(
+        tmp_path / "worse.gguf", **shape, tensors={"blk.0.ffn_norm.weight": np.full(96, np.nan, np.float32)}
+    )
+    tokens = some_tokens(20)
+    done = run(worse.path, [batch(tokens), batch(tokens[:1], 20)])
+    for result, n in zip(done, (20, 1), strict=True):
+        assert result.damaged is not None
+        assert result.damaged.tolist() == list(range(n))
+        assert result.logits is not None
+        assert np.isnan(result.logits).all()
+    late = run(bad.path, [batch(tokens)])[0]
+    assert late.damaged is not None
+    assert late.damaged.tolist() == []  # the final norm comes after the last router
+    assert late.logits is not None
+    assert np.isnan(late.logits).all()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7])
+def test_every_expert_that_is_routed_to_runs_within_the_limits(n_tokens: int, tmp_path: Path) -> None:
+    """Also if the batch's rows fill the scratch rows exactly, expert by expert."""
+    path = tiny_model(tmp_path / "m.gguf", n_experts=4, top_k=4, weight_type=Type.Q8_0).path
+    tokens = some_tokens(14)
+    want = logits(path, tokens)
+    assert np.array_equal(logits(path, tokens, chunks=[n_tokens] * (14 // n_tokens)), want)

@@ -15,8 +15,8 @@ def route(row: int, thread: int, n_threads: int) -> None:
     """Write the k experts with the largest logits, in descending order, ties to the lower number, and their weights.
 
     Softmax over the chosen k equals the softmax over all experts renormalized over them, so both routings share one
-    computation: w = e**(logit - largest) divided by the sum over the chosen. A logit that is not finite
-    sets the row's `damaged`.
+    computation: w = e**(logit - largest) divided by the sum over the chosen. A logit that is not finite sets the row's
+    `damaged`; NaN then ranks as minus infinity, so that the k experts are always different ones.
 
     Arguments: logits (float32), stride_bytes, n, n_experts, k, ids (int32 [n, k]), weights (float32 [n, k]), damaged
     (int32 [n]).
@@ -35,6 +35,8 @@ def route(row: int, thread: int, n_threads: int) -> None:
             best, best_id = np.float32(-np.inf), -1
             for e in range(n_experts):
                 score = load_f32(scores, e)
+                if math.isnan(score):
+                    score = np.float32(-np.inf)
                 after = score < previous or (score == previous and e > previous_id)
                 if after and (best_id < 0 or score > best):
                     best, best_id = score, e
@@ -42,7 +44,7 @@ def route(row: int, thread: int, n_threads: int) -> None:
                 top = best
             weight = math.exp(np.float64(best) - np.float64(top))
             total += weight
-            store_i32(ids, t * k + j, np.int32(max(best_id, 0)))
+            store_i32(ids, t * k + j, np.int32(best_id))
             store_f32(weights, t * k + j, np.float32(weight))
             previous, previous_id = best, best_id
         for j in range(k):

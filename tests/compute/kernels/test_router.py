@@ -66,10 +66,17 @@ def test_a_logit_that_is_not_finite_marks_its_row_alone(bad: float, place: int) 
     assert ((ids >= 0) & (ids < 7)).all()
 
 
-def test_a_row_of_nan_still_names_experts_that_exist() -> None:
-    ids, _, damaged = routed(np.full((1, 5), np.nan, np.float32), 5)
-    assert damaged.tolist() == [1]
-    assert ((ids >= 0) & (ids < 5)).all()
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_logits_choose_experts_that_exist_and_differ(data: st.DataObject) -> None:
+    """The rows of an expert never outnumber the tokens, even in a damaged model."""
+    n_experts = data.draw(st.integers(1, 9), "n_experts")
+    k = data.draw(st.integers(1, n_experts), "k")
+    values = st.sampled_from([np.nan, np.inf, -np.inf, 0.0, 1.0, -3e38])
+    logits = data.draw(hnp.arrays(np.float32, (4, n_experts), elements=values), "logits")
+    ids, _, damaged = routed(logits, k)
+    assert all(len(set(row)) == k and set(row) <= set(range(n_experts)) for row in ids.tolist())
+    assert np.array_equal(damaged, ~np.isfinite(logits).all(1))
 
 
 def test_damage_found_before_is_kept() -> None:

@@ -167,5 +167,27 @@ def test_a_barrier_belongs_to_the_step_before_it_and_a_cleared_program_has_none(
     program.add(count, 2)
     assert program.rows[0].tolist()[:4] == [count.address, 0, 0, 2]
     assert program.rows.shape[1] == ROW_WORDS
-    with pytest.raises(ValueError, match="could not broadcast"):
+    with pytest.raises(IndexError):
         program.add(count, *range(ROW_WORDS - ARG0 + 1))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_steps_of_another_program_run_as_if_they_had_been_added(n_threads: int) -> None:
+    memory = Memory(4096)
+    slots, failures, counts = memory.cut(64), memory.cut(4), memory.cut(4 * 100)
+    part, program = Program(), Program()
+    for _ in range(40):
+        part.add(publish, slots, 7)
+        part.barrier()
+        part.add(compare, slots, 7, failures)
+        part.add(claim, counts, 100)
+    with team(n_threads) as it:
+        for repeat in range(1, 4):
+            program.clear()
+            program.add(publish, slots, 1)
+            program.barrier()
+            for _ in range(2):
+                program.extend(part.rows[: part.length])
+            it.run(program)
+            assert (memory.ints(counts, 100) == 80 * repeat).all()
+    assert memory.ints(failures, 1)[0] == 0

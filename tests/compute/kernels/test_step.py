@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from llvmlite import binding
 
+from mer.compute.kernels.target import FORM, Form
 from tests._lib.tiny_models import Type, tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -105,6 +106,17 @@ def test_every_form_gives_the_same_bits(tmp_path: Path) -> None:
             assert np.array_equal(one[name], other[name])
 
 
+@pytest.mark.skipif(FORM is Form.PORTABLE, reason="this process uses the portable form already")
+def test_the_portable_form_passes_the_tests_of_the_kernels() -> None:
+    """Those of products, whose instructions the forms write differently."""
+    done = python(
+        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-p", "no:cacheprovider",
+        "tests/compute/kernels/test_matmul.py", MER_KERNELS="portable",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
 SHOW_FORM = "from mer.compute.kernels.target import FORM, WIDE_VECTORS; print(FORM.value, WIDE_VECTORS)"
 
 
@@ -124,6 +136,21 @@ def test_the_best_form_that_the_processor_has_is_chosen() -> None:
     able = all(HOST_FEATURES.get(name, False) for name in VNNI_FEATURES)
     assert output(python(SHOW_FORM, MER_KERNELS="")) == ["avx512-vnni True" if able else "portable False"]
     assert output(python(SHOW_FORM, NUMBA_CPU_FEATURES="+avx2,+fma")) == ["portable False"]
+
+
+SHOW_FEATURES = """
+import os
+import mer.compute.kernels.target
+print(os.environ.get("NUMBA_CPU_FEATURES", "unset"))
+"""
+
+
+@needs_vnni
+def test_llvm_is_told_to_use_wide_vectors_unless_the_user_chose_features() -> None:
+    (features,) = output(python(SHOW_FEATURES))
+    assert features == HOST_FEATURES.flatten() + ",-prefer-256-bit"
+    assert output(python(SHOW_FEATURES, NUMBA_CPU_FEATURES="+avx2")) == ["+avx2"]
+    assert output(python(SHOW_FEATURES, MER_KERNELS="portable")) == ["unset"]
 
 
 ASSEMBLY = """
