@@ -181,6 +181,17 @@ def test_kv_blocks_change_no_bit(model: TinyModel, want: Array) -> None:
         assert np.array_equal(logits(model.path, TOKENS, table=table, chunks=[80, 10]), want)
 
 
+def test_tables_may_grow_from_batch_to_batch(model: TinyModel, want: Array) -> None:
+    """Batches of as many tokens, but with wider and wider tables of two sequences."""
+    batches = []
+    for start, blocks in ((0, 1), (30, 2), (60, 3)):
+        tables = [6, 2, 5][:blocks], [0, 7, 3][:blocks]
+        batches.append(joined([batch(TOKENS[start : start + 30], start, table=table) for table in tables]))
+    rows = [done.logits for done in run(model.path, batches)]
+    got = np.stack([part.reshape(2, 30, -1) for part in rows if part is not None], 1).reshape(2, 90, -1)
+    assert np.array_equal(got, np.stack([want, want]))
+
+
 def test_experts_change_no_bit_whether_fresh_or_arranged_before(model: TinyModel, want: Array) -> None:
     assert np.array_equal(logits(model.path, TOKENS, chunks=[5, 40, 1, 44], keep=False), want)
     assert np.array_equal(logits(model.path, TOKENS, chunks=[5, 40, 1, 44], keep=True), want)
@@ -261,8 +272,8 @@ def test_a_damaged_token_is_reported_and_harms_no_other_sequence_nor_a_later_bat
     assert np.array_equal(second.logits, np.concatenate([want, want[:4]]))
 
 
-def test_a_batch_of_nothing_but_damaged_tokens_stays_within_its_memory(tmp_path: Path) -> None:
-    """Then every router logit is NaN, and each token still has k different experts."""
+def test_a_batch_of_nothing_but_damaged_tokens_is_reported(tmp_path: Path) -> None:
+    """Every router logit is NaN then; damage behind the last router shows in the logits alone."""
     shape: dict[str, Any] = {"n_experts": 4, "top_k": 3}
     bad = tiny_model(tmp_path / "bad.gguf", **shape, tensors={"output_norm.weight": np.full(96, np.nan, np.float32)})
     worse = tiny_model(
