@@ -101,6 +101,7 @@ def test_from_the_floor_up_the_parts_fit_the_budget(
     limits, spec = made.limits, model.spec
     assert made.parts["expert slots"] == made.slots * made.slot_bytes
     assert made.parts["KV cache"] == limits.kv_blocks * kv_block_bytes(spec)
+    assert made.parts["page tables"] >= (made.used_bytes - made.parts["page tables"]) // 4096 * 8
     assert made.slot_bytes >= max(e.n_bytes for row in model.experts.experts for e in row)
     # settings are kept to
     assert 1 <= made.slots <= min(made.total_experts, config.get("slots", made.total_experts))

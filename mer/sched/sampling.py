@@ -43,7 +43,7 @@ class Sampler:
             p = np.exp(below / s.temperature)
         p /= p.sum()
         kept = int(np.searchsorted(np.cumsum(p), s.top_p)) + 1 if s.top_p < 1 else len(p)
-        kept = min(kept, int(np.count_nonzero((p >= s.min_p * p[0]) & (p > 0))))
+        kept = min(kept, int(np.count_nonzero(p >= s.min_p * p[0])))
         cumulative = np.cumsum(p[:kept])
         index = int(np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right"))
         return int(order[min(index, kept - 1)])

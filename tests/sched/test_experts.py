@@ -63,6 +63,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache[key].pins -= 1
             self.pins[key] -= 1
 
+    @precondition(lambda self: not self.free)
     @rule(layer=st.integers(0, LAYERS - 1))
     def evict(self, layer: int) -> None:
         got = self.cache.evict_for(layer)
