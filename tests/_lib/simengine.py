@@ -192,7 +192,7 @@ async def open_sim_engine(
             stop=stop,
         )
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve)
+            nursery.start_soon(serve)  # noqa: ASYNC113  # what is sent before it runs waits in its channels
             yield SimEngine(
                 engine=engine,
                 scheduler=scheduler,
