@@ -176,7 +176,7 @@ async def open_sim_engine(
         )
         stop = trio.CancelScope()
 
-        async def serve() -> None:
+        async def run_actors() -> None:
             with stop:
                 async with trio.open_nursery() as actors:
                     actors.start_soon(worker.run)
@@ -192,7 +192,7 @@ async def open_sim_engine(
             stop=stop,
         )
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve)  # noqa: ASYNC113  # what is sent before it runs waits in its channels
+            nursery.start_soon(run_actors)
             yield SimEngine(
                 engine=engine,
                 scheduler=scheduler,
