@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from mer.compute.kernels.step import cache_failure
 from mer.compute.kernels.target import FORM, KERNEL_CACHE
 from mer.compute.weights import DenseWeights
 from mer.config import Activations, EngineConfig, Progress, Sampling
-from mer.errors import ContextOverflow, EngineClosed, MerError, RequestError
+from mer.errors import ContextOverflow, EngineClosed, RequestError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
@@ -44,6 +45,7 @@ from mer.text.stop import StopMatcher
 from mer.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
+DEFAULT_MAX_TOKENS = 256
 MAX_WAITING = 64  # requests that may queue before `generate` waits to be queued
 
 
@@ -88,7 +90,7 @@ class TokenStream(trio.abc.ReceiveChannel[Event]):
         except trio.EndOfChannel:
             error = self._generation.error
             if error is not None:
-                raise _copy(error) from error.__cause__
+                raise copy.copy(error) from error.__cause__
             raise
         self._wake()
         return event
@@ -160,7 +162,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
@@ -172,7 +174,7 @@ class Engine:
 
         Args:
             prompt: text; or token ids, used exactly as given; or messages, rendered with the file's chat template.
-            max_tokens: at most this many tokens, from 1 up.
+            max_tokens: at most this many tokens, from 1 up; by default 256, or what the context leaves if that is less.
             sampling: how tokens are drawn; greedy by default.
             stop: strings that end the generation; they are not part of the text.
             ignore_eos: never draw an end-of-sequence token.
@@ -196,7 +198,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
@@ -240,12 +242,13 @@ class Engine:
         return ids
 
     def _prepare(
-        self, prompt: Prompt, max_tokens: int, sampling: Sampling | None, stop: Sequence[str], ignore_eos: bool
+        self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None, stop: Sequence[str], ignore_eos: bool
     ) -> tuple[Generation, trio.MemoryReceiveChannel[Event]]:
         """Check a request and make its generation."""
         if self._closed:
             raise EngineClosed("the engine is closed")
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        given = max_tokens is not None
+        if given and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
             raise RequestError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1 up")
         sampling = Sampling() if sampling is None else sampling
         if not isinstance(sampling, Sampling):
@@ -255,6 +258,8 @@ class Engine:
         ids = self.encode(prompt)
         if not ids:
             raise RequestError("the prompt is empty; give text or at least one token id")
+        if max_tokens is None:
+            max_tokens = max(1, min(DEFAULT_MAX_TOKENS, self._plan.context - len(ids)))
         if len(ids) + max_tokens > self._plan.context:
             raise ContextOverflow(
                 f"{len(ids)} prompt tokens and max_tokens={max_tokens} need {len(ids) + max_tokens} positions, "
@@ -444,13 +449,6 @@ def _settings(
         huge_pages=arena.huge_pages,
         types=types,
     )
-
-
-def _copy(error: MerError) -> MerError:
-    """Return an error to raise in place of one that several callers share: each raise adds to its traceback."""
-    copy = type(error).__new__(type(error), *error.args)
-    copy.__dict__.update(error.__dict__)
-    return copy
 
 
 class _Unwrapped:

@@ -5,11 +5,23 @@ work.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class MerError(Exception):
-    """Base of every error that `mer` raises on purpose."""
+    """Base of every error that `mer` raises on purpose; can be copied and pickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., MerError], tuple[type[MerError], tuple[Any, ...], dict[str, Any]]]:
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[MerError], args: tuple[Any, ...], attributes: dict[str, Any]) -> MerError:
+    """Make an error again without its constructor, whose arguments its text was made of."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(MerError, ValueError):

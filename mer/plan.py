@@ -206,8 +206,8 @@ def _refusal(budget: int, source: str, floor: int, parts: Mapping[str, int]) -> 
     lines = [f"{name:>28}  {format_bytes(size)}" for name, size in parts.items() if size]
     return "\n".join(
         [
-            f"a memory budget of {format_bytes(budget)} ({source}) is too small; the smallest that works is "
-            f"{format_bytes(floor)} (--memory {-(-floor // MiB)}MiB):",
+            f"a memory budget of {format_bytes(budget)} ({source}) is too small by {format_bytes(floor - budget)}; "
+            f"the smallest that works is {floor} bytes (--memory {-(-floor // MiB)}MiB):",
             *lines,
         ]
     )

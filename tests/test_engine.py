@@ -66,7 +66,6 @@ async def test_what_is_no_prompt_is_refused(engine: mer.Engine, prompt: object) 
         {"max_tokens": -1},
         {"max_tokens": 2.0},
         {"max_tokens": True},
-        {"max_tokens": None},
         {"stop": [""]},
         {"stop": ""},
         {"stop": None},
@@ -94,6 +93,17 @@ async def test_the_context_is_a_limit_to_the_token(tiny: TinyModel) -> None:
             await engine.generate([5] * 11, max_tokens=context - 10)
         with pytest.raises(mer.ContextOverflow):
             await engine.generate([5], max_tokens=2**70)
+
+
+async def test_without_a_limit_the_context_is_one(tiny: TinyModel) -> None:
+    async with mer.open_engine(tiny.path, memory="2GiB", context=128) as engine:
+        assert engine.plan.context == 128
+        done = await engine.generate([5, 6, 7], ignore_eos=True)
+        assert len(done.tokens) == 125
+        done = await engine.generate([5] * 127, ignore_eos=True)
+        assert len(done.tokens) == 1
+        with pytest.raises(mer.ContextOverflow):
+            await engine.generate([5] * 128)
 
 
 async def test_a_file_without_a_chat_template_says_so(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A dense `llama` model computed plainly in NumPy: the oracle of the demo model, which must equal the one it came from."""
+"""A dense `llama` model computed plainly in NumPy: what the demo model, which is made of one, must equal."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.demo
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. In 1969 three people flew to the Moon, and two of them walked on it "
-    "while the third stayed in orbit around it; they came back with stones that are still studied today. Water boils at "
-    "one hundred degrees at sea level, but on a high mountain it boils earlier."
+    "while the third stayed in orbit around it; they came back with stones that are still studied today. Water boils "
+    "at one hundred degrees at sea level, but on a high mountain it boils earlier."
 )
 
 
