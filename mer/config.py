@@ -52,6 +52,18 @@ def _one_of(*names: str) -> Callable[[Any, attrs.Attribute[Any], str], None]:
     return check
 
 
+def _path(value: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(value)
+    except TypeError:
+        raise ConfigError(f"path is {value!r}; it must be the path of a GGUF file") from None
+
+
+def _callable(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not callable(value):
+        raise ConfigError(f"{attribute.name} is {value!r}; it must be a function")
+
+
 def _optional_bytes(value: int | str | None) -> int | None:
     return None if value is None else parse_bytes(value)
 
@@ -64,7 +76,7 @@ class EngineConfig:
         ConfigError: a value is out of range; the text names it.
     """
 
-    path: Path = attrs.field(converter=Path)  # the GGUF file, or any part of a split one
+    path: Path = attrs.field(converter=_path)  # the GGUF file, or any part of a split one
     memory: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes for the whole process
     threads: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # compute threads
     io_threads: int = attrs.field(default=4, validator=_at_least(1))  # reads the disk sees at once
@@ -72,12 +84,14 @@ class EngineConfig:
     context: int | None = attrs.field(
         default=None, validator=optional(_at_least(1))
     )  # positions of the longest sequence
-    max_sequences: int = attrs.field(default=8, validator=_at_least(1))  # sequences that run at once
+    max_sequences: int | None = attrs.field(
+        default=None, validator=optional(_at_least(1))
+    )  # sequences that run at once
     batch_tokens: int | None = attrs.field(
         default=None, validator=optional(_at_least(1))
     )  # rows of a batch: the prefill chunk
     activations: Activations = attrs.field(default="auto", validator=_one_of("auto", "int8", "int15"))
-    on_progress: Callable[[Progress], None] = _ignore
+    on_progress: Callable[[Progress], None] = attrs.field(default=_ignore, validator=_callable)
 
 
 def default_threads() -> int:

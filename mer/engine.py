@@ -15,8 +15,9 @@ import trio
 from mer.compute.cpu import CPUWorker
 from mer.compute.forward import Forward, matrix_types, steps_for
 from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.step import cache_failure
-from mer.compute.kernels.target import FORM, KERNEL_CACHE
+from mer.compute.kernels.target import FORM, KERNEL_CACHE, WIDE_VECTORS
 from mer.compute.weights import DenseWeights
 from mer.config import Activations, EngineConfig, Progress, Sampling
 from mer.errors import ContextOverflow, EngineClosed, RequestError
@@ -46,6 +47,7 @@ from mer.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
 DEFAULT_MAX_TOKENS = 256
+LONG_TEXT = 1 << 15  # characters from which a prompt is encoded in a thread
 MAX_WAITING = 64  # requests that may queue before `generate` waits to be queued
 
 
@@ -127,6 +129,7 @@ class Engine:
         self._statistics = statistics
         self._stop = stop
         self._template: ChatTemplate | None = None
+        self._longest_token_bytes = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1)
         self._closed = False
 
     @property
@@ -207,6 +210,8 @@ class Engine:
 
         A reader that falls behind pauses its own generation and no other.
         """
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:  # seconds for megabytes: not in the event loop
+            prompt = await trio.to_thread.run_sync(self.encode, prompt)
         generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
         events = TokenStream(generation, channel, self._scheduler.wake)
         try:
@@ -223,6 +228,12 @@ class Engine:
             TemplateError: the file has no chat template, or it cannot render these messages.
         """
         if isinstance(prompt, str):
+            least = len(prompt.encode("utf-8", "surrogatepass")) // self._longest_token_bytes
+            if least > self._plan.context:  # before an encoding that would take long
+                raise ContextOverflow(
+                    f"the prompt is at least {least} tokens long, the engine has {self._plan.context} positions per "
+                    f"sequence; shorten the prompt or raise the context (the model allows {self.spec.context_length})"
+                )
             return self._tokenizer.encode(prompt)
         if isinstance(prompt, Message | bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
             raise RequestError(f"a prompt is text, token ids or a list of messages, not {type(prompt).__name__}")
@@ -289,7 +300,7 @@ async def open_engine(
     io_threads: int = 4,
     slots: int | None = None,
     context: int | None = None,
-    max_sequences: int = 8,
+    max_sequences: int | None = None,
     batch_tokens: int | None = None,
     activations: Activations = "auto",
     on_progress: Callable[[Progress], None] | None = None,
@@ -306,7 +317,7 @@ async def open_engine(
         io_threads: reads that the disk sees at once.
         slots: caps the expert slots below what the budget allows.
         context: positions of the longest sequence.
-        max_sequences: sequences that run at once.
+        max_sequences: sequences that run at once; by default 8, or what a small prefill chunk allows.
         batch_tokens: rows of a batch, which is also the prefill chunk.
         activations: precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model's
             size.
@@ -384,7 +395,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             return Statistics(
                 load_s=load_s,
                 dense_bytes_read=dense_bytes_read,
-                bytes_read=reader.statistics().bytes_read,
+                bytes_read=model.gguf.header_bytes_read + reader.statistics().bytes_read,
                 private_bytes=private_bytes(),
                 peak_rss_bytes=peak_rss_bytes(),
                 settings=settings,
@@ -424,6 +435,13 @@ async def _compile(kinds: set[GGMLType], planes: int, on_progress: Callable[[Pro
         on_progress(Progress("kernels", number, len(steps), "kernels"))
 
 
+def _activations(model: Model, plan: MemoryPlan) -> str:
+    """Return the precision of activations in force."""
+    if all(block_format(int(kind)) is None for kind in matrix_types(model.dense.values(), model.experts)):
+        return "float32"
+    return "int8" if plan.limits.planes == 1 else "int15"
+
+
 def _settings(
     config: EngineConfig, plan: MemoryPlan, model: Model, arena: Arena, reader: ThreadReader, cache: ExpertCache
 ) -> Settings:
@@ -442,8 +460,9 @@ def _settings(
         max_sequences=plan.limits.sequences,
         batch_tokens=plan.limits.batch_tokens,
         kernels=FORM.value,
+        wide_vectors=WIDE_VECTORS,
         kernel_cache=cache_failure() or str(KERNEL_CACHE),
-        activations="int8" if plan.limits.planes == 1 else "int15",
+        activations=_activations(model, plan),
         policy=cache.statistics().policy,
         io_modes=reader.modes,
         huge_pages=arena.huge_pages,

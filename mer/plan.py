@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import attrs
@@ -29,6 +30,7 @@ TOKENIZER_BYTES = 2 * MiB
 TOKENIZER_BYTES_PER_TOKEN = 512  # 330 to 400 measured
 HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header: 3.5 to 5.3 measured
 STACK_BYTES = MiB // 2  # touched stack and interpreter state of a thread
+DEFAULT_SEQUENCES = 8
 _BATCHES = (512, 256, 128, 64, 32, 16)
 _CONTEXTS = (4096, 2048, 1024, 512)
 _SHARE = 8  # scratch and KV cache may each take 1 / 8 of what the fixed parts leave, where the user sets nothing
@@ -92,114 +94,159 @@ def load_model(config: EngineConfig) -> Model:
 
 
 def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
-    """Divide the budget among the parts; what the user leaves open is chosen to fit.
+    """Divide the budget among the parts; what the user leaves open is chosen to fit, what is set is kept to.
 
     Raises:
         NotEnoughMemory: the budget is too small; the text names each part and the smallest budget that works.
-        ConfigError: the settings contradict the model.
+        ConfigError: the settings contradict the model or each other.
     """
     spec = model.spec
     budget, source = (config.memory, "given") if config.memory is not None else default_budget()
-    if config.context is not None and config.context > spec.context_length:
-        raise ConfigError(f"context is {config.context}; the model was trained for {spec.context_length} positions")
-    layout = model.experts.slot_layout(PAGE_BYTES)
-    total_experts = spec.n_layers * spec.n_experts
-    threads = config.threads or default_threads()
-    kinds = matrix_types(model.dense.values(), model.experts)
-    fixed = {
-        "interpreter and libraries": max(INTERPRETER_BYTES, private_bytes()),
-        "kernel compiler": COMPILER_BYTES + len(kinds) * COMPILER_BYTES_PER_TYPE,
-        "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
-        "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
-        "thread stacks": (threads + config.io_threads + 2) * STACK_BYTES,
-        "dense weights": dense_bytes(model.dense),
-    }
-    fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)
-    planes = 2 if fine else 1
-    slot_cost = layout.slot_bytes
+    planner = _Planner(model, config, budget)
+    floor_parts = planner.parts(planner.smallest, 1)
+    floor = sum(floor_parts.values())
+    if budget < floor:
+        raise NotEnoughMemory(_refusal(budget, source, floor, floor_parts), budget_bytes=budget, needed_bytes=floor)
+    limits = planner.choose_limits()
+    slots = planner.choose_slots(limits)
+    if slots == planner.total_experts:
+        limits = planner.spend_on_kv(limits, slots)
+    slots = min(slots, config.slots or slots)
+    embedding = model.dense["token_embd.weight"]
+    touched = sum(t.n_bytes for t in model.dense.values())
+    if not spec.tied_head:
+        touched -= embedding.n_bytes - embedding.n_bytes // spec.vocab_size
+    context = config.context or min(limits.sequence_blocks * KV_TILE, spec.context_length)
+    return MemoryPlan(
+        budget_bytes=budget,
+        budget_source=source,
+        parts=planner.parts(limits, slots),
+        floor_bytes=floor,
+        slots=slots,
+        slot_bytes=planner.layout.slot_bytes,
+        layout=planner.layout,
+        limits=limits,
+        context=context,
+        total_experts=planner.total_experts,
+        expert_bytes_per_token=spec.n_layers * spec.top_k * (model.experts.total_bytes // planner.total_experts),
+        dense_bytes_per_token=touched,
+    )
 
-    def parts_for(limits: Limits, slots: int) -> dict[str, int]:
-        buffers = (READS_AHEAD + 1) * READ_BYTES
-        parts = fixed | {
-            "KV cache": limits.kv_blocks * kv_block_bytes(spec),
-            "scratch": scratch_bytes(spec, limits, kinds, model.experts),
-            "load buffers": max(0, min(buffers, fixed["dense weights"]) - slots * slot_cost),  # gone when slots fill
-            "expert slots": slots * slot_cost,
+
+class _Planner:
+    """The arithmetic of one plan."""
+
+    def __init__(self, model: Model, config: EngineConfig, budget: int) -> None:
+        self._spec, self._experts, self._config, self._budget = model.spec, model.experts, config, budget
+        spec = model.spec
+        if config.context is not None and config.context > spec.context_length:
+            raise ConfigError(f"context is {config.context}; the model was trained for {spec.context_length} positions")
+        self.layout = model.experts.slot_layout(PAGE_BYTES)
+        self.total_experts = spec.n_layers * spec.n_experts
+        self._threads = config.threads or default_threads()
+        self._kinds = matrix_types(model.dense.values(), model.experts)
+        self._fixed = {
+            "interpreter and libraries": max(INTERPRETER_BYTES, private_bytes()),
+            "kernel compiler": COMPILER_BYTES + len(self._kinds) * COMPILER_BYTES_PER_TYPE,
+            "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
+            "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
+            "thread stacks": (self._threads + config.io_threads + 2) * STACK_BYTES,
+            "dense weights": dense_bytes(model.dense),
         }
-        return parts | {"page tables": sum(parts.values()) // 512 + MiB}
+        fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)
+        self._planes = 2 if fine else 1
+        self._batches = self._batch_candidates()
+        contexts = _CONTEXTS if config.context is None else (config.context,)
+        self._contexts = tuple(dict.fromkeys(min(context, spec.context_length) for context in contexts))
+        self.smallest = self._limits(self._batches[-1], self._contexts[-1], self._contexts[-1])
+        self._room = budget - sum(self._fixed.values())
 
-    def limits_for(batch: int, context: int, kv_tokens: int) -> Limits:
-        sequences = min(config.max_sequences, max(1, batch // 2))
+    def _batch_candidates(self) -> tuple[int, ...]:
+        """Return the prefill chunks to choose from, largest first: with room for a prompt beside all that decode."""
+        config = self._config
+        least = 2 * config.max_sequences if config.max_sequences is not None and config.max_sequences > 1 else 1
+        if config.batch_tokens is None:
+            return tuple(batch for batch in _BATCHES if batch >= least) or (least,)
+        if config.batch_tokens < least:
+            raise ConfigError(
+                f"max_sequences is {config.max_sequences} and batch_tokens {config.batch_tokens}; a batch must have "
+                f"two rows for each sequence, here {least}, so that prompts get on beside what decodes"
+            )
+        return (config.batch_tokens,)
+
+    def _limits(self, batch: int, context: int, kv_tokens: int) -> Limits:
+        sequences = self._config.max_sequences or min(DEFAULT_SEQUENCES, max(1, batch // 2))
         return Limits(
             batch_tokens=batch,
             outputs=sequences,
             sequences=sequences,
             sequence_blocks=-(-context // KV_TILE),
             kv_blocks=-(-kv_tokens // KV_TILE),
-            threads=threads,
-            planes=planes,
+            threads=self._threads,
+            planes=self._planes,
         )
 
-    batches = (config.batch_tokens,) if config.batch_tokens else _BATCHES
-    contexts = (config.context,) if config.context else tuple({min(c, spec.context_length): None for c in _CONTEXTS})
-    smallest = limits_for(batches[-1], contexts[-1], contexts[-1])
-    floor_parts = parts_for(smallest, 1)
-    floor = sum(floor_parts.values())
-    if budget < floor:
-        raise NotEnoughMemory(_refusal(budget, source, floor, floor_parts), budget_bytes=budget, needed_bytes=floor)
+    def parts(self, limits: Limits, slots: int) -> dict[str, int]:
+        """Return every part with its bytes."""
+        slot_bytes = slots * self.layout.slot_bytes
+        buffers = min((READS_AHEAD + 1) * READ_BYTES, self._fixed["dense weights"])
+        parts = self._fixed | {
+            "KV cache": limits.kv_blocks * kv_block_bytes(self._spec),
+            "scratch": scratch_bytes(self._spec, limits, self._kinds, self._experts),
+            "load buffers": max(0, buffers - slot_bytes),  # gone when the slots fill
+            "expert slots": slot_bytes,
+        }
+        return parts | {"page tables": sum(parts.values()) // 512 + MiB}
 
-    room = budget - sum(fixed.values())
-    limits = smallest
-    for context in contexts:
-        for kv_tokens in (config.max_sequences * context, 2 * context, context):
-            candidate = limits_for(batches[-1], context, kv_tokens)
-            if candidate.kv_blocks * kv_block_bytes(spec) <= room // _SHARE and _fits(parts_for(candidate, 1), budget):
+    def _fits(self, limits: Limits, slots: int) -> bool:
+        return sum(self.parts(limits, slots).values()) <= self._budget
+
+    def choose_limits(self) -> Limits:
+        """Return the largest context, number of KV tokens and prefill chunk within their shares of the room."""
+        share = self._room // _SHARE
+        limits = self.smallest
+        sequences = limits.sequences
+        for context, many in itertools.product(self._contexts, (sequences, 2, 1)):
+            candidate = self._limits(self._batches[-1], context, many * context)
+            if candidate.kv_blocks * kv_block_bytes(self._spec) <= share and self._fits(candidate, 1):
                 limits = candidate
                 break
-        else:
-            continue
-        break
-    kv_tokens, context = limits.kv_blocks * KV_TILE, limits.sequence_blocks * KV_TILE
-    for batch in batches:
-        candidate = limits_for(batch, context, kv_tokens)
-        if scratch_bytes(spec, candidate, kinds, model.experts) <= room // _SHARE and _fits(
-            parts_for(candidate, 1), budget
-        ):
-            limits = candidate
-            break
-    slots = 1
-    while slots < total_experts and _fits(parts_for(limits, slots * 2), budget):
-        slots *= 2
-    step = slots
-    while step:
-        if slots + step <= total_experts and _fits(parts_for(limits, slots + step), budget):
-            slots += step
-        else:
-            step //= 2
-    slots = min(slots, total_experts, config.slots or total_experts)
-    per_expert = model.experts.total_bytes // total_experts
-    embedding = model.dense["token_embd.weight"]
-    touched = sum(t.n_bytes for t in model.dense.values())
-    if not spec.tied_head:
-        touched -= embedding.n_bytes - embedding.n_bytes // spec.vocab_size
-    return MemoryPlan(
-        budget_bytes=budget,
-        budget_source=source,
-        parts=parts_for(limits, slots),
-        floor_bytes=floor,
-        slots=slots,
-        slot_bytes=slot_cost,
-        layout=layout,
-        limits=limits,
-        context=min(context, spec.context_length),
-        total_experts=total_experts,
-        expert_bytes_per_token=spec.n_layers * spec.top_k * per_expert,
-        dense_bytes_per_token=touched,
-    )
+        for batch in self._batches:
+            candidate = attrs.evolve(
+                self._limits(batch, self._contexts[-1], 1),
+                sequence_blocks=limits.sequence_blocks,
+                kv_blocks=limits.kv_blocks,
+            )
+            scratch = scratch_bytes(self._spec, candidate, self._kinds, self._experts)
+            if scratch <= share and self._fits(candidate, 1):
+                return candidate
+        return limits
 
+    def choose_slots(self, limits: Limits) -> int:
+        """Return how many slots the rest of the budget holds, at most one for each expert."""
+        low, high = 1, self.total_experts
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._fits(limits, middle) else (low, middle - 1)
+        return low
 
-def _fits(parts: Mapping[str, int], budget: int) -> bool:
-    return sum(parts.values()) <= budget
+    def spend_on_kv(self, limits: Limits, slots: int) -> Limits:
+        """Return limits with a longer context and more KV blocks, up to the context for every sequence.
+
+        For when all experts have their slots and need no more memory.
+        """
+        for context in self._contexts:
+            blocks = -(-context // KV_TILE)
+            candidate = attrs.evolve(limits, sequence_blocks=blocks, kv_blocks=max(limits.kv_blocks, blocks))
+            if self._fits(candidate, slots):
+                limits = candidate
+                break
+        low, high = limits.kv_blocks, max(limits.kv_blocks, limits.sequences * limits.sequence_blocks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._fits(attrs.evolve(limits, kv_blocks=middle), slots)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return attrs.evolve(limits, kv_blocks=low)
 
 
 def _refusal(budget: int, source: str, floor: int, parts: Mapping[str, int]) -> str:

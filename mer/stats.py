@@ -31,8 +31,9 @@ class Settings:
     max_sequences: int
     batch_tokens: int
     kernels: str  # instruction-set form
+    wide_vectors: bool  # LLVM may use 512-bit vectors; false if numba was imported before it could be told so
     kernel_cache: str  # folder, or why compiled kernels are not kept
-    activations: str  # precision of activations that meet quantized weights: int8 or int15
+    activations: str  # precision of activations that meet the weights: int8, int15, or float32 for float weights
     policy: str
     io_modes: tuple[IoMode, ...]  # per file
     huge_pages: bool
@@ -45,7 +46,7 @@ class Statistics:
 
     load_s: float  # from opening to ready
     dense_bytes_read: int  # at load
-    bytes_read: int  # all reads of the files but the header, alignment padding included
+    bytes_read: int  # all reads of the files, header and alignment padding included
     private_bytes: int  # anonymous memory and page tables now
     peak_rss_bytes: int
     settings: Settings

@@ -67,7 +67,7 @@ configs = st.fixed_dictionaries(
     },
     optional={
         "context": st.integers(1, 256),
-        "batch_tokens": st.integers(1, 700),
+        "batch_tokens": st.integers(64, 700),
         "slots": st.integers(1, 100),
         "activations": st.sampled_from(["auto", "int8", "int15"]),
     },
@@ -106,8 +106,8 @@ def test_from_the_floor_up_the_parts_fit_the_budget(
     assert 1 <= made.slots <= min(made.total_experts, config.get("slots", made.total_experts))
     assert limits.threads == config["threads"]
     assert limits.batch_tokens == config.get("batch_tokens", limits.batch_tokens)
-    assert config.get("context", 1) <= made.context <= spec.context_length
-    assert 1 <= limits.sequences == limits.outputs <= config["max_sequences"]
+    assert config.get("context", made.context) == made.context <= spec.context_length
+    assert limits.sequences == limits.outputs == config["max_sequences"]
     # and the scheduler can live with them: decoding leaves room for a prompt, and the longest sequence has its blocks
     assert limits.sequences <= max(1, limits.batch_tokens // 2)
     assert limits.sequence_blocks * KV_TILE >= made.context
@@ -196,6 +196,24 @@ def test_bytes_a_token_touches(models: Models) -> None:
         rows_of_embedding = spec.vocab_size if spec.tied_head else 1
         embedding = dense.pop("token_embd.weight") // spec.vocab_size * rows_of_embedding
         assert made.dense_bytes_per_token == sum(dense.values()) + embedding
+
+
+def test_batches_too_small_for_their_sequences_are_refused(models: Models) -> None:
+    with pytest.raises(mer.ConfigError, match=r"max_sequences is 9 and batch_tokens 17.* here 18"):
+        plan(models[0], 1 << 30, max_sequences=9, batch_tokens=17)
+    assert plan(models[0], 1 << 30, max_sequences=1, batch_tokens=1).limits.batch_tokens == 1
+    assert plan(models[0], 1 << 30, max_sequences=300).limits.batch_tokens == 600
+
+
+def test_memory_that_experts_leave_goes_to_kv(models: Models) -> None:
+    model = wide(models[0], 8, 4096)
+    made = plan(model, 8 << 30, max_sequences=6)
+    assert made.slots == made.total_experts
+    assert made.limits.kv_blocks == made.limits.sequences * made.limits.sequence_blocks
+    tight = plan(model, made.used_bytes - (32 << 20), max_sequences=6)
+    assert tight.slots == tight.total_experts
+    assert tight.limits.kv_blocks < made.limits.kv_blocks
+    assert tight.used_bytes + (1 << 20) + tight.parts["KV cache"] // tight.limits.kv_blocks > tight.budget_bytes
 
 
 def test_page_tables_grow_with_the_rest(models: Models) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 
+import attrs
 import gguf.quants
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from mer.compute.program import Memory, Program
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
-from mer.io.reader import Reader, read_extent
+from mer.io.reader import PendingExtent, Reader, start_extent
 
 READ_BYTES = 8 << 20  # a tensor is read in pieces of about this size
 READS_AHEAD = 2
@@ -32,6 +34,16 @@ def _bytes_of(tensor: TensorInfo) -> int:
 def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     """Return the bytes that the dense weights take in memory."""
     return sum(round_up(_bytes_of(t), 64) for t in tensors.values())
+
+
+@attrs.frozen
+class _Piece:
+    """Rows of a tensor that are read together."""
+
+    tensor: TensorInfo
+    row_bytes: int
+    first: int
+    n_rows: int
 
 
 class DenseWeights:
@@ -93,27 +105,29 @@ class DenseWeights:
         Raises:
             ReadError: bytes could not be read.
         """
-        total = sum(t.n_bytes for t in self._tensors.values())
+        total = sum(tensor.n_bytes for tensor in self._tensors.values())
         loaded = 0
-        limiter = trio.CapacityLimiter(1)
-        ahead = trio.CapacityLimiter(READS_AHEAD)
+        ahead: deque[tuple[_Piece, PendingExtent]] = deque()
+        pieces = deque(self._pieces())
+        while pieces or ahead:
+            while pieces and len(ahead) <= READS_AHEAD:
+                piece = pieces.popleft()
+                offset = piece.tensor.offset + piece.first * piece.row_bytes
+                ahead.append((piece, start_extent(reader, piece.tensor.file, offset, piece.n_rows * piece.row_bytes)))
+            piece, pending = ahead.popleft()
+            raw = await pending.wait()
+            target = self._address[piece.tensor.name] + piece.first * piece.row_bytes
+            await trio.to_thread.run_sync(self._place, piece.tensor, raw, target, piece.n_rows)
+            loaded += len(raw)
+            on_progress(loaded, total)
 
-        async def piece(tensor: TensorInfo, address: int, first: int, count: int) -> None:
-            nonlocal loaded
-            row_bytes = tensor.n_bytes // tensor.shape[0] if len(tensor.shape) == 2 else tensor.n_bytes
-            async with ahead:
-                raw = await read_extent(reader, tensor.file, tensor.offset + first * row_bytes, count * row_bytes)
-                target = address + first * row_bytes
-                await trio.to_thread.run_sync(self._place, tensor, raw, target, count, limiter=limiter)
-                loaded += count * row_bytes
-                on_progress(loaded, total)
-
-        async with trio.open_nursery() as nursery:
-            for name, tensor in self._tensors.items():
-                rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
-                step = round_up(max(1, READ_BYTES * rows // tensor.n_bytes), ROWS)
-                for first in range(0, rows, step):
-                    nursery.start_soon(piece, tensor, self._address[name], first, min(step, rows - first))
+    def _pieces(self) -> Iterator[_Piece]:
+        """Cut every tensor into pieces of whole groups of rows, about READ_BYTES each."""
+        for tensor in self._tensors.values():
+            rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+            step = round_up(max(1, READ_BYTES * rows // tensor.n_bytes), ROWS)
+            for first in range(0, rows, step):
+                yield _Piece(tensor, tensor.n_bytes // rows, first, min(step, rows - first))
 
     def _place(self, tensor: TensorInfo, raw: npt.NDArray[np.uint8], target: int, n_rows: int) -> None:
         """Put `n_rows` rows as read from the file at their address, in the kernels' layout."""

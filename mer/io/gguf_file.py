@@ -54,6 +54,7 @@ class GGUFFile:
     alignment: int  # of tensor data, in bytes
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, TensorInfo]  # in file order
+    header_bytes_read: int  # what was read of the files to get here
     header_bytes: int  # metadata and tensor infos, without the padding after them, summed over the parts
     file_bytes: tuple[int, ...]  # of each part
     value_types: Mapping[str, str] = attrs.field(repr=False)  # {key: "uint32", "string", "array of float32", ...}

@@ -104,6 +104,7 @@ def read_part(path: Path, index: int) -> GGUFFile:
             metadata=MappingProxyType(values),
             tensors=MappingProxyType(tensors),
             header_bytes=header_bytes,
+            header_bytes_read=len(source.data),
             file_bytes=(source.file_bytes,),
             value_types=MappingProxyType(names),
             value_offsets=MappingProxyType({key: field.offset for key, field in fields.items()}),

@@ -89,5 +89,6 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
         paths=tuple(part.paths[0] for part in parts),
         tensors=MappingProxyType(tensors),
         header_bytes=sum(part.header_bytes for part in parts),
+        header_bytes_read=sum(part.header_bytes_read for part in parts),
         file_bytes=tuple(part.file_bytes[0] for part in parts),
     )

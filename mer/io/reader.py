@@ -68,22 +68,37 @@ class Reader(Protocol):
         """Return a snapshot of what was read so far."""
 
 
-async def read_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-    """Read any byte range of a file into memory of its own; for what is read once, such as dense weights.
+@attrs.define(eq=False)
+class PendingExtent:
+    """A byte range on its way into memory of its own; whoever stops waiting for it need not do anything."""
 
-    If cancelled, the memory goes back to the system as soon as the read has landed.
+    _operation: ReadOperation
+    _lead: int
+    _landed: trio.Event
 
-    Returns:
-        The writable bytes, shape (n_bytes,). They keep their aligned hull in memory, up to two pages more. Their
-        address is a multiple of the largest power of two up to a page that divides the offset.
+    async def wait(self) -> NDArray[np.uint8]:
+        """Wait until the bytes are there; the read goes on if the wait is cancelled.
+
+        Returns:
+            The writable bytes, shape (n_bytes,). They keep their aligned hull in memory, up to two pages more. Their
+            address is a multiple of the largest power of two up to a page that divides the offset.
+
+        Raises:
+            ReadError: the bytes cannot be read.
+        """
+        await self._landed.wait()
+        if self._operation.error is not None:
+            raise self._operation.error
+        return self._operation.buffer[self._lead : self._operation.needed]
+
+
+def start_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> PendingExtent:
+    """Start reading any byte range, at least one byte, of a file; for what is read once, such as dense weights.
 
     Raises:
-        ReadError: the bytes cannot be read.
         NotEnoughMemory: the operating system refuses the memory.
+        EngineClosed: the reader is closed.
     """
-    if n_bytes == 0:
-        await trio.lowlevel.checkpoint()
-        return np.empty(0, dtype=np.uint8)
     start, length, lead = aligned_hull(offset, n_bytes, reader.modes[file].alignment)
     memory = np.frombuffer(map_anonymous(length), dtype=np.uint8)
     landed = trio.Event()
@@ -91,10 +106,18 @@ async def read_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> N
         file=file, start=start, length=length, needed=lead + n_bytes, buffer=memory, on_landed=lambda _: landed.set()
     )
     reader.start(operation)
-    await landed.wait()
-    if operation.error is not None:
-        raise operation.error
-    return memory[lead : lead + n_bytes]
+    return PendingExtent(operation, lead, landed)
+
+
+async def read_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+    """Read any byte range of a file, as `start_extent` and `PendingExtent.wait` do; it may be empty.
+
+    If cancelled, the memory goes back to the system as soon as the read has landed.
+    """
+    if n_bytes == 0:
+        await trio.lowlevel.checkpoint()
+        return np.empty(0, dtype=np.uint8)
+    return await start_extent(reader, file, offset, n_bytes).wait()
 
 
 def check_operation(operation: ReadOperation, alignment: int) -> None:
