@@ -47,13 +47,12 @@ class ExpertCache:
 
     def lookup(self, layer: int, experts: Iterable[int]) -> tuple[list[int], list[int]]:
         """Return the resident and the missing ones of a layer's experts, in the given order, and count them."""
+        union = list(experts)
+        self._policy.use(layer, union)
         hits: list[int] = []
         misses: list[int] = []
-        for expert in experts:
-            resident = (layer, expert) in self._resident
-            (hits if resident else misses).append(expert)
-            if resident:
-                self._policy.touch((layer, expert))
+        for expert in union:
+            (hits if (layer, expert) in self._resident else misses).append(expert)
         self._hits += len(hits)
         self._misses += len(misses)
         return hits, misses

@@ -1,67 +1,41 @@
-"""Which expert leaves when a slot is needed."""
+"""Which expert leaves when a slot is needed, and whether the newcomer is worth one."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-ExpertKey: TypeAlias = tuple[int, int]
-"""(layer, expert)"""
+from mer.sched.keys import ExpertKey
+from mer.sched.policies.layer_lru import LayerLRU
+
+__all__ = ["ExpertKey", "LayerLRU", "Policy"]
 
 
 class Policy(Protocol):
-    """Keeps an order among the resident experts; pure bookkeeping."""
+    """Ranks the experts that are kept; pure bookkeeping, it knows neither slots nor bytes in memory.
+
+    Its owner reports every event, a layer's union of experts over a batch, with `use`, before it asks anything about
+    that event.
+    """
 
     name: str
 
-    def insert(self, key: ExpertKey) -> None:
-        """Note that an expert has become resident."""
-
-    def touch(self, key: ExpertKey) -> None:
-        """Note that a resident expert is used."""
-
-    def remove(self, key: ExpertKey) -> None:
-        """Note that an expert is no longer resident."""
-
-    def victim(self, layer: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """Return the expert that should make room for one of `layer`, or None if none is evictable."""
-
-
-class LayerLRU:
-    """Least recently used within each layer, every layer with an equal share of the slots.
-
-    Layers are visited in a cycle, so that one LRU over all of them would hit never as soon as a token's working set
-    exceeds the slots. A layer above its share gives way first, the one furthest above it before the others; then the
-    layer that needs the room; then any.
-    """
-
-    name = "layer-lru"
-
-    def __init__(self, n_layers: int, n_slots: int) -> None:
-        self._layers: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(n_layers)]
-        self._shares = [n_slots // n_layers + (layer < n_slots % n_layers) for layer in range(n_layers)]
+    def use(self, layer: int, experts: Sequence[int]) -> None:
+        """Note that a batch uses these experts of a layer, each named once, kept or not."""
 
     def insert(self, key: ExpertKey) -> None:
-        """See `Policy`."""
-        self._layers[key[0]][key[1]] = None
-
-    def touch(self, key: ExpertKey) -> None:
-        """See `Policy`."""
-        self._layers[key[0]].move_to_end(key[1])
+        """Note that an expert is kept from now on."""
 
     def remove(self, key: ExpertKey) -> None:
-        """See `Policy`."""
-        del self._layers[key[0]][key[1]]
+        """Note that an expert is no longer kept."""
 
-    def victim(self, layer: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """See `Policy`."""
+    def victim(
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None
+    ) -> ExpertKey | None:
+        """Return the kept expert that should make room for one of `layer`, or None if none is evictable.
 
-        def rank(other: int) -> tuple[int, bool]:
-            return max(0, len(self._layers[other]) - self._shares[other]), other == layer
-
-        for candidate in sorted(range(len(self._layers)), key=rank, reverse=True):
-            for expert in self._layers[candidate]:
-                if evictable((candidate, expert)):
-                    return candidate, expert
-        return None
+        With `newcomer`, the number of the expert that needs the room, the answer may be that expert itself,
+        `(layer, newcomer)`: it is worth less than all that could leave. An owner that has a buffer besides the slots
+        uses the expert there once and drops it, without inserting it. One that has not asks without `newcomer` and
+        inserts it; it is then ranked by what it is worth, so that it is among the first to leave.
+        """

@@ -1,0 +1,140 @@
+"""How often each expert of a model has been used, kept between runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from mer.errors import MerError
+
+FORMAT: Final = "mer heat profile"
+VERSION: Final = 1
+MAX_BYTES: Final = 64 << 20
+"""Larger files are refused unread; a profile takes some 10 bytes per expert."""
+
+
+class ProfileError(MerError):
+    """A heat profile cannot be used: malformed, of another version, or of another model.
+
+    Args:
+        path: the file.
+        reason: what is wrong, and what would work.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        self.path = Path(path)
+        self.reason = reason
+        super().__init__(f"{self.path}: {reason}")
+
+
+@attrs.frozen(eq=False)
+class HeatProfile:
+    """Counts of uses, and the fingerprint of the model they belong to."""
+
+    fingerprint: bytes
+    counts: npt.NDArray[np.int64]  # [L, E], >= 0
+
+    @classmethod
+    def count(
+        cls, fingerprint: bytes, n_layers: int, n_experts: int, events: Iterable[tuple[int, Sequence[int]]]
+    ) -> HeatProfile:
+        """Return the profile of (layer, experts) events."""
+        counts = np.zeros((n_layers, n_experts), dtype=np.int64)
+        for layer, experts in events:
+            counts[layer, list(experts)] += 1
+        return cls(fingerprint, counts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile; the file is there whole or as it was before.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "fingerprint": self.fingerprint.hex(),
+                "counts": self.counts.tolist(),
+            }
+        )
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with open(descriptor, "w", encoding="ascii") as stream:
+                stream.write(text + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(name, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, fingerprint: bytes, n_layers: int, n_experts: int) -> HeatProfile:
+        """Read the profile of a model.
+
+        Raises:
+            ProfileError: the file is malformed, of another version, or of another model.
+            OSError: it cannot be read.
+        """
+        document = _read(path)
+        version = document.get("version")
+        if type(version) is not int or version != VERSION:
+            raise ProfileError(path, f"a heat profile of version {_short(version)}; this release reads {VERSION}")
+        if document.get("fingerprint") != fingerprint.hex():
+            raise ProfileError(
+                path,
+                f"a heat profile of another model ({_short(document.get('fingerprint'))}, and this model is "
+                f"{fingerprint.hex()[:16]}...); record one with this model",
+            )
+        counts = document.get("counts")
+        is_table = isinstance(counts, list) and len(counts) == n_layers
+        if not is_table or not all(_is_row(row, n_experts) for row in counts or ()):
+            raise ProfileError(path, f"counts must be {n_layers} lists of {n_experts} integers from 0 to 2**53")
+        return cls(fingerprint, np.array(counts, dtype=np.int64).reshape(n_layers, n_experts))
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the JSON object in a file that names itself a heat profile."""
+    with open(path, "rb") as stream:
+        content = stream.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ProfileError(path, f"no heat profile: larger than {MAX_BYTES} bytes")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ProfileError(path, "no heat profile: it is not JSON") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ProfileError(path, f'no heat profile: it is no JSON object with "format": "{FORMAT}"')
+    return document
+
+
+def _is_row(row: object, n_experts: int) -> bool:
+    """Return whether this is a list of counts."""
+    return (
+        isinstance(row, list)
+        and len(row) == n_experts
+        and all(type(count) is int and 0 <= count <= 1 << 53 for count in row)
+    )
+
+
+def _short(value: object) -> str:
+    """Return a value of a file as text for an error."""
+    text = ascii(value)
+    return text if len(text) <= 40 else text[:40] + "..."

@@ -1,0 +1,1 @@
+"""Cache policies: one small class and file each, made by name with `make_policy`."""

@@ -1,0 +1,66 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import attrs
+
+from mer.errors import ConfigError
+from mer.sched.heat import HeatProfile
+from mer.sched.policies.cost_aware import CostAware
+from mer.sched.policies.layer_lru import LayerLRU
+from mer.sched.policies.lfru import LFRU
+from mer.sched.policies.lfu import LFU
+from mer.sched.policies.static import StaticHotSet
+from mer.sched.policy import Policy
+
+
+@attrs.frozen(kw_only=True)
+class CacheShape:
+    """What policies may want to know of the cache they rank."""
+
+    n_layers: int
+    n_experts: int  # per layer
+    n_slots: int
+    expert_bytes: tuple[int, ...] = ()  # of one expert, by layer; empty where unknown
+    profile: HeatProfile | None = None
+
+
+def _static(shape: CacheShape) -> Policy:
+    if shape.profile is None:
+        raise ConfigError("the policy 'static' needs a heat profile")
+    return StaticHotSet(shape.profile)
+
+
+def _cost(shape: CacheShape) -> Policy:
+    if not shape.expert_bytes or not all(shape.expert_bytes):
+        raise ConfigError("the policy 'cost' needs the sizes of the experts")
+    return CostAware(shape.expert_bytes, shape.n_experts)
+
+
+POLICIES: Final[Mapping[str, Callable[[CacheShape], Policy]]] = MappingProxyType(
+    {
+        "lfru": lambda shape: LFRU(shape.n_layers, shape.n_experts),
+        "layer-lru": lambda shape: LayerLRU(shape.n_layers, shape.n_slots),
+        "lfu": lambda shape: LFU(shape.n_layers, shape.n_experts),
+        "static": _static,
+        "cost": _cost,
+    }
+)
+"""{name: maker of a fresh policy}"""
+
+DEFAULT_POLICY: Final = "lfru"
+
+
+def make_policy(name: str, shape: CacheShape) -> Policy:
+    """Return a fresh policy.
+
+    Raises:
+        ConfigError: there is none of that name, or it needs something that `shape` lacks.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f"no policy is named {name!r}; there are {', '.join(POLICIES)}")
+    return POLICIES[name](shape)
