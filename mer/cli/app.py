@@ -156,3 +156,37 @@ def demo_command(
     from mer.cli.demo import demo
 
     return demo(prompt, n_experts=experts, source=from_, generation=generation, engine_options=engine)
+
+
+@app.command(name="simulate", usage="Usage: mer simulate [OPTIONS] TRACE")
+def simulate_command(
+    trace: Annotated[Path, Parameter(name="TRACE", show_default=False, help="A routing trace.")],
+    /,
+    *,
+    slots: Annotated[str, Parameter(show_default=False, help="Experts that can be kept: a number, or more: 16,32.")],
+    policy: Annotated[str, Parameter(help="A cache policy by name, or all of them.")] = "all",
+    profile: Annotated[
+        Path | None, Parameter(help="Heat profile for the policy 'static'. [default: made from the trace itself]")
+    ] = None,
+    save_profile: Annotated[Path | None, Parameter(help="Write the heat profile of the trace to this file.")] = None,
+    bypass: Annotated[
+        bool,
+        Parameter(negative="", show_default=False, help="Give no slot to experts that the policy would not keep."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Replay a routing trace through cache policies and show their hit rates beside the best possible ones.
+
+    The bound is Belady's: the future is known, and experts that are not kept take no slot.
+    """
+    from mer.cli.simulate import simulate_trace
+
+    simulate_trace(
+        trace,
+        policy=policy,
+        slots=slots,
+        profile=profile,
+        save_profile=save_profile,
+        bypass=bypass,
+        as_json=json,
+    )
