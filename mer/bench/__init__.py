@@ -1,0 +1,1 @@
+"""What `mer bench` runs, and the workloads it runs on."""
