@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -12,6 +13,7 @@ import pytest
 import trio
 
 import mer
+from mer.io.files import ModelFile
 from mer.sched.events import PrefillEvent, TokenEvent
 from tests._lib.cancel import MOST_STEPS, Subject
 from tests._lib.tiny_models import TinyModel, tiny_model
@@ -274,6 +276,52 @@ async def test_the_bodys_error_group_is_its_own(tiny: TinyModel) -> None:
             raise ExceptionGroup("mine", [own])
     assert caught.value.message == "mine"
     assert caught.value.exceptions == (own,)
+
+
+@pytest.mark.parametrize("own_nursery", [False, True], ids=["open_engine", "run_engine"])
+async def test_a_disk_that_fails_while_loading_is_one_error(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, own_nursery: bool
+) -> None:
+    def fail(_file: ModelFile, _memory: memoryview, start: int, needed: int) -> None:
+        raise mer.ReadError("disk", start, needed, "input/output error", errno.EIO)
+
+    monkeypatch.setattr(ModelFile, "read_into", fail)
+
+    async def opening() -> None:
+        if own_nursery:
+            await mer.run_engine(mer.EngineConfig(path=tiny.path, memory=MEMORY))
+        async with mer.open_engine(tiny.path, memory=MEMORY):
+            raise AssertionError("opened")
+
+    with pytest.raises(mer.ReadError, match="input/output error"):
+        await opening()
+
+
+async def test_a_progress_callback_that_fails_ends_the_opening(tiny: TinyModel) -> None:
+    def fail(progress: mer.Progress) -> None:
+        if progress.stage == "dense weights":
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with mer.open_engine(tiny.path, memory=MEMORY, on_progress=fail):
+            raise AssertionError("opened")
+
+
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with mer.open_engine(tiny.path, memory=MEMORY) as engine:
+        monkeypatch.setattr(type(engine.tokenizer), "encode", None)
+        with pytest.raises(mer.ContextOverflow, match="at least"):
+            await engine.generate("a" * 10_000_000)
+
+
+async def test_all_reads_of_the_files_are_counted(tiny: TinyModel) -> None:
+    async with mer.open_engine(tiny.path, memory=MEMORY) as engine:
+        await engine.generate([5, 6, 7], max_tokens=3)
+        counted = engine.statistics()
+        assert counted.bytes_read == engine.gguf.header_bytes_read + counted.reader.bytes_read
+        assert engine.gguf.header_bytes_read >= engine.gguf.header_bytes
 
 
 async def test_errors_of_opening_come_out_bare(tmp_path: Path, tiny: TinyModel) -> None:

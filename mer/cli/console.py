@@ -157,8 +157,12 @@ def load_reporter(bars: Bars, clock: Callable[[], float] = time.monotonic) -> Ca
         if stage == "kernels":
             compiling = progress.done < progress.total and clock() - begun_s > SLOW_S
             if compiling:
-                bars.say_once("compiling kernels for this processor; they are kept, so that this happens once")
-            stage = "compiling kernels (once)" if compiling else "loading kernels"
+                from mer.compute.kernels.step import cache_failure  # imported long before a kernel compiles
+
+                failure = cache_failure()
+                kept = "they are kept, so that this happens once" if failure is None else f"not kept: {failure}"
+                bars.say_once(f"compiling kernels for this processor; {kept}")
+            stage = "compiling kernels" if compiling else "loading kernels"
         bars.show(stage, progress.done, progress.total, progress.unit)
 
     return report

@@ -101,9 +101,7 @@ def _check(gguf: GGUFFile) -> tuple[ModelSpec, ExpertMap]:
     spec = model_spec(gguf)
     dense_tensors(spec, gguf)
     read_vocabulary(gguf)
-    experts = map_experts(
-        gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff
-    )
+    experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
     return spec, experts
 
 

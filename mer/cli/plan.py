@@ -8,6 +8,7 @@ from typing import Any
 
 from mer.cli.options import EngineOptions
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
+from mer.compute.kernels.attention import KV_TILE
 from mer.config import EngineConfig, default_threads
 from mer.plan import MemoryPlan, load_model, plan_memory
 from mer.units import format_bytes
@@ -46,6 +47,10 @@ def describe(memory_plan: MemoryPlan) -> dict[str, Any]:
         "slot_bytes": memory_plan.slot_bytes,
         "experts": memory_plan.total_experts,
         "context": memory_plan.context,
+        "kv_tokens": memory_plan.limits.kv_blocks * KV_TILE,
+        "max_sequences": memory_plan.limits.sequences,
+        "batch_tokens": memory_plan.limits.batch_tokens,
+        "threads": memory_plan.limits.threads,
         "expert_bytes_per_token": memory_plan.expert_bytes_per_token,
         "dense_bytes_per_token": memory_plan.dense_bytes_per_token,
         "expected_read_bytes_per_token": memory_plan.expected_read_bytes_per_token,
@@ -79,7 +84,10 @@ def _print(report: dict[str, Any]) -> None:
         if n_bytes:
             print(f"  {name:<26} {format_bytes(n_bytes):>9}")
     print(f"{report['slots']} slots of {format_bytes(report['slot_bytes'])} for {report['experts']} experts: ", end="")
-    print(f"{report['slots'] / report['experts']:.0%} stay in memory; context {report['context']} tokens")
+    print(f"{report['slots'] / report['experts']:.0%} stay in memory")
+    print(f"context {report['context']} tokens, up to {report['max_sequences']} sequences at once ", end="")
+    print(f"with {report['kv_tokens']} tokens together, prefill chunk {report['batch_tokens']}, ", end="")
+    print(f"{report['threads']} threads")
     print(f"a token uses {format_bytes(report['expert_bytes_per_token'])} of experts ", end="")
     print(f"and {format_bytes(report['dense_bytes_per_token'])} of dense weights")
     expected = format_bytes(report["expected_read_bytes_per_token"])

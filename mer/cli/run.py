@@ -14,7 +14,7 @@ from mer.cli.console import AnswerStream, Bars, load_reporter, note, printable, 
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
 from mer.cli.options import EngineOptions, GenerationOptions, parse_token_ids
-from mer.cli.session import INTERRUPTED, generate, say_statistics, statistics_object
+from mer.cli.session import INTERRUPTED, generate, say_statistics, settings_object, statistics_object
 from mer.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ def resolve(positionals: Sequence[str], *, model: str | None, tokens: str | None
         return Task(model_path(model), sys.stdin.read())
     if prompt is None:
         what = "a prompt" if model is None else f"a prompt for {model}"
-        raise ConfigError(f"{what} is missing; try: mer run {'' if model is None else model + ' '}\"Once upon a time\"")
+        raise ConfigError(f'{what} is missing; try: mer run {"" if model is None else model + " "}"Once upon a time"')
     return Task(model_path(model), prompt)
 
 
@@ -135,7 +135,9 @@ async def run(
                     "text": result.text,
                     "tokens": result.tokens,
                     "finish_reason": result.finish_reason,
+                    "seed": result.seed,
                     "stats": statistics_object(result, statistics),
+                    "settings": settings_object(statistics),
                 }
             ),
             flush=True,

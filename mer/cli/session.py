@@ -31,6 +31,7 @@ class Result:
     text: str = ""
     tokens: list[int] = attrs.Factory(list)
     finish_reason: str = INTERRUPTED
+    seed: int | None = None  # of a sampled generation that ended by itself
     prompt_tokens: int = 0
     prefill_s: float = 0.0  # from submission to the first token
     decode_s: float = 0.0  # from the first token to the last
@@ -100,6 +101,8 @@ async def generate(
                     break
                 if event.completion is not None:
                     _take_completion(result, event.completion)
+                    if options.temperature == 0:
+                        result.seed = None  # a greedy generation draws nothing
     bars.clear()
     result.text = "".join(pieces)
     after = engine.statistics()
@@ -114,6 +117,7 @@ async def generate(
 def _take_completion(result: Result, completion: Completion) -> None:
     """Take the engine's own account of a generation that ended by itself."""
     result.finish_reason = completion.finish_reason
+    result.seed = completion.seed
     result.prompt_tokens = completion.usage.prompt_tokens
     result.prefill_s = completion.timings.prefill_s
     result.decode_s = completion.timings.decode_s
@@ -136,6 +140,11 @@ def statistics_object(result: Result, statistics: Statistics) -> dict[str, Any]:
     }
 
 
+def settings_object(statistics: Statistics) -> dict[str, Any]:
+    """Return the settings in force as `--json` prints them."""
+    return attrs.asdict(statistics.settings)
+
+
 def say_statistics(result: Result, statistics: Statistics) -> None:
     """Print the figures of a generation for a person, on standard error."""
     for line in summary(result, statistics):
@@ -150,6 +159,8 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
     prompt = f"prompt: {result.prompt_tokens} tokens"
     experts = f"experts: {result.hits / lookups:.1%} of {lookups} lookups hit" if lookups else "experts: none"
     read = f"; read {format_bytes(result.bytes_read)}"
+    if result.seed is not None:
+        generated += f" with seed {result.seed}"
     if result.decode_s > 0:
         generated += f", {(n_tokens - 1) / result.decode_s:.1f} tokens/s"
         read += f", {format_bytes(result.decode_bytes_read / (n_tokens - 1))} per generated token"

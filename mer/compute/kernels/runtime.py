@@ -25,6 +25,7 @@ from mer.compute.kernels.ir import (
 )
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import BARRIER, FUNCTION, ROW_WORDS, nogil_function
+from mer.errors import ConfigError
 
 CONTROL_BYTES = 512
 GENERATION = 0  # bumped to start a program or to stop; followers sleep on it
@@ -34,7 +35,9 @@ PHASE = 192  # bumped when a barrier opens; its sleepers wait on it
 PROGRAM = 256  # int64 address of the rows
 LENGTH = 264  # int64 number of rows
 
-_FUTEX = {"x86_64": 202, "aarch64": 98}[platform.machine()]  # Linux system call number
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)  # Linux system call number
+if _FUTEX < 0:
+    raise ConfigError(f"mer computes on x86_64 and aarch64 processors, not on {platform.machine()}")
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, process-private
 _SPINS = 2000  # polls before a thread goes to sleep: a few microseconds
 

@@ -62,8 +62,8 @@ class Step:
 
     def compile(self) -> bool:
         """Compile the step, or load it from the cache, and return whether the cache had it."""
-        if self._compiled is None:
-            with _kernel_cache() as keep:
+        with _kernel_cache() as keep:  # one thread at a time
+            if self._compiled is None:
                 self._compiled = numba.cfunc(_SIGNATURE, cache=keep, error_model="numpy")(self._function)
         return bool(self._compiled.cache_hits)
 
