@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import attrs
@@ -22,6 +21,7 @@ from mer.compute.worker import (
     RunExperts,
 )
 from mer.errors import EngineClosed, MerError, NumericsError
+from mer.sched.admission import AdmissionQueue
 from mer.sched.kv import KVBlocks
 from mer.sched.layer import LayerRun, WorkerLink
 from mer.sched.sequence import Sequence, Status
@@ -37,7 +37,7 @@ class SchedulerStatistics:
     failed: int
     cancelled: int
     running: int
-    waiting: int  # admission channel included
+    waiting: int  # in the admission queue
     batches: int
     prompt_tokens: int  # computed
     completion_tokens: int
@@ -45,7 +45,6 @@ class SchedulerStatistics:
 
 @attrs.define
 class _Counters:
-    submitted: int = 0
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
@@ -104,34 +103,43 @@ class Scheduler:
         self._batch_tokens = batch_tokens
         self._max_sequences = max_sequences
         self._bytes_read = bytes_read
-        self._submit, self._admission = trio.open_memory_channel[Sequence](max_waiting)
-        self._head: Sequence | None = None  # first in line, waiting for KV blocks
+        self._queue = AdmissionQueue(max_waiting)
         self._running: list[Sequence] = []
         self._wake = trio.Event()
         self._counters = _Counters()
 
     async def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence, waiting while the queue is full; if cancelled, it is not queued.
+        """Queue a sequence, waiting while the queue is full; if cancelled, the sequence is cancelled too.
 
         Raises:
             EngineClosed: the scheduler has stopped.
         """
         try:
-            await self._submit.send(sequence)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise EngineClosed("the engine is closed") from None
-        self._counters.submitted += 1
+            await self._queue.put(sequence)
+        except trio.Cancelled:
+            sequence.cancelled = True
+            self.wake()
+            raise
         self.wake()
 
     def wake(self) -> None:
-        """Make the scheduler look again: a sequence was cancelled, or its reader has made room."""
+        """Make the scheduler look again: a sequence was cancelled, or its reader has made room.
+
+        Cancelled sequences that were queued have left the queue when this returns.
+        """
+        for sequence in self._queue.remove_cancelled():
+            self._let_go(sequence)
         self._wake.set()
         self._store.wake()
 
     def statistics(self) -> SchedulerStatistics:
         """Return a snapshot."""
-        waiting = self._admission.statistics().current_buffer_used + (self._head is not None)
-        return SchedulerStatistics(running=len(self._running), waiting=waiting, **attrs.asdict(self._counters))
+        return SchedulerStatistics(
+            submitted=self._queue.entered,
+            running=len(self._running),
+            waiting=len(self._queue),
+            **attrs.asdict(self._counters),
+        )
 
     async def run(self) -> None:
         """Serve sequences until cancelled; those that are left then fail with EngineClosed."""
@@ -150,12 +158,7 @@ class Scheduler:
 
     def _close(self) -> None:
         """Fail every sequence that is left, and refuse new ones."""
-        queued = [] if self._head is None else [self._head]
-        self._head = None
-        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
-            while True:
-                queued.append(self._admission.receive_nowait())
-        self._admission.close()  # only now: closing forgets what is queued
+        queued = self._queue.close()
         for sequence in [*self._running, *queued]:
             if sequence.status is not Status.ENDED and not sequence.cancelled:
                 sequence.fail(EngineClosed("the engine was closed before the generation had finished"))
@@ -184,25 +187,15 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let queued sequences run, first come, first served, while there are places and KV blocks."""
-        while len(self._running) < self._max_sequences:
-            if self._head is None:
-                try:
-                    self._head = self._admission.receive_nowait()
-                except trio.WouldBlock:
-                    return
-            sequence = self._head
-            if sequence.cancelled:
-                self._let_go(sequence)
-                self._head = None
-                continue
+        while len(self._running) < self._max_sequences and (sequence := self._queue.first) is not None:
             blocks = self._kv.reserve(self._kv.needed(sequence.total_tokens))
             if blocks is None:
                 return
+            self._queue.take()
             sequence.blocks = blocks
             sequence.status = Status.PREFILL
             sequence.started_s = trio.current_time()
             self._running.append(sequence)
-            self._head = None
 
     def _compose(self) -> tuple[list[_Member], Batch | None]:
         """Build the next batch: every decoding sequence first, then prompts in order of arrival."""

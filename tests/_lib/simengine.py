@@ -49,6 +49,7 @@ def make_experts(model: SimModel, seed: int = 0) -> tuple[ExpertMap, list[int]]:
 class SimTokenizer:
     """Every token is a letter; token 1 ends a sequence."""
 
+    vocab_size = 26
     eos_ids = frozenset({END_TOKEN})
     space_prefix = False
 
