@@ -208,7 +208,10 @@ class Engine:
     ) -> AsyncIterator[TokenStream]:
         """Generate as `generate` does, and give the events as they come; leaving the block cancels.
 
-        A reader that falls behind pauses its own generation and no other.
+        A reader that falls 64 events behind pauses its own generation and no other. When others wait for its place or
+        its KV blocks, a paused generation gives them up. Once its reader has no more than half of those events left to
+        read, it is next in line, computes its prompt and its tokens so far again, and goes on where it was: neither
+        the tokens nor the events are other than without the pause.
         """
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:  # seconds for megabytes: not in the event loop
             prompt = await trio.to_thread.run_sync(self.encode, prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import attrs
@@ -37,9 +38,11 @@ class SchedulerStatistics:
     failed: int
     cancelled: int
     running: int
-    waiting: int  # in the admission queue
+    waiting: int  # in line for a place and KV blocks
+    paused: int  # preempted, and not in line again: their readers have not caught up
+    preemptions: int
     batches: int
-    prompt_tokens: int  # computed
+    prompt_tokens: int  # computed; not counted again when a preempted sequence computes them again
     completion_tokens: int
 
 
@@ -48,6 +51,7 @@ class _Counters:
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    preemptions: int = 0
     batches: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -72,6 +76,11 @@ class Scheduler:
     A batch walks the layers; each layer's experts are looked up once, by the union over the batch. A sequence whose
     reader is behind is left out until its channel has room. Cancelled sequences are noticed between layers and between
     jobs.
+
+    A sequence that is left out keeps its place and its KV blocks only while nobody needs them: between batches it is
+    preempted for the first in line, and goes back in line, before newcomers, when its reader has emptied half of its
+    channel. As no other is ever preempted, a preempted sequence gives its reader at least half a channel of tokens, or
+    all that are left, before that can happen again.
 
     Args:
         n_layers: of the model.
@@ -104,7 +113,9 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._bytes_read = bytes_read
         self._queue = AdmissionQueue(max_waiting)
-        self._running: list[Sequence] = []
+        self._running: list[Sequence] = []  # in order of admission
+        self._paused: list[Sequence] = []  # preempted, their readers are behind
+        self._resumed: deque[Sequence] = deque()  # preempted, in line before the queue
         self._wake = trio.Event()
         self._counters = _Counters()
 
@@ -125,9 +136,14 @@ class Scheduler:
     def wake(self) -> None:
         """Make the scheduler look again: a sequence was cancelled, or its reader has made room.
 
-        Cancelled sequences that were queued have left the queue when this returns.
+        Cancelled sequences that were not running are gone when this returns.
         """
-        for sequence in self._queue.remove_cancelled():
+        cancelled = self._queue.remove_cancelled()
+        for preempted in (self._paused, self._resumed):
+            for sequence in [s for s in preempted if s.cancelled]:
+                preempted.remove(sequence)
+                cancelled.append(sequence)
+        for sequence in cancelled:
             self._let_go(sequence)
         self._wake.set()
         self._store.wake()
@@ -137,7 +153,8 @@ class Scheduler:
         return SchedulerStatistics(
             submitted=self._queue.entered,
             running=len(self._running),
-            waiting=len(self._queue),
+            waiting=len(self._resumed) + len(self._queue),
+            paused=len(self._paused),
             **attrs.asdict(self._counters),
         )
 
@@ -158,12 +175,14 @@ class Scheduler:
 
     def _close(self) -> None:
         """Fail every sequence that is left, and refuse new ones."""
-        queued = self._queue.close()
-        for sequence in [*self._running, *queued]:
+        outside = [*self._paused, *self._resumed, *self._queue.close()]
+        self._paused.clear()
+        self._resumed.clear()
+        for sequence in [*self._running, *outside]:
             if sequence.status is not Status.ENDED and not sequence.cancelled:
                 sequence.fail(EngineClosed("the engine was closed before the generation had finished"))
         self._reap()
-        for sequence in queued:
+        for sequence in outside:
             self._let_go(sequence)
 
     def _reap(self) -> None:
@@ -186,16 +205,46 @@ class Scheduler:
         sequence.blocks = ()
 
     def _admit(self) -> None:
-        """Let queued sequences run, first come, first served, while there are places and KV blocks."""
-        while len(self._running) < self._max_sequences and (sequence := self._queue.first) is not None:
-            blocks = self._kv.reserve(self._kv.needed(sequence.total_tokens))
-            if blocks is None:
+        """Let sequences in line run, first come, first served, while there are places and KV blocks."""
+        for sequence in [s for s in self._paused if s.caught_up]:
+            self._paused.remove(sequence)
+            self._resumed.append(sequence)
+        while (first := self._resumed[0] if self._resumed else self._queue.first) is not None:
+            needed = self._kv.needed(first.total_tokens)
+            if not self._make_room(needed):
                 return
-            self._queue.take()
-            sequence.blocks = blocks
-            sequence.status = Status.PREFILL
-            sequence.started_s = trio.current_time()
-            self._running.append(sequence)
+            blocks = self._kv.reserve(needed)
+            assert blocks is not None
+            if self._resumed:
+                self._resumed.popleft()
+            else:
+                self._queue.take()
+                first.started_s = trio.current_time()
+            first.blocks = blocks
+            first.status = Status.PREFILL
+            self._running.append(first)
+
+    def _make_room(self, n_blocks: int) -> bool:
+        """Preempt paused sequences, the last admitted first, until there are a place and KV blocks; none if it is vain.
+
+        If all that run are paused it is never in vain, because no sequence needs more blocks than there are.
+        """
+        paused = [s for s in self._running if not s.has_room]
+        free = self._kv.statistics().free
+        if len(self._running) - len(paused) == self._max_sequences:
+            return False
+        if free + sum(len(s.blocks) for s in paused) < n_blocks:
+            return False
+        while len(self._running) == self._max_sequences or free < n_blocks:
+            sequence = paused.pop()
+            free += len(sequence.blocks)
+            self._running.remove(sequence)
+            self._kv.release(sequence.blocks)
+            sequence.blocks = ()
+            sequence.preempt()
+            self._paused.append(sequence)
+            self._counters.preemptions += 1
+        return True
 
     def _compose(self) -> tuple[list[_Member], Batch | None]:
         """Build the next batch: every decoding sequence first, then prompts in order of arrival."""
@@ -251,7 +300,8 @@ class Scheduler:
                 continue
             was_prefill = sequence.status is Status.PREFILL
             n_rows = rows.stop - rows.start
-            self._counters.prompt_tokens += n_rows if was_prefill else 0
+            if was_prefill and not sequence.tokens:
+                self._counters.prompt_tokens += n_rows
             wants_token = sequence.computed(n_rows)
             if np.any((done.damaged >= rows.start) & (done.damaged < rows.stop)) or not np.isfinite(logits).all():
                 sequence.fail(NumericsError("the model gave NaN or infinity: the weights are damaged"))

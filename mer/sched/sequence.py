@@ -33,6 +33,7 @@ class Status(enum.Enum):
     WAITING = "waiting"  # for a place and KV blocks
     PREFILL = "prefill"
     DECODE = "decode"
+    PREEMPTED = "preempted"  # without a place or KV blocks until its reader has caught up and there are some
     ENDED = "ended"  # finished, failed or cancelled
 
 
@@ -50,7 +51,7 @@ class Sequence:
     status: Status = Status.WAITING
     cancelled: bool = False
     error: MerError | None = None
-    prefilled: int = 0  # prompt tokens whose KV is computed
+    prefilled: int = 0  # tokens whose KV is computed, of the prompt and of what was generated before a preemption
     tokens: list[int] = attrs.Factory(list)
     texts: list[str] = attrs.Factory(list)
     blocks: tuple[int, ...] = ()  # KV blocks in order of position
@@ -69,17 +70,34 @@ class Sequence:
         statistics = self.events.statistics()
         return statistics.current_buffer_used < statistics.max_buffer_size
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether its reader has emptied half of the channel: computing the KV again is then worth many tokens."""
+        statistics = self.events.statistics()
+        return 2 * statistics.current_buffer_used <= statistics.max_buffer_size
+
+    def preempt(self) -> None:
+        """Forget the KV: it is computed again, from the prompt and the tokens so far, before the next token."""
+        self.status = Status.PREEMPTED
+        self.prefilled = 0
+
     def next_rows(self, budget: int) -> tuple[list[int], int]:
         """Return the next tokens to compute, at most `budget`, and the position of the first."""
         if self.status is Status.PREFILL:
-            return list(self.prompt[self.prefilled : self.prefilled + budget]), self.prefilled
+            first, last, n_prompt = self.prefilled, self.prefilled + budget, len(self.prompt)
+            return [*self.prompt[first:last], *self.tokens[max(0, first - n_prompt) : max(0, last - n_prompt)]], first
         return [self.tokens[-1]], len(self.prompt) + len(self.tokens) - 1
 
     def computed(self, n_tokens: int) -> bool:
-        """Note that the next `n_tokens` rows were computed and return whether the last one's logits give a token."""
+        """Note that the next `n_tokens` rows were computed and return whether the last one's logits give a token.
+
+        Progress through the prompt is reported once: not when it is computed again after a preemption.
+        """
         if self.status is Status.DECODE:
             return True
         self.prefilled += n_tokens
+        if self.tokens:
+            return self.prefilled == len(self.prompt) + len(self.tokens)
         statistics = self.events.statistics()
         if statistics.current_buffer_used + 1 < statistics.max_buffer_size:  # the last place is for a token
             self.events.send_nowait(PrefillEvent(done=self.prefilled, total=len(self.prompt)))
@@ -88,8 +106,8 @@ class Sequence:
     def advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:
         """Draw the next token from finite logits [V] and send it; the sequence may end with it."""
         token = self.sampler.draw(logits)
+        self.status = Status.DECODE
         if not self.tokens:
-            self.status = Status.DECODE
             self.first_token_s, self.first_token_bytes = now_s, bytes_read
         self.tokens.append(token)
         reason: FinishReason | None = None

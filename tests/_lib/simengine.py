@@ -119,7 +119,7 @@ class SimEngine:
             self.fetcher.statistics(),
             self.kv.statistics(),
         )
-        assert (s.running, s.waiting) == (0, 0)
+        assert (s.running, s.waiting, s.paused) == (0, 0, 0)
         assert s.submitted == s.finished + s.failed + s.cancelled
         assert kv.free == kv.n_blocks
         assert (pool.pinned, pool.filling, pool.quarantined, pool.tasks_waiting) == (0, 0, 0, 0)

@@ -176,7 +176,8 @@ async def test_admission_is_first_come_first_served_and_submit_waits_for_the_que
 
 async def test_submit_waits_while_the_queue_is_full(autojump_clock: MockClock) -> None:
     async with open_sim_engine(max_sequences=1, max_waiting=2, kv_blocks=32, context=200) as sim:
-        async with sim.engine.stream((4, 5), max_tokens=100, ignore_eos=True) as lazy:  # pauses, and keeps its place
+        async with sim.engine.stream((4, 5), max_tokens=100, ignore_eos=True) as first:
+            held = sim.worker.frozen = trio.Event()
             await trio.sleep(10)
             entered: list[int] = []
             done: list[int] = []
@@ -203,7 +204,9 @@ async def test_submit_waits_while_the_queue_is_full(autojump_clock: MockClock) -
                 nursery.start_soon(caller, 5)
                 await trio.sleep(1)
                 assert entered == [0, 1]
-                assert await read_all(lazy) == sim.expected((4, 5), 100)[0]
+                sim.worker.frozen = None
+                held.set()
+                assert await read_all(first) == sim.expected((4, 5), 100)[0]
         assert entered == done == [0, 1, 5]
         await sim.check_quiet()
         assert sim.scheduler.statistics().submitted == 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from unittest.mock import patch
 
 import attrs
 import trio
@@ -41,6 +43,7 @@ class World:
     max_sequences: int
     max_waiting: int
     kv_blocks: int
+    channel_events: int
     profile: DiskProfile
     cost: JobCost
     broken: tuple[tuple[int, int, int, int | None], ...]  # layer, expert, part, times
@@ -69,7 +72,7 @@ requests = st.builds(
     prompt=st.lists(st.integers(0, 15), min_size=1, max_size=20).map(tuple),
     max_tokens=st.integers(1, 12),
     ignore_eos=st.booleans(),
-    reads_every_s=st.just(0.0) | delays,
+    reads_every_s=st.just(0.0) | delays | st.sampled_from([0.01, 0.1]),
     cancelled_after_s=st.none() | delays,
 )
 
@@ -91,6 +94,7 @@ def worlds(draw: st.DrawFn, *, faults: bool) -> World:
         max_sequences=draw(st.integers(1, max(1, batch_tokens // 2))),
         max_waiting=draw(st.integers(1, 4)),
         kv_blocks=draw(st.integers(8, 20)),  # the longest request takes 8
+        channel_events=draw(st.sampled_from([1, 2, 4, 64])),
         profile=DiskProfile(
             jitter=draw(st.sampled_from([0.0, 1.0, 30.0])),
             bytes_per_s=draw(st.sampled_from([1e6, 2e9])),
@@ -147,20 +151,23 @@ async def ask(sim: SimEngine, request: Request, outcome: Outcome) -> None:
     outcome.cancelled = scope.cancelled_caught
 
 
-def open_world(world: World) -> AbstractAsyncContextManager[SimEngine]:
-    return open_sim_engine(
-        model=world.model,
-        n_slots=world.n_slots,
-        batch_tokens=world.batch_tokens,
-        max_sequences=world.max_sequences,
-        max_waiting=world.max_waiting,
-        kv_blocks=world.kv_blocks,
-        context=32,
-        profile=world.profile,
-        cost=world.cost,
-        failures=world.failing_jobs,
-        seed=world.seed,
-    )
+@asynccontextmanager
+async def open_world(world: World) -> AsyncIterator[SimEngine]:
+    with patch("mer.engine.CHANNEL_EVENTS", world.channel_events):
+        async with open_sim_engine(
+            model=world.model,
+            n_slots=world.n_slots,
+            batch_tokens=world.batch_tokens,
+            max_sequences=world.max_sequences,
+            max_waiting=world.max_waiting,
+            kv_blocks=world.kv_blocks,
+            context=32,
+            profile=world.profile,
+            cost=world.cost,
+            failures=world.failing_jobs,
+            seed=world.seed,
+        ) as sim:
+            yield sim
 
 
 async def run_world(world: World) -> None:
