@@ -1,0 +1,168 @@
+"""What each policy ranks by, against models in plain Python."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mer.errors import ConfigError
+from mer.sched.heat import HeatProfile
+from mer.sched.policies.cost_aware import CostAware
+from mer.sched.policies.lfru import LFRU, SPANS
+from mer.sched.policies.lfu import LFU
+from mer.sched.policies.static import StaticHotSet
+from mer.sched.simulate import Event, simulate
+from tests._lib.routing import CheckedCache, routings
+
+
+def run(policy: LFU | LFRU | StaticHotSet, events: list[Event], n_slots: int, *, bypass: bool = False) -> CheckedCache:
+    cache = CheckedCache(policy, n_slots, bypass)
+    for layer, experts in events:
+        cache.event(layer, tuple(experts))
+    return cache
+
+
+@given(routing=routings(), half_life=st.sampled_from([1.0, 8.0, 512.0]))
+@settings(max_examples=80, deadline=None)
+def test_lfu_counts_halve_with_the_visits_of_their_layer(
+    routing: tuple[int, int, list[Event]], half_life: float
+) -> None:
+    n_layers, n_experts, events = routing
+    policy = LFU(n_layers, n_experts, half_life=half_life)
+    for layer, experts in events:
+        policy.use(layer, experts)
+    for layer in range(n_layers):
+        visits = [experts for visited, experts in events if visited == layer]
+        for expert in range(n_experts):
+            ages = [len(visits) - 1 - at for at, experts in enumerate(visits) if expert in experts]
+            assert policy._counts[layer, expert] == pytest.approx(sum(0.5 ** (age / half_life) for age in ages))
+
+
+@pytest.mark.parametrize("half_life", [0.0, -1.0, float("nan")])
+def test_lfu_needs_a_half_life(half_life: float) -> None:
+    with pytest.raises(ConfigError, match="half-life"):
+        LFU(1, 2, half_life=half_life)
+
+
+@given(routing=routings())
+@settings(max_examples=80, deadline=None)
+def test_lfru_likelihoods_are_weighted_averages_of_past_uses(routing: tuple[int, int, list[Event]]) -> None:
+    n_layers, n_experts, events = routing
+    policy = LFRU(n_layers, n_experts)
+    weights = np.ones(len(SPANS)) / len(SPANS)
+    policy._learn = lambda layer, used: None  # type: ignore[method-assign]
+    for layer, experts in events:
+        policy.use(layer, experts)
+    for layer in range(n_layers):
+        visits = [experts for visited, experts in events if visited == layer]
+        for expert in range(n_experts):
+            averages = [0.0] * len(SPANS)
+            for at, experts in enumerate(visits, 1):
+                for i, span in enumerate(SPANS):
+                    window = min(span, at)
+                    averages[i] += ((expert in experts) - averages[i]) / window
+            assert policy._values[layer, expert] == pytest.approx(float(weights @ averages), abs=1e-12)
+
+
+def test_lfru_learns_weights_of_least_squared_error() -> None:
+    """Against a search for the non-negative weights by projected gradient descent over all samples at once."""
+    rng = np.random.default_rng(1)
+    policy = LFRU(1, 6)
+    features, targets, ages = [], [], []
+    used = rng.choice(6, 2, replace=False)
+    for at in range(16 * 60 + 1):
+        if rng.random() > 0.6:
+            used = rng.choice(6, 2, replace=False, p=np.array([6, 5, 4, 3, 2, 1]) / 21)
+        if at:
+            features.append(policy._averages[0].copy())
+            targets.append(np.isin(np.arange(6), used).astype(float))
+            ages.append(at)
+        policy.use(0, used.tolist())
+    fade = 0.9998 ** (len(ages) - np.arange(1, len(ages) + 1))
+    products = np.eye(5) * 0.9998 ** len(ages) + sum(f * (x @ x.T) for f, x in zip(fade, features, strict=True))
+    moments = np.full(5, 0.2) * 0.9998 ** len(ages)
+    moments = moments + sum(f * (x @ y) for f, x, y in zip(fade, features, targets, strict=True))
+    best = np.full(5, 0.2)
+    rate = 1 / np.linalg.eigvalsh(products)[-1]
+    for _ in range(200_000):
+        best = np.maximum(0, best - rate * (products @ best - moments))
+
+    def error(weights: np.ndarray) -> float:
+        return float(weights @ products @ weights - 2 * moments @ weights)
+
+    assert (policy._weights >= 0).all()
+    assert error(policy._weights) - error(best) < 1e-3 * abs(error(best))
+    assert policy._weights[0] > 0.4  # the set repeats in 60 % of the visits
+
+
+def test_lfru_prefers_what_has_its_chance_sooner() -> None:
+    """Equally likely experts of two layers: the one of the layer that comes next stays."""
+    policy = LFRU(4, 2)
+    for _ in range(4):
+        for layer in range(4):
+            policy.use(layer, [0])
+            if (layer, 0) not in {(0, 0), (1, 0)}:
+                policy.insert((layer, 0)) if not policy._ranking._kept[layer, 0] else None
+    assert policy.victim(3, lambda _: True) == (3, 0)
+    assert policy.victim(2, lambda _: True) == (2, 0)
+    assert policy.victim(1, lambda _: True) == (3, 0)  # waits two visits, (2, 0) only one
+
+
+def test_lfru_uses_a_cold_expert_and_drops_it() -> None:
+    policy = LFRU(1, 6)
+    events: list[Event] = [(0, (0, 1, 2))] * 200 + [(0, (5,))]
+    cache = run(policy, events, 3, bypass=True)
+    assert cache.kept == {(0, 0), (0, 1), (0, 2)}
+    assert cache.refused in ([], [(0, 5)])
+    policy = LFRU(1, 6)
+    cache = run(policy, [*events[:-1], (0, (0, 1, 2, 5)), (0, (0, 1, 2))], 3, bypass=True)
+    assert cache.kept == {(0, 0), (0, 1), (0, 2)}
+
+
+@given(routing=routings(), n_slots=st.integers(1, 12), bypass=st.booleans(), cost=st.floats(1e-3, 1e9))
+@settings(max_examples=60, deadline=None)
+def test_equal_costs_are_lfru(
+    routing: tuple[int, int, list[Event]], n_slots: int, bypass: bool, cost: float
+) -> None:
+    """Up to the rounding of ties, which a power of two keeps exactly."""
+    n_layers, n_experts, events = routing
+    cost = 2.0 ** round(np.log2(cost))
+    plain = run(LFRU(n_layers, n_experts), events, n_slots, bypass=bypass)
+    priced = run(CostAware([cost] * n_layers, n_experts), events, n_slots, bypass=bypass)
+    assert (priced.evicted, priced.refused) == (plain.evicted, plain.refused)
+
+
+def test_unequal_costs_read_fewer_bytes() -> None:
+    rng = np.random.default_rng(3)
+    sizes = (4000, 1000)
+    events: list[Event] = []
+    for _ in range(3000):
+        for layer in range(2):
+            events.append((layer, tuple(rng.choice(8, 2, replace=False, p=np.arange(8, 0, -1) / 36).tolist())))
+    plain = simulate(events, LFRU(2, 8), 6, n_layers=2)
+    priced = simulate(events, CostAware(sizes, 8), 6, n_layers=2)
+    assert priced.missed_bytes(sizes) < 0.97 * plain.missed_bytes(sizes)
+    assert priced.hits < plain.hits
+
+
+@pytest.mark.parametrize("costs", [[0.0, 1.0], [float("nan")], [float("inf")], [-1.0], [[1.0]]])
+def test_costs_must_be_positive_numbers(costs: list) -> None:
+    with pytest.raises(ConfigError, match="positive finite"):
+        CostAware(costs, 4)
+
+
+@given(routing=routings(), n_slots=st.integers(1, 12), data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_the_hot_set_stays(routing: tuple[int, int, list[Event]], n_slots: int, data: st.DataObject) -> None:
+    """With bypass, the experts kept are always the hottest of those used so far."""
+    n_layers, n_experts, events = routing
+    heat = np.array(data.draw(st.permutations(range(n_layers * n_experts)))).reshape(n_layers, n_experts)
+    cache = CheckedCache(StaticHotSet(HeatProfile(bytes(32), heat)), n_slots, bypass=True)
+    used: set[tuple[int, int]] = set()
+    for layer, experts in events:
+        one = tuple(experts)[:1]  # events of one expert, which is never pinned by its neighbours
+        cache.event(layer, one)
+        used |= {(layer, expert) for expert in one}
+        assert cache.kept == set(sorted(used, key=lambda key: -heat[key])[:n_slots])
