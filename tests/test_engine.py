@@ -15,7 +15,7 @@ import trio
 import mer
 from mer.io.files import ModelFile
 from mer.sched.events import PrefillEvent, TokenEvent
-from tests._lib.cancel import MOST_STEPS, Subject
+from mer.testing.cancel import MOST_STEPS, Subject
 from tests._lib.tiny_models import TinyModel, tiny_model
 
 MEMORY = "8GiB"  # more than a test process with everything imported has

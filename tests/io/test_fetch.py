@@ -22,8 +22,8 @@ from mer.io.fetch import Fetch, Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.pool import BufferPool, SlotState
 from mer.io.reader import Reader, ThreadReader
-from tests._lib.cancel import Subject, cancel_at_every_step
-from tests._lib.simdisk import DiskProfile, SimDisk, content, open_sim_disk
+from mer.testing.cancel import Subject, cancel_at_every_step
+from mer.testing.simdisk import DiskProfile, SimDisk, content, open_sim_disk
 
 LAYERS, EXPERTS = 2, 6
 FREE, FILLING, READY, PINNED, QUARANTINED = SlotState

@@ -14,7 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from mer.errors import ConfigError
 from mer.io.pool import BufferPool, SlotState
-from tests._lib.cancel import Subject, cancel_at_every_step
+from mer.testing.cancel import Subject, cancel_at_every_step
 
 FREE, FILLING, READY, PINNED, QUARANTINED = SlotState
 

@@ -18,7 +18,7 @@ from mer.errors import EngineClosed, ReadError
 from mer.io.arena import map_anonymous
 from mer.io.extents import aligned_hull
 from mer.io.reader import Reader, ReadOperation, ThreadReader, read_extent
-from tests._lib.simdisk import DiskProfile, content, open_sim_disk
+from mer.testing.simdisk import DiskProfile, content, open_sim_disk
 
 CHUNK = 16384
 

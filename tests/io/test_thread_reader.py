@@ -19,7 +19,7 @@ import trio
 
 from mer.errors import ConfigError, ReadError
 from mer.io.reader import ReadOperation, ThreadReader, read_extent
-from tests._lib.simdisk import content
+from mer.testing.simdisk import content
 from tests.io.test_reader import operation, refuse_direct, write_files
 
 SIZE = 300_000

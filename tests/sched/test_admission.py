@@ -12,8 +12,8 @@ from mer.sched.admission import AdmissionQueue
 from mer.sched.events import Event
 from mer.sched.sampling import Sampler
 from mer.sched.sequence import Sequence
-from tests._lib.cancel import Subject, cancel_at_every_step
-from tests._lib.simengine import open_sim_engine
+from mer.testing.cancel import Subject, cancel_at_every_step
+from mer.testing.simengine import open_sim_engine
 
 
 class NoText:

@@ -14,9 +14,9 @@ from mer.engine import TokenStream
 from mer.errors import EngineClosed, ReadError
 from mer.sched.events import Completion, Event, PrefillEvent, TokenEvent
 from mer.sched.sequence import CHANNEL_EVENTS
-from tests._lib.cancel import Subject, cancel_at_every_step
-from tests._lib.simengine import SimEngine, open_sim_engine
-from tests._lib.simworker import JobCost, SimModel
+from mer.testing.cancel import Subject, cancel_at_every_step
+from mer.testing.simengine import SimEngine, open_sim_engine
+from mer.testing.simworker import JobCost, SimModel
 
 N_BLOCKS = 40  # of 4 positions
 LONG = 150  # tokens that take nearly all of them

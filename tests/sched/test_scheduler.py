@@ -13,10 +13,10 @@ from mer.engine import TokenStream
 from mer.errors import ComputeError, EngineClosed, MerError, NumericsError, ReadError
 from mer.sched.events import Completion, PrefillEvent, TokenEvent
 from mer.sched.sequence import CHANNEL_EVENTS
-from tests._lib.cancel import Subject, cancel_at_every_step
-from tests._lib.simdisk import DiskProfile
-from tests._lib.simengine import SimEngine, open_sim_engine
-from tests._lib.simworker import JobCost, SimModel
+from mer.testing.cancel import Subject, cancel_at_every_step
+from mer.testing.simdisk import DiskProfile
+from mer.testing.simengine import SimEngine, open_sim_engine
+from mer.testing.simworker import JobCost, SimModel
 
 BIG = SimModel(n_layers=3, n_experts=8, top_k=2)
 

@@ -14,9 +14,9 @@ from trio.testing import MockClock
 
 from mer.errors import ComputeError, EngineClosed, MerError, ReadError
 from mer.sched.events import PrefillEvent, TokenEvent
-from tests._lib.simdisk import DiskProfile
-from tests._lib.simengine import SimEngine, open_sim_engine
-from tests._lib.simworker import JobCost, SimModel
+from mer.testing.simdisk import DiskProfile
+from mer.testing.simengine import SimEngine, open_sim_engine
+from mer.testing.simworker import JobCost, SimModel
 
 FOREVER_S = 3600.0  # on the simulated clock; nothing here takes a second of it
 

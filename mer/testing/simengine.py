@@ -22,8 +22,8 @@ from mer.sched.kv import KVBlocks
 from mer.sched.policy import LayerLRU
 from mer.sched.scheduler import Scheduler
 from mer.sched.store import ExpertStore
-from tests._lib.simdisk import DiskProfile, SimDisk, open_sim_disk
-from tests._lib.simworker import JobCost, SimModel, SimWorker
+from mer.testing.simdisk import DiskProfile, SimDisk, open_sim_disk
+from mer.testing.simworker import JobCost, SimModel, SimWorker
 
 END_TOKEN = 1
 

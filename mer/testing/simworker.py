@@ -32,7 +32,7 @@ from mer.compute.worker import (
 from mer.errors import ComputeError
 from mer.io.arena import Arena
 from mer.io.extents import ExpertMap
-from tests._lib.simdisk import content
+from mer.testing.simdisk import content
 
 _MASK = (1 << 64) - 1
 _ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it

@@ -1,0 +1,1 @@
+"""Simulated parts and stress tests, public: what `mer` is tested with, for services that embed it."""
