@@ -18,6 +18,7 @@ class SeedStep:
 
     hits: tuple[int, ...]
     misses: tuple[int, ...]  # read now, whole
+    evicted: tuple[int, ...]  # before the reads, to make room for the misses
     prefetch: int | None  # read after the iteration, or None
 
 
@@ -29,11 +30,17 @@ class SeedTotals:
     lookups: int = 0
     hits: int = 0
     prefetches: int = 0
+    prefetches_used: int = 0  # that were hit before they were evicted
 
     @property
     def reads(self) -> int:
         """Experts read."""
         return self.lookups - self.hits + self.prefetches
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per lookup, 0 without lookups."""
+        return self.hits / self.lookups if self.lookups else 0.0
 
 
 class SeedPredictor:
@@ -121,7 +128,11 @@ class SeedCache:
         self._lru: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._predictor = SeedPredictor(n_experts)
         self._landing: int | None = None
+        self._unproven: set[int] = set()  # brought by a prefetch and not yet hit
         self.totals = SeedTotals()
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._lru
 
     def step(self, ids: tuple[int, ...], *, last: bool = False) -> SeedStep:
         """Run one iteration; nothing is prefetched after the last one."""
@@ -130,23 +141,35 @@ class SeedCache:
         hits = tuple(expert for expert in ids if expert in lru)
         for expert in hits:
             lru.move_to_end(expert)
+        self.totals.prefetches_used += len(self._unproven.intersection(hits))
+        self._unproven.difference_update(hits)
+        evicted = []
         while lru and len(lru) + len(misses) > self._n_slots:
-            lru.popitem(last=False)
-        for expert in misses if self._landing is None else (self._landing, *misses):
+            evicted.append(self._evict())
+        if self._landing is not None:
+            self._insert(self._landing)
+            self._unproven.add(self._landing)
+        for expert in misses:
             self._insert(expert)
+        self._unproven.difference_update(misses)  # read twice: the prefetch has brought nothing
         self._predictor.observe(ids)
         self._landing = None if last else next((e for e in self._predictor.predict() if e not in lru), None)
         self.totals.iterations += 1
         self.totals.lookups += len(ids)
         self.totals.hits += len(hits)
         self.totals.prefetches += self._landing is not None
-        return SeedStep(hits, misses, self._landing)
+        return SeedStep(hits, misses, tuple(evicted), self._landing)
 
     def _insert(self, expert: int) -> None:
         if expert not in self._lru and len(self._lru) >= self._n_slots:
-            self._lru.popitem(last=False)
+            self._evict()
         self._lru[expert] = None
         self._lru.move_to_end(expert)
+
+    def _evict(self) -> int:
+        expert, _ = self._lru.popitem(last=False)
+        self._unproven.discard(expert)
+        return expert
 
 
 def simulate_seed(iterations: Iterable[tuple[int, ...]], *, n_experts: int, n_slots: int = N_SLOTS) -> SeedTotals:
