@@ -17,7 +17,9 @@ import time
 import trio
 
 from mer.io.arena import Arena
-from mer.io.reader import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS, ReadOperation, ThreadReader
+from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
+from mer.io.operation import ReadOperation
+from mer.io.reader import ThreadReader
 
 OPERATION_BYTES = 16 * 1024 * 1024  # about one matrix of a large expert
 SLOTS = 4
@@ -29,7 +31,7 @@ def probe(path: str, arena: Arena, n_bytes: int) -> float:
 
     def read(number: int) -> None:
         for offset in range(number * DEFAULT_CHUNK_BYTES, n_bytes, DEFAULT_THREADS * DEFAULT_CHUNK_BYTES):
-            slot, begin = divmod(offset % arena.n_bytes, arena.slot_bytes)  # as much memory as the reader gets
+            slot, begin = divmod(offset % arena.n_bytes, arena.slot_bytes(0))  # as much memory as the reader gets
             os.preadv(fd, [arena.view(slot)[begin : begin + DEFAULT_CHUNK_BYTES].data], offset)
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(DEFAULT_THREADS)]
@@ -89,7 +91,7 @@ def main(path: str, rounds: int) -> None:
     n_bytes = min(os.path.getsize(path), 1 << 30) // OPERATION_BYTES * OPERATION_BYTES
     if n_bytes == 0:
         raise SystemExit(f"{path} is smaller than {OPERATION_BYTES} bytes")
-    arena = Arena(SLOTS, OPERATION_BYTES)
+    arena = Arena((SLOTS,), (OPERATION_BYTES,))
     arena.view(0)[:] = arena.view(1)[:] = arena.view(2)[:] = arena.view(3)[:] = 0  # no page faults in the first round
     rates = []
     for _ in range(rounds):

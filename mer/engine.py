@@ -373,12 +373,12 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         )
         dense_bytes_read = reader.statistics().bytes_read
         worker = CPUWorker(Forward(model.spec, plan.limits, weights, model.experts), plan.limits.threads)
-        arena = Arena(plan.slots, plan.slot_bytes)
+        arena = Arena(plan.slot_counts, plan.classes.slot_bytes)
         stack.callback(arena.close)
         pool = BufferPool(plan.slots)
         cache = ExpertCache(LayerLRU(model.spec.n_layers, plan.slots))
         store = ExpertStore(cache, pool)
-        fetcher = Fetcher(pool, arena, plan.layout, model.experts, reader, on_done=store.landed)
+        fetcher = Fetcher(pool, arena, plan.classes, model.experts, reader, on_done=store.landed)
         store.attach(fetcher)
         kv = KVBlocks(plan.limits.kv_blocks, KV_TILE)
         scheduler = Scheduler(
@@ -457,7 +457,8 @@ def _settings(
         threads=plan.limits.threads,
         io_threads=config.io_threads,
         slots=plan.slots,
-        slot_bytes=plan.slot_bytes,
+        slot_counts=plan.slot_counts,
+        slot_bytes=plan.classes.slot_bytes,
         context=plan.context,
         kv_tokens=plan.limits.kv_blocks * KV_TILE,
         max_sequences=plan.limits.sequences,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
@@ -14,7 +15,7 @@ from mer.compute.weights import READ_BYTES, READS_AHEAD, dense_bytes
 from mer.config import SMALL_MODEL, EngineConfig, default_threads
 from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.arena import PAGE_BYTES
-from mer.io.extents import ExpertMap, SlotLayout, map_experts
+from mer.io.extents import ExpertMap, SlotClasses, map_experts
 from mer.io.gguf import GGUFFile, TensorInfo
 from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
@@ -31,9 +32,10 @@ TOKENIZER_BYTES_PER_TOKEN = 512  # 330 to 400 measured
 HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header: 3.5 to 5.3 measured
 STACK_BYTES = MiB // 2  # touched stack and interpreter state of a thread
 DEFAULT_SEQUENCES = 8
-_BATCHES = (512, 256, 128, 64, 32, 16)
-_CONTEXTS = (4096, 2048, 1024, 512)
-_SHARE = 8  # scratch and KV cache may each take 1 / 8 of what the fixed parts leave, where the user sets nothing
+_BATCHES = range(16, 512 + 1, 16)
+_LEAST_CONTEXT, _MOST_CONTEXT = 512, 4096
+_KV_SHARE = 12  # of what a budget has beyond the floor, the KV cache is given 1 / 12,
+_SCRATCH_SHARE = 8  # and scratch 1 / 8, as far as they have use for it and the user sets nothing
 
 
 @attrs.frozen(kw_only=True)
@@ -54,9 +56,8 @@ class MemoryPlan:
     budget_source: str  # "given", or how the default was found
     parts: Mapping[str, int]  # name -> bytes; their sum is at most the budget
     floor_bytes: int  # the smallest budget that works with these settings
-    slots: int  # expert slots
-    slot_bytes: int
-    layout: SlotLayout
+    classes: SlotClasses
+    slot_counts: tuple[int, ...]  # expert slots of each class
     limits: Limits
     context: int  # positions of the longest sequence
     total_experts: int  # routed experts in the model
@@ -67,6 +68,16 @@ class MemoryPlan:
     def used_bytes(self) -> int:
         """Sum of the parts."""
         return sum(self.parts.values())
+
+    @property
+    def slots(self) -> int:
+        """Expert slots of all classes."""
+        return sum(self.slot_counts)
+
+    @property
+    def slot_waste(self) -> float:
+        """Share of the slots' memory that is lost because experts of several sizes share a class."""
+        return self.classes.waste(self.slot_counts)
 
     @property
     def resident_share(self) -> float:
@@ -103,14 +114,11 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
     spec = model.spec
     budget, source = (config.memory, "given") if config.memory is not None else default_budget()
     planner = _Planner(model, config, budget)
-    floor_parts = planner.parts(planner.smallest, 1)
+    floor_parts = planner.parts(planner.smallest, planner.least_slots)
     floor = sum(floor_parts.values())
     if budget < floor:
         raise NotEnoughMemory(_refusal(budget, source, floor, floor_parts), budget_bytes=budget, needed_bytes=floor)
-    limits = planner.choose_limits()
-    slots = planner.choose_slots(limits)
-    if slots == planner.total_experts:
-        limits = planner.spend_on_kv(limits, slots)
+    slots, limits = planner.choose(floor)
     slots = min(slots, config.slots or slots)
     embedding = model.dense["token_embd.weight"]
     touched = sum(t.n_bytes for t in model.dense.values())
@@ -122,9 +130,8 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
         budget_source=source,
         parts=planner.parts(limits, slots),
         floor_bytes=floor,
-        slots=slots,
-        slot_bytes=planner.layout.slot_bytes,
-        layout=planner.layout,
+        classes=planner.classes,
+        slot_counts=planner.slot_counts(slots),
         limits=limits,
         context=context,
         total_experts=planner.total_experts,
@@ -141,7 +148,16 @@ class _Planner:
         spec = model.spec
         if config.context is not None and config.context > spec.context_length:
             raise ConfigError(f"context is {config.context}; the model was trained for {spec.context_length} positions")
-        self.layout = model.experts.slot_layout(PAGE_BYTES)
+        self.classes = model.experts.slot_classes(PAGE_BYTES)
+        self.least_slots = len(self.classes.slot_bytes)  # an expert can only go into a slot of its class
+        if config.slots is not None and config.slots < self.least_slots:
+            sizes = ", ".join(map(format_bytes, self.classes.slot_bytes))
+            raise ConfigError(
+                f"slots is {config.slots}; the model's experts come in {self.least_slots} sizes ({sizes}) and need a "
+                f"slot of each, so at least {self.least_slots}"
+            )
+        self._order = slot_order(self.classes.n_experts, spec.top_k)
+        self._bytes_of_slots = [0, *itertools.accumulate(self.classes.slot_bytes[kind] for kind in self._order)]
         self.total_experts = spec.n_layers * spec.n_experts
         self._threads = config.threads or default_threads()
         self._kinds = matrix_types(model.dense.values(), model.experts)
@@ -156,13 +172,12 @@ class _Planner:
         fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)
         self._planes = 2 if fine else 1
         self._batches = self._batch_candidates()
-        contexts = _CONTEXTS if config.context is None else (config.context,)
-        self._contexts = tuple(dict.fromkeys(min(context, spec.context_length) for context in contexts))
-        self.smallest = self._limits(self._batches[-1], self._contexts[-1], self._contexts[-1])
-        self._room = budget - sum(self._fixed.values())
+        contexts = (config.context or _LEAST_CONTEXT, config.context or _MOST_CONTEXT)
+        self._blocks = [-(-min(context, spec.context_length) // KV_TILE) for context in contexts]  # least, most
+        self.smallest = self._limits(self._batches[0], self._blocks[0], self._blocks[0])
 
     def _batch_candidates(self) -> tuple[int, ...]:
-        """Return the prefill chunks to choose from, largest first: with room for a prompt beside all that decode."""
+        """Return the prefill chunks to choose from, rising: with room for a prompt beside all that decode."""
         config = self._config
         least = 2 * config.max_sequences if config.max_sequences is not None and config.max_sequences > 1 else 1
         if config.batch_tokens is None:
@@ -174,79 +189,104 @@ class _Planner:
             )
         return (config.batch_tokens,)
 
-    def _limits(self, batch: int, context: int, kv_tokens: int) -> Limits:
+    def _limits(self, batch: int, sequence_blocks: int, kv_blocks: int) -> Limits:
         sequences = self._config.max_sequences or min(DEFAULT_SEQUENCES, max(1, batch // 2))
         return Limits(
             batch_tokens=batch,
             outputs=sequences,
             sequences=sequences,
-            sequence_blocks=-(-context // KV_TILE),
-            kv_blocks=-(-kv_tokens // KV_TILE),
+            sequence_blocks=sequence_blocks,
+            kv_blocks=kv_blocks,
             threads=self._threads,
             planes=self._planes,
         )
 
     def parts(self, limits: Limits, slots: int) -> dict[str, int]:
         """Return every part with its bytes."""
-        slot_bytes = slots * self.layout.slot_bytes
+        return self._parts(self._kv_bytes(limits.kv_blocks), self._scratch_bytes(limits), slots)
+
+    def _parts(self, kv_bytes: int, scratch: int, slots: int) -> dict[str, int]:
+        slot_bytes = self._bytes_of_slots[slots]
         buffers = min((READS_AHEAD + 1) * READ_BYTES, self._fixed["dense weights"])
         parts = self._fixed | {
-            "KV cache": limits.kv_blocks * kv_block_bytes(self._spec),
-            "scratch": scratch_bytes(self._spec, limits, self._kinds, self._experts),
+            "KV cache": kv_bytes,
+            "scratch": scratch,
             "load buffers": max(0, buffers - slot_bytes),  # gone when the slots fill
             "expert slots": slot_bytes,
         }
         return parts | {"page tables": sum(parts.values()) // 512 + MiB}
 
-    def _fits(self, limits: Limits, slots: int) -> bool:
-        return sum(self.parts(limits, slots).values()) <= self._budget
+    def _kv_bytes(self, blocks: int) -> int:
+        return blocks * kv_block_bytes(self._spec)
 
-    def choose_limits(self) -> Limits:
-        """Return the largest context, number of KV tokens and prefill chunk within their shares of the room."""
-        share = self._room // _SHARE
-        limits = self.smallest
-        sequences = limits.sequences
-        for context, many in itertools.product(self._contexts, (sequences, 2, 1)):
-            candidate = self._limits(self._batches[-1], context, many * context)
-            if candidate.kv_blocks * kv_block_bytes(self._spec) <= share and self._fits(candidate, 1):
-                limits = candidate
-                break
-        for batch in self._batches:
-            candidate = attrs.evolve(
-                self._limits(batch, self._contexts[-1], 1),
-                sequence_blocks=limits.sequence_blocks,
-                kv_blocks=limits.kv_blocks,
-            )
-            scratch = scratch_bytes(self._spec, candidate, self._kinds, self._experts)
-            if scratch <= share and self._fits(candidate, 1):
-                return candidate
-        return limits
+    def _scratch_bytes(self, limits: Limits) -> int:
+        return scratch_bytes(self._spec, limits, self._kinds, self._experts)
 
-    def choose_slots(self, limits: Limits) -> int:
-        """Return how many slots the rest of the budget holds, at most one for each expert."""
-        low, high = 1, self.total_experts
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._fits(limits, middle) else (low, middle - 1)
-        return low
+    def _fits(self, kv_bytes: int, scratch: int, slots: int) -> bool:
+        return sum(self._parts(kv_bytes, scratch, slots).values()) <= self._budget
 
-    def spend_on_kv(self, limits: Limits, slots: int) -> Limits:
-        """Return limits with a longer context and more KV blocks, up to the context for every sequence.
+    def slot_counts(self, slots: int) -> tuple[int, ...]:
+        """Return how many slots of each class so many slots are."""
+        counts = Counter(self._order[:slots])
+        return tuple(counts[kind] for kind in range(self.least_slots))
 
-        For when all experts have their slots and need no more memory.
+    def choose(self, floor: int) -> tuple[int, Limits]:
+        """Return the number of slots, and the largest context, prefill chunk and number of KV blocks beside them.
+
+        The KV cache and scratch are set aside fixed shares of what the budget has beyond the floor, and the slots are
+        what is left: so more memory never means fewer slots nor a shorter context. What the shares and the last slot
+        leave over goes to KV blocks, and to the context when all experts have their slots.
         """
-        for context in self._contexts:
-            blocks = -(-context // KV_TILE)
-            candidate = attrs.evolve(limits, sequence_blocks=blocks, kv_blocks=max(limits.kv_blocks, blocks))
-            if self._fits(candidate, slots):
-                limits = candidate
-                break
-        low, high = limits.kv_blocks, max(limits.kv_blocks, limits.sequences * limits.sequence_blocks)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self._fits(attrs.evolve(limits, kv_blocks=middle), slots)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return attrs.evolve(limits, kv_blocks=low)
+        least, most = self._blocks
+        sequences, spare = self.smallest.sequences, self._budget - floor
+
+        def scratch_of(batch: int, sequence_blocks: int) -> int:
+            return self._scratch_bytes(self._limits(batch, sequence_blocks, sequence_blocks))
+
+        scratch_room = scratch_of(self._batches[0], least) + spare // _SCRATCH_SHARE
+        scratch_room = min(scratch_room, scratch_of(self._batches[-1], most))
+        kv_room = min(self._kv_bytes(least) + spare // _KV_SHARE, self._kv_bytes(sequences * most))
+        slots = _largest(self.least_slots, self.total_experts, lambda n: self._fits(kv_room, scratch_room, n))
+
+        def context_fits(blocks: int) -> bool:
+            kv_bytes = self._kv_bytes(blocks)
+            spared = slots == self.total_experts and self._fits(kv_bytes, scratch_room, slots)
+            return (kv_bytes <= kv_room or spared) and scratch_of(self._batches[0], blocks) <= scratch_room
+
+        blocks = _largest(least, most, context_fits)
+        batch = self._batches[
+            _largest(0, len(self._batches) - 1, lambda i: scratch_of(self._batches[i], blocks) <= scratch_room)
+        ]
+        scratch = scratch_of(batch, blocks)
+        kv_blocks = _largest(blocks, sequences * blocks, lambda n: self._fits(self._kv_bytes(n), scratch, slots))
+        return slots, self._limits(batch, blocks, kv_blocks)
+
+
+def slot_order(n_experts: Sequence[int], first: int) -> list[int]:
+    """Return the class of each slot in the order in which growing memory buys them, until every expert has one.
+
+    However many slots there are, each class has some, and up to `first` of them before others have more: experts that
+    one token uses need not wait for each other. Further slots keep the shares of the classes' experts alike: next is
+    always the slot whose middle comes first when each class's slots are spread evenly from 0 to 1 (Webster's method).
+
+    Args:
+        n_experts: experts of each class.
+        first: slots of each class that come before all others, as far as it has so many experts.
+    """
+    ranked = sorted(
+        (number - first if number < first else (number + 0.5) / n, kind)
+        for kind, n in enumerate(n_experts)
+        for number in range(n)
+    )
+    return [kind for _, kind in ranked]
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number from low to high that fits, or low if none does; what fits, fits when smaller."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _refusal(budget: int, source: str, floor: int, parts: Mapping[str, int]) -> str:

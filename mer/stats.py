@@ -25,7 +25,8 @@ class Settings:
     threads: int
     io_threads: int
     slots: int
-    slot_bytes: int
+    slot_counts: tuple[int, ...]  # per class of slots
+    slot_bytes: tuple[int, ...]  # of one slot of each class
     context: int
     kv_tokens: int
     max_sequences: int

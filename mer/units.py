@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from mer.errors import ConfigError
 
@@ -48,6 +49,12 @@ def format_bytes(n_bytes: int | float) -> str:
         return f"{value:.0f} B"
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
+
+
+def format_slots(counts: Iterable[int], sizes: Iterable[int]) -> str:
+    """Return how many slots there are of each size, e.g. "20 slots of 3.10 MiB, 9 of 2.50 MiB"."""
+    first, *others = (f"{n} of {format_bytes(size)}" for n, size in zip(counts, sizes, strict=True))
+    return ", ".join([first.replace(" of ", " slots of ", 1), *others])
 
 
 def format_duration(seconds: float) -> str:

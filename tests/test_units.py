@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mer.errors import ConfigError
-from mer.units import format_bytes, format_duration, parse_bytes
+from mer.units import format_bytes, format_duration, format_slots, parse_bytes
 
 FACTORS = {"KiB": 2**10, "K": 2**10, "kb": 10**3, "MiB": 2**20, "m": 2**20, "MB": 10**6, "GiB": 2**30, "g": 2**30}
 FACTORS |= {"GB": 10**9, "TiB": 2**40, "T": 2**40, "tb": 10**12, "PiB": 2**50, "P": 2**50, "PB": 10**15}
@@ -75,3 +75,8 @@ def test_sizes_as_text(n_bytes: int, text: str) -> None:
 )
 def test_durations_as_text(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_slots_of_several_sizes() -> None:
+    assert format_slots((20,), (2 << 20,)) == "20 slots of 2.00 MiB"
+    assert format_slots([3, 12, 1], [5 << 20, 3 << 20, 999]) == "3 slots of 5.00 MiB, 12 of 3.00 MiB, 1 of 999 B"

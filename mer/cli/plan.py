@@ -11,7 +11,7 @@ from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.compute.kernels.attention import KV_TILE
 from mer.config import EngineConfig, default_threads
 from mer.plan import MemoryPlan, load_model, plan_memory
-from mer.units import format_bytes
+from mer.units import format_bytes, format_slots
 
 
 def plan(path: Path, options: EngineOptions, *, as_json: bool) -> None:
@@ -44,7 +44,9 @@ def describe(memory_plan: MemoryPlan) -> dict[str, Any]:
         "parts": dict(memory_plan.parts),
         "unused_bytes": memory_plan.budget_bytes - memory_plan.used_bytes,
         "slots": memory_plan.slots,
-        "slot_bytes": memory_plan.slot_bytes,
+        "slot_counts": list(memory_plan.slot_counts),
+        "slot_bytes": list(memory_plan.classes.slot_bytes),
+        "slot_waste": memory_plan.slot_waste,
         "experts": memory_plan.total_experts,
         "context": memory_plan.context,
         "kv_tokens": memory_plan.limits.kv_blocks * KV_TILE,
@@ -83,8 +85,10 @@ def _print(report: dict[str, Any]) -> None:
     for name, n_bytes in (report["parts"] | {"unused": report["unused_bytes"]}).items():
         if n_bytes:
             print(f"  {name:<26} {format_bytes(n_bytes):>9}")
-    print(f"{report['slots']} slots of {format_bytes(report['slot_bytes'])} for {report['experts']} experts: ", end="")
-    print(f"{report['slots'] / report['experts']:.0%} stay in memory")
+    slots = format_slots(report["slot_counts"], report["slot_bytes"])
+    print(f"{slots} for {report['experts']} experts: {report['slots'] / report['experts']:.0%} stay in memory")
+    if len(report["slot_bytes"]) > 1 or report["slot_waste"] >= 0.001:
+        print(f"as experts differ in size, {report['slot_waste']:.1%} of the slots' memory stays unused")
     print(f"context {report['context']} tokens, up to {report['max_sequences']} sequences at once ", end="")
     print(f"with {report['kv_tokens']} tokens together, prefill chunk {report['batch_tokens']}, ", end="")
     print(f"{report['threads']} threads")

@@ -12,7 +12,7 @@ from mer.cli.console import Bars, note
 from mer.cli.interrupt import Interrupt
 from mer.cli.options import GenerationOptions
 from mer.sched.events import PrefillEvent
-from mer.units import format_bytes, format_duration
+from mer.units import format_bytes, format_duration, format_slots
 
 if TYPE_CHECKING:
     from mer.engine import Engine
@@ -173,7 +173,7 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
         f"{prompt}; loaded in {format_duration(statistics.load_s)}",
         experts + read,
         f"memory: {format_bytes(statistics.private_bytes)} of a budget of {format_bytes(settings.memory_bytes)}; "
-        f"{settings.slots} slots of {format_bytes(settings.slot_bytes)}; "
+        f"{format_slots(settings.slot_counts, settings.slot_bytes)}; "
         f"peak RSS with file pages {format_bytes(statistics.peak_rss_bytes)}",
         f"in force: {settings.kernels} kernels, {settings.activations} activations, {settings.threads} threads, "
         f"{'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} reads, {settings.policy} cache, "

@@ -1,8 +1,10 @@
-"""One anonymous, page-aligned mapping that is cut into equal slots, and numpy views of them."""
+"""One anonymous, page-aligned mapping that is cut into slots of a few sizes, and numpy views of them."""
 
 from __future__ import annotations
 
+import itertools
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,32 +20,38 @@ _THP_SWITCH: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class Arena:
-    """The memory of every slot: `n_slots` x `slot_bytes` of private anonymous memory that reads land in.
+    """The memory of every slot: private anonymous memory that reads land in.
 
-    Pages count against memory only once they are written. Slots are recycled and never unmapped one by one. The
-    mapping is kept out of forked children: a fork during a direct read would let the copy-on-write give the bytes
-    to the wrong process (open(2), NOTES on O_DIRECT).
+    Slots are numbered from 0, class after class, and lie side by side in this order, each on whole pages; huge pages
+    may hold the end of one slot and the beginning of the next. Pages count against memory only once they are written.
+    Slots are recycled and never unmapped one by one. The mapping is kept out of forked children: a fork during a
+    direct read would let the copy-on-write give the bytes to the wrong process (open(2), NOTES on O_DIRECT).
 
     Attributes:
         n_slots: number of slots.
-        slot_bytes: bytes of one slot, rounded up to whole pages.
+        class_bytes: bytes of one slot of each class, in whole pages.
         huge_pages: whether the kernel agreed to back the mapping with transparent huge pages.
 
     Args:
-        n_slots: number of slots, at least 1.
-        slot_bytes: bytes of one slot, at least 1.
+        slot_counts: number of slots of each class, at least 1.
+        slot_bytes: bytes of one slot of each class, at least 1; rounded up to whole pages.
 
     Raises:
-        ConfigError: a size is below 1.
+        ConfigError: a size is below 1, or there are not as many counts as sizes.
         NotEnoughMemory: the operating system refuses the mapping.
     """
 
-    def __init__(self, n_slots: int, slot_bytes: int) -> None:
-        if n_slots < 1 or slot_bytes < 1:
-            raise ConfigError(f"an arena needs at least 1 slot of at least 1 byte, not {n_slots} of {slot_bytes}")
-        self.n_slots = n_slots
-        self.slot_bytes = -(-slot_bytes // PAGE_BYTES) * PAGE_BYTES
-        memory = map_anonymous(n_slots * self.slot_bytes)
+    def __init__(self, slot_counts: Sequence[int], slot_bytes: Sequence[int]) -> None:
+        if len(slot_counts) != len(slot_bytes) or not slot_counts or min(*slot_counts, *slot_bytes) < 1:
+            raise ConfigError(
+                "an arena needs at least 1 slot of at least 1 byte in each class, "
+                f"not {list(slot_counts)} slots of {list(slot_bytes)} bytes"
+            )
+        self.n_slots = sum(slot_counts)
+        self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
+        self.class_bytes = tuple(-(-n_bytes // PAGE_BYTES) * PAGE_BYTES for n_bytes in slot_bytes)
+        self._starts = [0, *itertools.accumulate(self.class_bytes[kind] for kind in self._kinds)]
+        memory = map_anonymous(self.n_bytes)
         self.huge_pages = _ask_for_huge_pages(memory)
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(memory, dtype=np.uint8)
         self._base = int(self._bytes.ctypes.data)
@@ -51,17 +59,34 @@ class Arena:
     @property
     def n_bytes(self) -> int:
         """Bytes of the whole mapping."""
-        return self.n_slots * self.slot_bytes
+        return self._starts[-1]
+
+    def kind(self, slot: int) -> int:
+        """Return the number of a slot's class.
+
+        Raises:
+            IndexError: there is no such slot.
+        """
+        self._start(slot)
+        return self._kinds[slot]
+
+    def slot_bytes(self, slot: int) -> int:
+        """Return the bytes of a slot, a multiple of PAGE_BYTES.
+
+        Raises:
+            IndexError: there is no such slot.
+        """
+        return self.class_bytes[self.kind(slot)]
 
     def view(self, slot: int) -> NDArray[np.uint8]:
-        """Return the writable bytes of a slot, shape (slot_bytes,).
+        """Return the writable bytes of a slot, shape (slot_bytes(slot),).
 
         Raises:
             IndexError: there is no such slot.
             RuntimeError: the arena is closed.
         """
         start = self._start(slot)
-        return self._open_bytes()[start : start + self.slot_bytes]
+        return self._open_bytes()[start : self._starts[slot + 1]]
 
     def address(self, slot: int) -> int:
         """Return the memory address of a slot's first byte, a multiple of PAGE_BYTES.
@@ -84,7 +109,7 @@ class Arena:
     def _start(self, slot: int) -> int:
         if not 0 <= slot < self.n_slots:
             raise IndexError(f"slot {slot} is not one of the {self.n_slots} slots")
-        return slot * self.slot_bytes
+        return self._starts[slot]
 
     def _open_bytes(self) -> NDArray[np.uint8]:
         if self._bytes is None:

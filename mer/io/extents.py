@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import attrs
@@ -33,6 +36,9 @@ MATRIX_TYPES: Final = frozenset(
 ROW_GROUP: Final = 16
 """Rows that kernels may interleave with each other."""
 
+WASTE_DIVISOR: Final = 20
+"""Slots of one size for experts of several may waste 1 / 20 of what these need."""
+
 MERGED_NAME: Final = "blk.{layer}.ffn_{projection}_exps.weight"
 PER_EXPERT_NAME: Final = "blk.{layer}.ffn_{projection}.{expert}.weight"
 _EXPERT_NAME: Final = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.weight", re.ASCII)
@@ -53,7 +59,20 @@ class ExpertPart:
     @property
     def padded_bytes(self) -> int:
         """Bytes of the matrix with its rows rounded up to a multiple of `ROW_GROUP`."""
-        return self.n_bytes // self.rows * round_up(self.rows, ROW_GROUP)
+        return self.n_bytes + self.n_bytes // self.rows * (-self.rows % ROW_GROUP)
+
+
+@attrs.frozen
+class SlotLayout:
+    """Where the three parts of one expert go in a slot: side by side, each into an area of whole pages of its own.
+
+    A part whose aligned hull has `lead` bytes before its first byte starts at `part_offsets[i] + lead` of the slot. Its
+    area holds the hull, and has room for the matrix with its rows rounded up to `ROW_GROUP`, so that kernels may
+    re-arrange it in place.
+    """
+
+    n_bytes: int  # of the slot that are needed: a multiple of the alignment
+    part_offsets: tuple[int, int, int]  # gate, up, down: multiples of the alignment
 
 
 @attrs.frozen
@@ -69,19 +88,34 @@ class ExpertExtents:
         """Bytes of weights, without any alignment padding."""
         return sum(part.n_bytes for part in self.parts)
 
+    def layout(self, alignment: int) -> SlotLayout:
+        """Return where the parts go in a slot, for reads at multiples of `alignment` bytes, a power of two."""
+        gate, up, down = (round_up(part.offset % alignment + part.padded_bytes, alignment) for part in self.parts)
+        return SlotLayout(gate + up + down, (0, gate, gate + up))
 
-@attrs.frozen
-class SlotLayout:
-    """Where the three parts of any expert go in a slot: each into its own area, as its aligned hull.
 
-    A part whose hull has `lead` bytes before its first byte starts at `part_offsets[i] + lead` of the slot. An area
-    holds the hull for every lead, so experts at odd file offsets fit every slot, and has room for the matrix with its
-    rows rounded up to `ROW_GROUP`, so that kernels may re-arrange it in place.
+@attrs.frozen(kw_only=True)
+class SlotClasses:
+    """The sizes of slots that a model's experts need, largest first; every expert goes into slots of one of them.
+
+    Per class: the bytes of a slot, how many experts go there, and how many bytes of slots they need together.
     """
 
     alignment: int
-    slot_bytes: int  # a multiple of the alignment
-    part_offsets: tuple[int, int, int]  # gate, up, down: multiples of the alignment
+    slot_bytes: tuple[int, ...]  # multiples of the alignment
+    n_experts: tuple[int, ...]
+    needed_bytes: tuple[int, ...]
+    kinds: tuple[tuple[int, ...], ...]  # [layer][expert]: the number of its class
+
+    def kind_of(self, layer: int, expert: int) -> int:
+        """Return the number of the class whose slots an expert goes into."""
+        return self.kinds[layer][expert]
+
+    def waste(self, slot_counts: Sequence[int]) -> float:
+        """Return the share of the memory of so many slots per class that their experts, on average, do not need."""
+        have = sum(n * size for n, size in zip(slot_counts, self.slot_bytes, strict=True))
+        needed = sum(n * b / e for n, b, e in zip(slot_counts, self.needed_bytes, self.n_experts, strict=True))
+        return 1 - needed / have
 
 
 @attrs.frozen
@@ -95,15 +129,76 @@ class ExpertMap:
         """Bytes of all experts' weights together."""
         return sum(extents.n_bytes for layer in self.experts for extents in layer)
 
-    def slot_layout(self, alignment: int) -> SlotLayout:
-        """Return the layout of slots that hold any expert of the model; each area fits the projection's largest matrix.
+    def slot_classes(self, alignment: int) -> SlotClasses:
+        """Return the fewest sizes of slots with which all experts together waste little, and the least for so many.
+
+        What an expert wastes is the size of its slot less what it needs of it (`SlotLayout.n_bytes`: its matrices and
+        up to two units of alignment for each). On average that is at most 1 / 20 of what the experts need, or three
+        units of alignment where that is more: then alignment costs small experts as much.
 
         Args:
             alignment: of file offsets, lengths and memory addresses of the reads, in bytes; a power of two.
         """
-        largest = [max(extents.parts[i].n_bytes for layer in self.experts for extents in layer) for i in range(3)]
-        areas = [round_up(n_bytes + alignment - 1, alignment) for n_bytes in largest]
-        return SlotLayout(alignment, sum(areas), (0, areas[0], areas[0] + areas[1]))
+        needs = [[extents.layout(alignment).n_bytes for extents in layer] for layer in self.experts]
+        counts = Counter(itertools.chain.from_iterable(needs))
+        sizes = sorted(counts, reverse=True)
+        starts = _partition(sizes, [counts[size] for size in sizes], WASTE_DIVISOR, 3 * alignment)
+        members = [sizes[a:b] for a, b in itertools.pairwise([*starts, len(sizes)])]
+        kind_of = {size: kind for kind, group in enumerate(members) for size in group}
+        return SlotClasses(
+            alignment=alignment,
+            slot_bytes=tuple(group[0] for group in members),
+            n_experts=tuple(sum(counts[size] for size in group) for group in members),
+            needed_bytes=tuple(sum(counts[size] * size for size in group) for group in members),
+            kinds=tuple(tuple(kind_of[need] for need in layer) for layer in needs),
+        )
+
+
+def _partition(sizes: Sequence[int], counts: Sequence[int], divisor: int, least: int) -> list[int]:
+    """Return where each group begins when sizes are cut into the fewest groups that waste little, at least cost.
+
+    An item of a group costs as much as the group's first and largest one, and wastes the difference. The waste in all
+    is at most 1 / divisor of the items' sum, or `least` per item where that is more.
+
+    Args:
+        sizes: falling.
+        counts: items of each size.
+        divisor: of the sum of all items.
+        least: waste per item that is small in any case.
+    """
+    before = [0, *itertools.accumulate(counts)]  # items of the sizes in front
+    total = sum(size * count for size, count in zip(sizes, counts, strict=True))
+    limit = total + max(total // divisor, least * before[-1])
+    costs = [sizes[0] * n for n in before]  # [j]: of the first j sizes, here as one group
+    steps = [[0] * (len(sizes) + 1)]  # [groups - 1][j]: where the last group of the first j sizes begins
+    while costs[-1] > limit:
+        costs, begins = _one_more_group(costs, sizes, before)
+        steps.append(begins)
+    starts = [steps.pop()[-1]]
+    while starts[0]:
+        starts.insert(0, steps.pop()[starts[0]])
+    return starts
+
+
+def _one_more_group(costs: list[int], sizes: Sequence[int], before: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the least costs of the first j sizes in one more group than `costs` has, and where the last one begins.
+
+    As sizes fall, the best beginning of the last group never moves back when j grows, which leaves few to look at: the
+    middle j first, then either side with what its beginning leaves (divide and conquer).
+    """
+    best, begins = [0] * len(before), [0] * len(before)
+    ranges = [(1, len(sizes), 0, len(sizes) - 1)]
+    while ranges:
+        low, high, first, last = ranges.pop()
+        j = (low + high) // 2
+        best[j], begins[j] = min(
+            (costs[i] + sizes[i] * (before[j] - before[i]), i) for i in range(first, min(last, j - 1) + 1)
+        )
+        if low < j:
+            ranges.append((low, j - 1, first, begins[j]))
+        if j < high:
+            ranges.append((j + 1, high, begins[j], last))
+    return best, begins
 
 
 def round_up(n_bytes: int, alignment: int) -> int:

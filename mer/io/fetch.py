@@ -11,7 +11,7 @@ import trio
 
 from mer.errors import ConfigError, ReadError
 from mer.io.arena import Arena
-from mer.io.extents import ExpertMap, SlotLayout, aligned_hull
+from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
 from mer.io.pool import BufferPool, SlotState
 from mer.io.reader import Reader, ReadOperation
 
@@ -129,22 +129,22 @@ class Fetcher:
     Args:
         pool: the accounting of the slots.
         arena: their memory.
-        layout: where the parts of an expert go in a slot.
+        classes: the sizes of the slots, and which experts go into which.
         expert_map: where every expert lies in the files.
         reader: reads them.
         on_done: told of every fetch that has ended and was not abandoned, after its slot has become READY, or FREE when
             `fetch.error` is set, and before any task that waits for it runs.
 
     Raises:
-        ConfigError: the slots are smaller than the layout, the pool and the arena disagree, or a file needs a
-            coarser alignment.
+        ConfigError: a class has no slot or too small ones, the pool and the arena disagree, or a file needs a coarser
+            alignment.
     """
 
     def __init__(
         self,
         pool: BufferPool,
         arena: Arena,
-        layout: SlotLayout,
+        classes: SlotClasses,
         expert_map: ExpertMap,
         reader: Reader,
         *,
@@ -152,17 +152,21 @@ class Fetcher:
     ) -> None:
         if pool.n_slots != arena.n_slots:
             raise ConfigError(f"the pool has {pool.n_slots} slots and the arena {arena.n_slots}")
-        if arena.slot_bytes < layout.slot_bytes:
-            raise ConfigError(f"the layout needs slots of {layout.slot_bytes} bytes, the arena has {arena.slot_bytes}")
+        if len(arena.class_bytes) != len(classes.slot_bytes) or any(
+            have < needed for have, needed in zip(arena.class_bytes, classes.slot_bytes, strict=True)
+        ):
+            raise ConfigError(
+                f"the experts need slots of {classes.slot_bytes} bytes, the arena has {arena.class_bytes}"
+            )
         for number, mode in enumerate(reader.modes):
-            if layout.alignment % mode.alignment:
+            if classes.alignment % mode.alignment:
                 raise ConfigError(
                     f"file {number} is read at multiples of {mode.alignment} bytes, "
-                    f"the slots are laid out for {layout.alignment}"
+                    f"the slots are laid out for {classes.alignment}"
                 )
         self._pool = pool
         self._arena = arena
-        self._layout = layout
+        self._alignment = classes.alignment
         self._experts = expert_map.experts
         self._reader = reader
         self._on_done = on_done
@@ -181,7 +185,7 @@ class Fetcher:
 
         Raises:
             EngineClosed: the reader is closed; the slot stays with the caller.
-            RuntimeError: the slot is not FILLING, or this very fetch is already filling it.
+            RuntimeError: the slot is not FILLING, is too small, or this very fetch is already filling it.
         """
         if (fetch := self._in_flight.get((layer, expert))) is not None:
             if fetch.slot == slot:
@@ -228,16 +232,15 @@ class Fetcher:
 
     def _prepare(self, layer: int, expert: int, slot: int) -> tuple[Fetch, list[ReadOperation]]:
         """Return the fetch and its reads of gate, up and down, none of them started."""
-        offsets = self._layout.part_offsets
-        area_ends = (*offsets[1:], self._layout.slot_bytes)
-        parts = self._experts[layer][expert].parts
-        hulls = [aligned_hull(part.offset, part.n_bytes, self._layout.alignment) for part in parts]
-        for part, (_, length, _), begin, end in zip(parts, hulls, offsets, area_ends, strict=True):
-            if begin + length > end:  # never write into the next area, or the next slot
-                raise ConfigError(
-                    f"the {part.projection} matrix of expert {expert} of layer {layer} needs {length} bytes, "
-                    f"its area in the slot has {end - begin}"
-                )
+        extents = self._experts[layer][expert]
+        parts, layout = extents.parts, extents.layout(self._alignment)
+        if layout.n_bytes > self._arena.slot_bytes(slot):  # never write into the next slot
+            raise RuntimeError(
+                f"expert {expert} of layer {layer} needs {layout.n_bytes} bytes, "
+                f"slot {slot} has {self._arena.slot_bytes(slot)}"
+            )
+        offsets = layout.part_offsets
+        hulls = [aligned_hull(part.offset, part.n_bytes, self._alignment) for part in parts]
         base = self._arena.address(slot)
         gate, up, down = (base + begin + lead for begin, (_, _, lead) in zip(offsets, hulls, strict=True))
         fetch = Fetch(layer, expert, slot, (gate, up, down))

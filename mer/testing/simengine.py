@@ -39,7 +39,7 @@ def make_experts(model: SimModel, seed: int = 0) -> tuple[ExpertMap, list[int]]:
             parts = []
             for projection in ("gate", "up", "down"):
                 file, n_bytes = rng.randrange(2), rng.randrange(1, 6000)
-                parts.append(ExpertPart(projection, GGMLType.Q4_0, 1, 1, file, ends[file], n_bytes))
+                parts.append(ExpertPart(projection, GGMLType.Q4_0, 16, 1, file, ends[file], n_bytes))
                 ends[file] += n_bytes + rng.choice([0, 0, 1, 4096])
             row.append(ExpertExtents(layer, expert, (parts[0], parts[1], parts[2])))
         layers.append(tuple(row))
@@ -155,13 +155,13 @@ async def open_sim_engine(
     """
     model = model or SimModel()
     experts, sizes = make_experts(model, seed)
-    layout = experts.slot_layout(4096)
+    classes = experts.slot_classes(4096)
     n_slots = n_slots or model.n_layers * model.n_experts
     async with open_sim_disk(sizes, seed=seed, profile=profile) as disk:
-        arena = Arena(n_slots, layout.slot_bytes)
+        arena = Arena((n_slots,), classes.slot_bytes)
         pool, cache = BufferPool(n_slots), ExpertCache(LayerLRU(model.n_layers, n_slots))
         store = ExpertStore(cache, pool)
-        fetcher = Fetcher(pool, arena, layout, experts, disk, on_done=store.landed)
+        fetcher = Fetcher(pool, arena, classes, experts, disk, on_done=store.landed)
         store.attach(fetcher)
         worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures)
         kv = KVBlocks(kv_blocks, worker.block_tokens)

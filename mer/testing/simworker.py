@@ -8,6 +8,7 @@ an AssertionError at once.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -146,6 +147,7 @@ class SimWorker:
         failures: frozenset[int] = frozenset(),
     ) -> None:
         self._model, self._arena, self._experts, self._disk_seed = model, arena, experts, disk_seed
+        self._slot_addresses = [arena.address(slot) for slot in range(arena.n_slots)]
         self._cost, self._failures = cost or JobCost(), failures
         self.block_tokens = 4  # positions in a KV block
         self.batches: list[Batch] = []  # every batch begun
@@ -284,7 +286,8 @@ class SimWorker:
         """Return the bytes of an expert's matrices where the scheduler says they lie."""
         views = []
         for part, address in zip(self._experts.experts[layer][loaded.expert].parts, loaded.addresses, strict=True):
-            slot, begin = divmod(address - self._arena.address(0), self._arena.slot_bytes)
+            slot = bisect.bisect(self._slot_addresses, address) - 1
+            begin = address - self._slot_addresses[slot]
             views.append(self._arena.view(slot)[begin : begin + part.n_bytes])
             assert len(views[-1]) == part.n_bytes
         return views

@@ -27,7 +27,8 @@ class FakeCache:
 class FakeSettings:
     memory_bytes: int = 1 << 30
     slots: int = 20
-    slot_bytes: int = 2 << 20
+    slot_counts: tuple[int, ...] = (20,)
+    slot_bytes: tuple[int, ...] = (2 << 20,)
     kernels: str = "portable"
     activations: str = "int15"
     threads: int = 3

@@ -91,7 +91,7 @@ def test_a_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     plan = json.loads(capsys.readouterr().out)
     assert plan["budget_bytes"] == 2 << 30
     assert sum(plan["parts"].values()) + plan["unused_bytes"] == plan["budget_bytes"]
-    assert plan["parts"]["expert slots"] == 12 * plan["slot_bytes"]
+    assert plan["parts"]["expert slots"] == 12 * plan["slot_bytes"][0]
     assert plan["expected_read_bytes_per_token"] == plan["expert_bytes_per_token"] * 3 // 4
     slowest_s = max(plan["disk_s_per_token"], plan["memory_s_per_token"])
     assert plan["limit_tokens_per_s"] == pytest.approx(1 / slowest_s)

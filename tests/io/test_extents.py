@@ -1,4 +1,4 @@
-"""Extents of experts: the same bytes for both namings, aligned hulls, and slots that hold any of them."""
+"""Extents of experts: the same bytes for both namings, aligned hulls, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mer.errors import GGUFError, UnsupportedModel
-from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, aligned_hull, map_experts, round_up
-from mer.io.ggml import GGMLType
+from mer.io.extents import PROJECTIONS, ExpertMap, ExpertPart, aligned_hull, map_experts
 from mer.io.gguf import read_gguf
 from tests._lib.tiny_models import Type, random_gguf
 
@@ -37,31 +36,6 @@ def test_hull_is_the_smallest_aligned_cover(offset: int, n_bytes: int, alignment
     assert start + lead == offset
     assert 0 <= lead < alignment
     assert lead + n_bytes <= length < lead + n_bytes + alignment
-
-
-@given(st.lists(st.tuples(*[st.integers(1, 300_000)] * 3), min_size=1, max_size=6), ALIGNMENTS, st.data())
-def test_slot_holds_every_part_at_every_offset(
-    sizes: list[tuple[int, int, int]], alignment: int, data: st.DataObject
-) -> None:
-    extents = []
-    for expert, triple in enumerate(sizes):
-        parts = [
-            ExpertPart(name, GGMLType.Q8_0, 1, 1, 0, data.draw(st.integers(0, 2**40)), n)
-            for name, n in zip(PROJECTIONS, triple, strict=True)
-        ]
-        extents.append(ExpertExtents(0, expert, (parts[0], parts[1], parts[2])))
-    layout = ExpertMap((tuple(extents),)).slot_layout(alignment)
-    ends = (*layout.part_offsets[1:], layout.slot_bytes)
-    assert layout.part_offsets[0] == 0
-    assert all(offset % alignment == 0 for offset in (*layout.part_offsets, layout.slot_bytes))
-    for each in extents:
-        for part, begin, end in zip(each.parts, layout.part_offsets, ends, strict=True):
-            assert aligned_hull(part.offset, part.n_bytes, alignment)[1] <= end - begin
-    for i, begin in enumerate(layout.part_offsets):  # not a byte more than the worst offset of the largest part needs
-        largest = max(triple[i] for triple in sizes)
-        assert ends[i] - begin == max(
-            aligned_hull(lead, largest, alignment)[1] for lead in {0, 1 % alignment, alignment - 1}
-        )
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.BF16, Type.Q4_0, Type.Q8_0])
@@ -97,20 +71,6 @@ def test_experts_of_a_split_model_lie_in_several_files(tmp_path: Path) -> None:
         for theirs, ours in zip(want.experts[layer], got.experts[layer], strict=True):
             for a, b in zip(theirs.parts, ours.parts, strict=True):
                 assert part_bytes(whole, a) == part_bytes(split, b)
-
-
-def test_slots_fit_the_largest_type_of_each_projection(tmp_path: Path) -> None:
-    mixed = random_gguf(
-        tmp_path / "m.gguf",
-        expert_type=Type.Q4_0,
-        types={"blk.1.ffn_down_exps.weight": Type.Q8_0, "blk.0.ffn_up_exps.weight": Type.F16},
-        **SHAPE,
-    )
-    layout = experts_of(mixed).slot_layout(512)
-    sizes = [96 * 64 // 32 * 18, 96 * 64 * 2, 96 * 64 // 32 * 34]
-    areas = [round_up(size + 511, 512) for size in sizes]
-    assert layout.part_offsets == (0, areas[0], areas[0] + areas[1])
-    assert layout.slot_bytes == sum(areas)
 
 
 @pytest.mark.parametrize("merged", [True, False])

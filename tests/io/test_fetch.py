@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from mer.errors import ConfigError, EngineClosed, ReadError
 from mer.io.arena import Arena
-from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart, SlotLayout, aligned_hull
+from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart, SlotClasses, aligned_hull
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.pool import BufferPool, SlotState
@@ -40,7 +40,7 @@ def make_experts(seed: int = 0) -> tuple[ExpertMap, list[int]]:
             parts = []
             for projection in ("gate", "up", "down"):
                 file, n_bytes = rng.randrange(2), rng.randrange(1, 20_000)
-                parts.append(ExpertPart(projection, GGMLType.Q4_0, 1, 1, file, ends[file], n_bytes))
+                parts.append(ExpertPart(projection, GGMLType.Q4_0, 16, 1, file, ends[file], n_bytes))
                 ends[file] += n_bytes + rng.choice([0, 0, 1, 4096])
             experts.append(ExpertExtents(layer, expert, (parts[0], parts[1], parts[2])))
         layers.append(tuple(experts))
@@ -55,6 +55,15 @@ def hull_bytes(extents: ExpertExtents) -> int:
     """Bytes of the pages that an expert touches, counted page by page."""
     return 4096 * sum(
         len(range(part.offset // 4096, (part.offset + part.n_bytes - 1) // 4096 + 1)) for part in extents.parts
+    )
+
+
+def one_size(experts: ExpertMap) -> SlotClasses:
+    """Return one class of slots for all experts, however much they differ."""
+    needs = [e.layout(4096).n_bytes for row in experts.experts for e in row]
+    kinds = tuple((0,) * len(row) for row in experts.experts)
+    return SlotClasses(
+        alignment=4096, slot_bytes=(max(needs),), n_experts=(len(needs),), needed_bytes=(sum(needs),), kinds=kinds
     )
 
 
@@ -88,9 +97,9 @@ class Rig:
 
 
 def make_rig(reader: Reader, experts: ExpertMap, n_slots: int = 8) -> Rig:
-    layout = experts.slot_layout(4096)
-    pool, arena, done = BufferPool(n_slots), Arena(n_slots, layout.slot_bytes), list[Fetch]()
-    return Rig(pool, arena, experts, Fetcher(pool, arena, layout, experts, reader, on_done=done.append), done)
+    classes = one_size(experts)
+    pool, arena, done = BufferPool(n_slots), Arena((n_slots,), classes.slot_bytes), list[Fetch]()
+    return Rig(pool, arena, experts, Fetcher(pool, arena, classes, experts, reader, on_done=done.append), done)
 
 
 @asynccontextmanager
@@ -272,20 +281,24 @@ async def test_a_closed_reader_leaves_the_slot_with_the_caller(autojump_clock: M
 
 async def test_what_does_not_fit_together_is_refused(autojump_clock: MockClock) -> None:
     experts, sizes = make_experts()
-    layout = experts.slot_layout(4096)
+    classes = one_size(experts)
+    (size,) = classes.slot_bytes
     async with open_sim_disk(sizes) as disk:
         with pytest.raises(ConfigError, match="pool has 2 slots and the arena 3"):
-            Fetcher(BufferPool(2), Arena(3, layout.slot_bytes), layout, experts, disk)
-        with pytest.raises(ConfigError, match="the arena has 4096"):
-            Fetcher(BufferPool(2), Arena(2, 4096), layout, experts, disk)
+            Fetcher(BufferPool(2), Arena((3,), (size,)), classes, experts, disk)
+        for counts, slot_bytes in (((2,), (size - 4096,)), ((1, 1), (size, size))):
+            with pytest.raises(
+                ConfigError, match=rf"need slots of \({size},\) bytes, the arena has \({slot_bytes[0]},"
+            ):
+                Fetcher(BufferPool(2), Arena(counts, slot_bytes), classes, experts, disk)
         with pytest.raises(ConfigError, match="file 0 is read at multiples of 4096 bytes"):
-            Fetcher(BufferPool(2), Arena(2, layout.slot_bytes), attrs.evolve(layout, alignment=512), experts, disk)
-        for narrow in (SlotLayout(4096, 8192, (0, 4096, 8192)), SlotLayout(4096, 61440, (0, 4096, 28672))):
-            fetcher = Fetcher(BufferPool(1), Arena(1, layout.slot_bytes), narrow, experts, disk)
-            big = next(e for e in experts.experts[0] if e.parts[0].n_bytes > 8192)
-            fetcher._pool.lease_nowait(1)
-            with pytest.raises(ConfigError, match="its area in the slot has 4096"):
-                fetcher.start(0, big.expert, 0)
+            Fetcher(BufferPool(2), Arena((2,), (size,)), attrs.evolve(classes, alignment=512), experts, disk)
+        small = attrs.evolve(classes, slot_bytes=(size - 4096,))
+        fetcher = Fetcher(BufferPool(1), Arena((1,), small.slot_bytes), small, experts, disk)
+        big = next(e for row in experts.experts for e in row if e.layout(4096).n_bytes == size)
+        fetcher._pool.lease_nowait(1)
+        with pytest.raises(RuntimeError, match=f"needs {size} bytes, slot 0 has {size - 4096}"):
+            fetcher.start(big.layer, big.expert, 0)
         assert disk.log == []
 
 
