@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -54,7 +55,7 @@ def test_the_experts_of_an_iteration_differ(stream: Stream) -> None:
 def test_article_picks_stay_in_the_cluster() -> None:
     """0.9 of the weight is in the cluster of the first pick before; +- 4 standard deviations of 10,000 draws."""
     ids = list(article_stream(10_000))
-    stayed = [after[0] % 4 == before[0] % 4 for before, after in zip(ids[:-1], ids[1:], strict=True)]
+    stayed = [after[0] % 4 == before[0] % 4 for before, after in itertools.pairwise(ids)]
     assert np.mean(stayed) == pytest.approx(0.9, abs=4 * 0.003)
     by_cluster = Counter(pick % 4 for pick, _ in ids)
     assert set(by_cluster) == {0, 1, 2, 3}
@@ -63,7 +64,7 @@ def test_article_picks_stay_in_the_cluster() -> None:
 
 def test_skewed_iterations_repeat_and_follow_zipf() -> None:
     ids = list(skewed_stream(10_000))
-    fresh = [ids[0], *(after for before, after in zip(ids[:-1], ids[1:], strict=True) if after != before)]
+    fresh = [ids[0], *(after for before, after in itertools.pairwise(ids) if after != before)]
     assert len(fresh) / len(ids) == pytest.approx(0.3, abs=0.02)  # 0.7 repeat; a few draws repeat by chance
     weights = 1.0 / np.arange(1, 257) ** 1.2
     most = Counter(pick for pick, _ in fresh).most_common(2)
@@ -89,7 +90,7 @@ def test_chains_have_the_repeat_rates_of_mixtral(
     layer: int, any_repeats: tuple[float, float], first_repeats: tuple[float, float]
 ) -> None:
     sets = [experts for number, experts in long_chains() if number == layer]
-    pairs = list(zip(sets[:-1], sets[1:], strict=True))
+    pairs = list(itertools.pairwise(sets))
     either = np.mean([bool(set(before) & set(after)) for before, after in pairs])
     first = np.mean([before[0] == after[0] for before, after in pairs])
     assert any_repeats[0] - 0.01 <= either <= any_repeats[1] + 0.01
