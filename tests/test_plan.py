@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mer.compute.scratch import kv_block_bytes
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.model.spec import ModelSpec
-from mer.plan import MemoryPlan, Model, load_model, plan_memory
+from mer.plan import MemoryPlan, Model, load_model, plan_memory, slot_order
 from mer.units import format_bytes
 from tests._lib.tiny_models import Type, tiny_model
 
@@ -147,7 +148,7 @@ def test_from_the_floor_up_the_parts_fit_the_budget(
     assert limits.sequences <= max(1, limits.batch_tokens // 2)
     assert limits.sequence_blocks * KV_TILE >= made.context
     assert limits.kv_blocks >= limits.sequence_blocks
-    # the slots get all but 5 / 24 of what is beyond the floor, page tables apart, and KV blocks what the last one leaves
+    # slots get all but 5 / 24 of what is beyond the floor, page tables apart, and KV blocks what the last slot leaves
     if made.slots < min(made.total_experts, most):
         got = made.parts["expert slots"] + made.parts["load buffers"] + max(classes.slot_bytes)
         assert got >= sum(classes.slot_bytes) + more * 19 // 24 * 512 // 513 - 3
@@ -199,6 +200,72 @@ def test_the_floor_is_one_slot(models: Models) -> None:
         assert everything.expected_read_bytes_per_token == 0
         assert one.expected_read_bytes_per_token == round(one.expert_bytes_per_token * (1 - 1 / one.total_experts))
         assert plan(model, 1 << 40, threads=2, slots=10**6).slots == everything.total_experts
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 12), st.data())
+def test_classes_get_slots_for_a_token_first_and_then_like_shares(
+    experts: list[int], first: int, data: st.DataObject
+) -> None:
+    order = slot_order(experts, first)
+    assert Counter(order) == Counter(dict(enumerate(experts))), "in the end, all experts have slots"
+    slots = data.draw(st.integers(len(experts), len(order)))
+    have = [order[:slots].count(kind) for kind in range(len(experts))]
+    assert min(have) >= 1
+    lacking = [n for n, want in zip(have, experts, strict=True) if n < min(first, want)]
+    if lacking:
+        assert max(have) - min(lacking) <= 1, "slots go round until each class has those for a token"
+    for mine, my_experts in zip(have, experts, strict=True):
+        for others, their_experts in zip(have, experts, strict=True):
+            if mine > first and others < their_experts:  # no class is ahead of another by more than half a slot of each
+                assert mine / my_experts - others / their_experts <= 0.5 / my_experts + 0.5 / their_experts + 1e-9
+
+
+def three_sizes(model: Model) -> Model:
+    """Return the model with experts of three sizes, per expert as well as per layer."""
+    return mixed(model, [[GGMLType.Q4_0, GGMLType.Q8_0], [GGMLType.F16], [GGMLType.Q4_0]])
+
+
+def test_the_floor_of_mixed_experts_is_a_slot_of_each_size(models: Models) -> None:
+    model = three_sizes(models[1])
+    floor, text = floor_of(model, threads=2)
+    made = plan(model, floor, threads=2, slots=3)
+    assert made.slot_counts == (1, 1, 1)
+    assert made.parts["expert slots"] == sum(made.classes.slot_bytes)
+    assert f"expert slots  {format_bytes(sum(made.classes.slot_bytes))}" in text
+    everything = plan(model, 1 << 40, threads=2)
+    assert everything.slot_counts == made.classes.n_experts
+    assert everything.resident_share == 1.0
+    assert max(made.slot_waste, everything.slot_waste) < 0.02, "no more than alignment makes them differ"
+
+
+def test_fewer_slots_than_sizes_of_experts_are_refused_with_the_numbers(models: Models) -> None:
+    model = three_sizes(models[1])
+    sizes = ", ".join(format_bytes(size) for size in plan(model, 1 << 40).classes.slot_bytes)
+    for slots in (1, 2):
+        with pytest.raises(mer.ConfigError, match=rf"slots is {slots}; .* 3 sizes \({sizes}\).* at least 3"):
+            plan(model, 1 << 40, slots=slots)
+    assert plan(model, 1 << 40, slots=4).slots == 4
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2), mixes.filter(bool), st.integers(0, 2**26))
+def test_slots_of_mixed_experts_waste_at_most_a_20th(
+    models: Models, which: int, mix: list[list[GGMLType]], more: int
+) -> None:
+    """The share that is told is that of the slots there are; with all of them it is bounded."""
+    model = mixed(models[which], mix, weights=2**20)
+    made = plan(model, floor_of(model)[0] + more)
+    have = made.parts["expert slots"]
+    sizes = [[e.layout(4096).n_bytes for e in row] for row in model.experts.experts]
+    means = [0.0] * len(made.slot_counts)
+    for layer, row in enumerate(sizes):
+        for number, size in enumerate(row):
+            kind = made.classes.kind_of(layer, number)
+            means[kind] += size / made.classes.n_experts[kind]
+    needed = sum(n * mean for n, mean in zip(made.slot_counts, means, strict=True))
+    assert made.slot_waste == pytest.approx(1 - needed / have, abs=1e-9)
+    if made.slots == made.total_experts:
+        assert have <= 1.05 * needed
 
 
 def test_the_process_as_it_is_counts(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,8 @@ def tiny_model(
         split_max_tensors: tensors per part of a split file; 0 writes one file.
         metadata: more keys, or other values for keys.
         tensors: more tensors, or other values of tensors, as they are to be stored; the oracle does not know them.
-        types: other types of single tensors, by GGUF name with the experts merged.
+        types: other types of single tensors, by GGUF name with the experts merged, or of one expert's matrix if they
+            are not, such as blk.0.ffn_up.3.weight.
         drop: names of tensors and keys to leave out.
         **shape: fields of TinyShape.
     """
@@ -123,11 +124,15 @@ def tiny_model(
         if array.ndim == 1 or "gate_inp" in name or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = Type.F32
         kind = (types or {}).get(name, kind)
-        raw = encode(array, kind)
-        rounded[name] = decode(raw, kind)
+        single = not merged and "_exps" in name
+        parts = {name.replace("_exps", f".{i}"): matrix for i, matrix in enumerate(array)} if single else {name: array}
+        kinds = {part: (types or {}).get(part, kind) for part in parts}
+        raws = {part: encode(matrix, kinds[part]) for part, matrix in parts.items()}
+        decoded = [decode(raw, kinds[part]) for part, raw in raws.items()]
+        rounded[name] = np.stack(decoded) if single else decoded[0]
         if arch == "llama" and permute and ("attn_q." in name or "attn_k." in name):
-            raw = permute_rows(raw, model.n_heads if "attn_q." in name else model.n_kv_heads)
-        stored |= {name: (raw, kind)} if merged or "_exps" not in name else split_experts(name, raw, kind)
+            raws[name] = permute_rows(raws[name], model.n_heads if "attn_q." in name else model.n_kv_heads)
+        stored |= {part: (raw, kinds[part]) for part, raw in raws.items()}
     keys = (
         hyperparameters(model) | (sentencepiece_tokenizer(model.vocab_size) if tokenizer else {}) | dict(metadata or {})
     )
@@ -265,11 +270,6 @@ def permute_rows(rows: npt.NDArray[np.uint8], n_heads: int) -> npt.NDArray[np.ui
     """Return rows of Q or K in the order of llama files: each head's two halves interleaved."""
     halves = rows.reshape(n_heads, 2, -1, rows.shape[-1])
     return np.ascontiguousarray(halves.transpose(0, 2, 1, 3)).reshape(rows.shape)
-
-
-def split_experts(name: str, raw: npt.NDArray[np.uint8], kind: Type) -> dict[str, tuple[npt.NDArray[np.uint8], Type]]:
-    """Return one tensor per expert out of a merged one."""
-    return {name.replace("_exps", f".{expert}"): (raw[expert], kind) for expert in range(len(raw))}
 
 
 def hf_model(shape: TinyShape, weights: Mapping[str, Array]) -> Any:
