@@ -11,6 +11,7 @@ from typing import Any, cast
 import attrs
 import trio
 
+from mer.config import Sampling
 from mer.engine import Engine
 from mer.io.arena import Arena
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
@@ -20,10 +21,11 @@ from mer.io.pool import BufferPool
 from mer.sched.experts import ExpertCache
 from mer.sched.kv import KVBlocks
 from mer.sched.policy import LayerLRU
+from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
 from mer.sched.store import ExpertStore
 from mer.testing.simdisk import DiskProfile, SimDisk, open_sim_disk
-from mer.testing.simworker import JobCost, SimModel, SimWorker
+from mer.testing.simworker import JobCost, SimModel, SimWorker, greedy
 
 END_TOKEN = 1
 
@@ -46,6 +48,11 @@ def make_experts(model: SimModel, seed: int = 0) -> tuple[ExpertMap, list[int]]:
     return ExpertMap(tuple(layers)), ends
 
 
+def letter(token: int) -> str:
+    """Return the text of a token."""
+    return chr(ord("a") + token)
+
+
 class SimTokenizer:
     """Every token is a letter; token 1 ends a sequence."""
 
@@ -59,7 +66,7 @@ class SimTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the letter of a token."""
-        return bytes([ord("a") + token_id])
+        return letter(token_id).encode()
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -80,14 +87,33 @@ class SimEngine:
     kv: KVBlocks
 
     def expected(
-        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = True
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        ignore_eos: bool = True,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
     ) -> tuple[tuple[int, ...], set[tuple[int, int]]]:
-        """Return the tokens that the engine must generate, and the experts that this takes."""
+        """Return the tokens that the engine must generate, and the experts that this takes.
+
+        Args:
+            prompt: token ids.
+            max_tokens: as for `Engine.generate`.
+            ignore_eos: likewise.
+            sampling: likewise; one that is not greedy must have a seed.
+            stop: likewise.
+        """
         tokens: list[int] = []
+        text = ""
         banned = SimTokenizer.eos_ids if ignore_eos else ()
-        for token, used in self.model.generate(prompt, self.disk.seed, self.experts, banned):
+        draw = greedy(banned) if sampling is None or not sampling.temperature else Sampler(sampling, banned).draw
+        for token, used in self.model.generate(prompt, self.disk.seed, self.experts, draw):
             tokens.append(token)
-            if len(tokens) == max_tokens or (token == END_TOKEN and not ignore_eos):
+            if token == END_TOKEN and not ignore_eos:
+                return tuple(tokens), used
+            text += letter(token)
+            if len(tokens) == max_tokens or any(string in text for string in stop):
                 return tuple(tokens), used
         raise AssertionError("a generation has no end of its own")
 
@@ -128,9 +154,8 @@ class SimEngine:
         assert cache.hits + cache.misses == cache.lookups
         assert cache.resident + cache.evictions <= fetcher.landed
         assert fetcher.started == fetcher.landed + fetcher.failed
-        assert fetcher.joined == 0, "a slot was leased for an expert that was on its way"
         assert fetcher.started <= cache.misses
-        assert fetcher.reads_started == 3 * fetcher.started == len(self.disk.log)
+        assert fetcher.reads_started == 3 * fetcher.started + fetcher.retried == len(self.disk.log)
         assert fetcher.bytes_read == self.disk.statistics().bytes_read
 
 
@@ -180,6 +205,7 @@ async def open_sim_engine(
         async def run_actors() -> None:
             with stop:
                 async with trio.open_nursery() as actors:
+                    actors.start_soon(fetcher.run)
                     actors.start_soon(worker.run)
                     actors.start_soon(scheduler.run)
 

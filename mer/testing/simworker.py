@@ -11,7 +11,8 @@ from __future__ import annotations
 import bisect
 import functools
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -38,6 +39,14 @@ from mer.testing.simdisk import content
 _MASK = (1 << 64) - 1
 _ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it
 _GARBAGE = 0xBAD  # the hidden state of a row whose experts were not all computed
+
+Draw: TypeAlias = Callable[[npt.NDArray[np.float32]], int]
+"""Chooses a token by its logits [V]."""
+
+
+def greedy(banned: Collection[int] = ()) -> Draw:
+    """Return a draw of the most likely token that is not banned, the lowest number among equals."""
+    return lambda logits: max(set(range(len(logits))) - set(banned), key=lambda token: (logits[token], -token))
 
 
 def mix(*values: int) -> int:
@@ -80,9 +89,9 @@ class SimModel:
         return np.array([mix(x, token) / 2**60 for token in range(self.vocab_size)], np.float32)
 
     def generate(
-        self, prompt: Sequence[int], disk_seed: int, experts: ExpertMap, banned: Collection[int] = ()
+        self, prompt: Sequence[int], disk_seed: int, experts: ExpertMap, draw: Draw
     ) -> Iterator[tuple[int, set[tuple[int, int]]]]:
-        """Yield the greedy tokens for a prompt, computed position by position with every expert at hand.
+        """Yield the tokens for a prompt, computed position by position with every expert at hand, drawn by `draw`.
 
         With each token comes the set of all (layer, expert) pairs that it and those before it took.
         """
@@ -98,8 +107,7 @@ class SimModel:
                 used |= {(layer, expert) for expert in chosen}
                 x = mix(x, *(mix(x, file_crc(disk_seed, experts, layer, expert)) for expert in chosen))
             if position + 1 == len(tokens):
-                logits = self.logits(x)
-                tokens.append(max(set(range(self.vocab_size)) - set(banned), key=lambda t: (logits[t], -t)))
+                tokens.append(draw(self.logits(x)))
                 yield tokens[-1], set(used)
 
 
@@ -151,6 +159,7 @@ class SimWorker:
         self._cost, self._failures = cost or JobCost(), failures
         self.block_tokens = 4  # positions in a KV block
         self.batches: list[Batch] = []  # every batch begun
+        self.log: list[tuple[float, Job]] = []  # every job, and when it began
         self.frozen: trio.Event | None = None  # set it to an Event to hold the jobs that begin from then on
         self.jobs, self._jobs = trio.open_memory_channel[Job](1)
         self._results, self.results = trio.open_memory_channel[Done](1)
@@ -170,6 +179,7 @@ class SimWorker:
                 if self.frozen is not None:
                     await self.frozen.wait()
                 begun_s = trio.current_time()
+                self.log.append((begun_s, job))
                 fails = self._n_jobs in self._failures
                 self._n_jobs += 1
                 done = Done()
