@@ -20,8 +20,12 @@ from mer.compute.worker import (
     Done,
     Job,
     Project,
+    ReadBlocks,
     RunExperts,
+    Stage,
+    Uint8Array,
     WorkerStatistics,
+    WriteBlocks,
 )
 from mer.errors import ComputeError, ConfigError, MerError
 from mer.threads import start_thread
@@ -60,6 +64,11 @@ class CPUWorker:
         self._counters = _Counters()
         self.jobs, self._jobs = trio.open_memory_channel[Job](1)
         self._results, self.results = trio.open_memory_channel[Done](1)
+
+    @property
+    def staged_pairs(self) -> int:
+        """See `ComputeWorker`."""
+        return self._forward.staged_pairs
 
     def start_threads(self) -> None:
         """Start the threads, in the trio thread.
@@ -139,27 +148,35 @@ class CPUWorker:
         forward, program = self._forward, self._program
         program.clear()
         attended = projected = False
+        kv: tuple[Uint8Array, ...] | None = None
         for operation in job.operations:
             match operation:
                 case Begin(batch):
                     forward.begin(batch)
                     self._counters.tokens += len(batch.tokens)
-                case Attend(layer):
-                    forward.attend(program, layer)
+                case Attend(layer, predict):
+                    forward.attend(program, layer, predict=predict)
                     attended = True
                 case RunExperts(layer, experts):
                     forward.run_experts(program, layer, experts)
-                    self._counters.expert_runs += len(experts)
+                    self._counters.expert_runs += sum(e.stage is not Stage.INNER for e in experts)
                 case Combine():
                     forward.combine(program)
                 case Project():
                     forward.project(program)
                     projected = True
+                case ReadBlocks(blocks):
+                    kv = tuple(forward.read_block(block) for block in blocks)
+                case WriteBlocks(blocks, data):
+                    for block, content in zip(blocks, data, strict=True):
+                        forward.write_block(block, content)
         if program.length:
             lead(self._control.address, program.rows.ctypes.data, program.length, self._n_threads)
         damaged = forward.damaged() if attended or projected else None
         return Done(
             expert_ids=forward.routed() if attended else None,
+            predicted_ids=forward.predicted() if attended else None,
             logits=forward.logits() if projected else None,
             damaged=damaged,
+            kv=kv,
         )

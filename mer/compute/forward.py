@@ -19,7 +19,8 @@ from mer.compute.matrix import FLOAT_BYTES, Activations, Matrix, float_stride, m
 from mer.compute.program import Program
 from mer.compute.scratch import Limits, Scratch, kv_block_bytes, tile_scratch_bytes
 from mer.compute.weights import DenseWeights
-from mer.compute.worker import Batch, Float32Array, Int32Array, LoadedExpert
+from mer.compute.worker import Batch, Float32Array, Int32Array, LoadedExpert, Stage, Uint8Array
+from mer.errors import ComputeError
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
@@ -32,9 +33,11 @@ _KEPT_SHAPES = 8  # numbers of tokens for which a layer's attention steps are ke
 class _Group:
     """The rows of one expert in the batch, as they lie in `order`."""
 
-    expert: LoadedExpert
+    loaded: LoadedExpert
+    parts: tuple[Matrix, ...]  # gate, up, down
     start: int
     count: int
+    row: int  # first of its rows in `gate`, `up` and the packed inner activations
 
 
 class Forward:
@@ -55,7 +58,15 @@ class Forward:
         self._fields = {kind: field_table(kind) for kind in FIELDS}
         self._batch: Batch | None = None
         self._starts = np.zeros(spec.n_experts + 1, np.int64)
-        self._attend_rows: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}  # {(layer, tokens, blocks): steps}
+        self._predicts = False  # whether the last Attend did
+        self._inner: set[int] = set()  # experts of the layer under way whose INNER has run, and not their OUTER
+        # {(layer, tokens, blocks, predict): steps}
+        self._attend_rows: dict[tuple[int, int, int, bool], npt.NDArray[np.int64]] = {}
+
+    @property
+    def staged_pairs(self) -> int:
+        """See `ComputeWorker`."""
+        return self._limits.ffn_rows(self._spec)
 
     @property
     def batch(self) -> Batch:
@@ -80,26 +91,30 @@ class Forward:
         s.angles[: both.size] = both.ravel()
         s.x[:n, : self._spec.d_model] = self._weights.rows("token_embd.weight", batch.tokens)
 
-    def attend(self, program: Program, layer: int) -> None:
-        """Add attention and router of a layer."""
-        key = layer, len(self.batch.tokens), self.batch.tables.shape[1]
+    def attend(self, program: Program, layer: int, *, predict: bool = False) -> None:
+        """Add attention and router of a layer, and the next layer's router with `predict`, if there is one."""
+        predict = predict and layer + 1 < self._spec.n_layers
+        key = layer, len(self.batch.tokens), self.batch.tables.shape[1], predict
         rows = self._attend_rows.get(key)
         if rows is None:
             built = Program()
-            self._attend(built, layer)
+            self._attend(built, layer, predict)
             rows = built.rows[: built.length]
             if len(self._attend_rows) >= _KEPT_SHAPES * self._spec.n_layers:
                 self._attend_rows.clear()
             self._attend_rows[key] = rows
+        self._predicts = predict
+        self._inner.clear()
         program.extend(rows)
 
-    def _attend(self, program: Program, layer: int) -> None:
+    def _attend(self, program: Program, layer: int, predict: bool) -> None:
         spec, s, a = self._spec, self.scratch, self.scratch.address
         n, threads = len(self.batch.tokens), self._limits.threads
         d, eps = float_stride(spec.d_model), s.eps
         q, k, v, o = (self._matrix(layer, f"attn_{name}") for name in ("q", "k", "v", "output"))
         h = Activations(n, a["h"], d, s.packed["input"])
         self._norm(program, f"blk.{layer}.attn_norm.weight", a["x"], 0, n, a["h"])
+        program.barrier()
         h.pack(program, spec.d_model, {q.type, k.type, v.type})
         program.barrier()
         q_stride, kv_stride = float_stride(q.rows), float_stride(k.rows)
@@ -130,15 +145,40 @@ class Forward:
         program.barrier()
         multiply(program, o, attended, a["x"], d, threads, add=True)
         program.barrier()
-        self._norm(program, f"blk.{layer}.ffn_norm.weight", a["x"], 0, n, a["h"])
-        router_stride = float_stride(spec.n_experts)
-        multiply(program, self._matrix(layer, "ffn_gate_inp"), h, a["router"], router_stride, threads)
+        self._route(program, layer, predict)
+
+    def _route(self, program: Program, layer: int, predict: bool) -> None:
+        """Add the norm before the experts and the router, and side by side with them those of the next layer."""
+        spec, a, n = self._spec, self.scratch.address, len(self.batch.tokens)
+        d, router_stride = float_stride(spec.d_model), float_stride(spec.n_experts)
+        targets = [
+            (layer, a["h"], a["router"], (a["expert_ids"], a["expert_weights"], a["damaged"])),
+            (layer + 1, a["next_h"], a["next_router"], (a["predicted_ids"], a["predicted_weights"], 0)),
+        ][: 1 + predict]
+        for at, h, _, _ in targets:
+            self._norm(program, f"blk.{at}.ffn_norm.weight", a["x"], 0, n, h)
         program.barrier()
-        program.add(
-            route, a["router"], router_stride, n, spec.n_experts, spec.top_k, a["expert_ids"], a["expert_weights"],
-            a["damaged"],
-        )  # fmt: skip
+        for at, h, logits, _ in targets:
+            gate = self._matrix(at, "ffn_gate_inp")
+            multiply(program, gate, Activations(n, h, d, {}), logits, router_stride, self._limits.threads)
         program.barrier()
+        for _, _, logits, results in targets:
+            program.add(route, logits, router_stride, n, spec.n_experts, spec.top_k, *results)
+        program.barrier()
+
+    def read_block(self, block: int) -> Uint8Array:
+        """Return the KV of a block of all layers, read-only and in place: it lasts while nobody writes to the block."""
+        kv = self._block(block).view()
+        kv.flags.writeable = False
+        return kv
+
+    def write_block(self, block: int, kv: Uint8Array) -> None:
+        """Put KV that `read_block` once gave into a block."""
+        self._block(block)[:] = kv
+
+    def _block(self, block: int) -> Uint8Array:
+        n_bytes = kv_block_bytes(self._spec)
+        return self.scratch.kv.view(self.scratch.kv.address + block * n_bytes, n_bytes)
 
     def damaged(self) -> Int32Array:
         """Return the batch rows for which a router logit was not finite so far."""
@@ -158,25 +198,53 @@ class Forward:
         self._starts = np.searchsorted(ids[order], np.arange(self._spec.n_experts + 1))
         return ids.reshape(n, k).copy()
 
+    def predicted(self) -> Int32Array | None:
+        """Return the next layer's predicted choice [T, K] once `attend` has run with `predict`; None if it has not."""
+        if not self._predicts:
+            return None
+        n, k = len(self.batch.tokens), self._spec.top_k
+        return self.scratch.predicted_ids[: n * k].reshape(n, k).copy()
+
     def run_experts(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None:
-        """Add the feed-forward networks of loaded experts, in groups that fit the scratch rows."""
+        """Add the feed-forward networks of loaded experts, or stages of them, in groups that fit the scratch rows.
+
+        Raises:
+            ComputeError: a stage that the batch is too large for, or that comes out of turn.
+        """
+        rows, pairs = self.staged_pairs, len(self.batch.tokens) * self._spec.top_k
+        staged = pairs <= rows
         for expert in experts:
-            if expert.fresh:
-                self._interleave(program, layer, expert)
+            self._check(expert, layer, staged, pairs)
+            self._interleave(program, layer, expert)
         program.barrier()
-        rows = self._limits.ffn_rows(self._spec)
         groups: list[_Group] = []
         filled = 0
         for expert in experts:
             start, end = int(self._starts[expert.expert]), int(self._starts[expert.expert + 1])
-            if filled + end - start > rows:
-                self._run_groups(program, layer, groups)
+            if not staged and filled + end - start > rows:
+                self._run_groups(program, groups)
                 groups, filled = [], 0
             if end > start:
-                groups.append(_Group(expert, start, end - start))
+                row = start if staged else filled
+                groups.append(_Group(expert, self._parts(layer, expert), start, end - start, row))
                 filled += end - start
         if groups:
-            self._run_groups(program, layer, groups)
+            self._run_groups(program, groups)
+
+    def _check(self, expert: LoadedExpert, layer: int, staged: bool, pairs: int) -> None:
+        """Refuse a stage that cannot be computed, and keep account of those that can."""
+        number, stage = expert.expert, expert.stage
+        if stage is Stage.WHOLE:
+            return
+        if not staged:
+            raise ComputeError(
+                f"a batch of {pairs} (token, choice) pairs cannot run stages of experts, only one of at most "
+                f"{self.staged_pairs}; run expert {number} of layer {layer} whole"
+            )
+        if (stage is Stage.INNER) == (number in self._inner):
+            turn = "comes twice" if stage is Stage.INNER else "comes before its inner stage"
+            raise ComputeError(f"the {stage.value} stage of expert {number} of layer {layer} {turn}")
+        self._inner ^= {number}
 
     def combine(self, program: Program) -> None:
         """Add the step that adds the weighted expert outputs to the residual stream."""
@@ -193,6 +261,7 @@ class Forward:
         n = len(self.batch.outputs)
         head = self._weights.matrix("token_embd.weight" if spec.tied_head else "output.weight")
         self._norm(program, "output_norm.weight", a["x"], a["outputs"], n, a["h"])
+        program.barrier()
         h = Activations(n, a["h"], float_stride(spec.d_model), s.packed["input"])
         h.pack(program, spec.d_model, {head.type})
         program.barrier()
@@ -206,77 +275,74 @@ class Forward:
         stride = float_stride(self._spec.d_model)
         weight = self._weights.vector(name)
         program.add(rms_norm, x, stride, index, n, self._spec.d_model, weight, self.scratch.eps, out, stride)
-        program.barrier()
+
+    def _parts(self, layer: int, expert: LoadedExpert) -> tuple[Matrix, ...]:
+        parts = self._experts.experts[layer][expert.expert].parts
+        return tuple(Matrix(p.type, p.rows, p.cols, at) for p, at in zip(parts, expert.addresses, strict=True))
 
     def _interleave(self, program: Program, layer: int, expert: LoadedExpert) -> None:
-        parts = self._experts.experts[layer][expert.expert].parts
-        for part, address in zip(parts, expert.addresses, strict=True):
-            kind = int(part.type)
-            if kind in FIELDS:
-                n_blocks = part.cols // part.type.block_size
+        """Add the re-arranging of what is fresh and used by the expert's stage."""
+        inner = expert.fresh[0] and expert.stage is not Stage.OUTER
+        outer = expert.fresh[1] and expert.stage is not Stage.INNER
+        for matrix, due in zip(self._parts(layer, expert), (inner, inner, outer), strict=True):
+            kind = int(matrix.type)
+            if due and kind in FIELDS:
                 program.add(
-                    interleave, address, address, part.rows, n_blocks, part.type.block_bytes,
+                    interleave, matrix.address, matrix.address, matrix.rows, matrix.n_blocks, matrix.type.block_bytes,
                     int(self._fields[kind].ctypes.data), len(FIELDS[kind]), self.scratch.address["tile"],
                     self._tile_bytes,
                 )  # fmt: skip
 
-    def _run_groups(self, program: Program, layer: int, groups: Sequence[_Group]) -> None:
+    def _run_groups(self, program: Program, groups: Sequence[_Group]) -> None:
         """Add gate, up, SwiGLU and down of groups whose rows together fit the scratch rows."""
+        d = float_stride(self._spec.d_model)
+        self._run_inner(program, [g for g in groups if g.loaded.stage is not Stage.OUTER])
+        for g in groups:
+            if g.loaded.stage is not Stage.INNER:
+                y = self.scratch.address["y"] + g.start * d
+                multiply(program, g.parts[2], self._inner_activations(g), y, d, self._limits.threads)
+        program.barrier()
+
+    def _run_inner(self, program: Program, groups: Sequence[_Group]) -> None:
+        """Add gate, up and SwiGLU of groups, and the packing of what their down matrices multiply."""
         spec, s, a = self._spec, self.scratch, self.scratch.address
         threads = self._limits.threads
         d, f = float_stride(spec.d_model), float_stride(spec.d_ff)
         one_token = len(self.batch.tokens) == 1
-        parts = {
-            g.expert.expert: [
-                Matrix(p.type, p.rows, p.cols, address)
-                for p, address in zip(
-                    self._experts.experts[layer][g.expert.expert].parts, g.expert.addresses, strict=True
-                )
-            ]
-            for g in groups
-        }
         inputs: list[Activations] = []
-        first = 0
         for g in groups:
-            gate, up, _ = parts[g.expert.expert]
+            gate, up, _ = g.parts
             kinds = {gate.type, up.type}
             if one_token:  # every group is the same row
                 x = Activations(1, a["h"], d, s.packed["input"])
                 if g is groups[0]:
-                    x.pack(program, spec.d_model, {m.type for ms in parts.values() for m in ms[:2]})
+                    x.pack(program, spec.d_model, {m.type for group in groups for m in group.parts[:2]})
             else:
                 index = a["order"] + FLOAT_BYTES * g.start
-                packed = {size: area.offset(first, spec.d_model) for size, area in s.packed["input"].items()}
-                x = Activations(g.count, a["gathered"] + first * d, d, packed)
+                packed = {size: area.offset(g.row, spec.d_model) for size, area in s.packed["input"].items()}
+                x = Activations(g.count, a["gathered"] + g.row * d, d, packed)
                 if any(int(kind) not in FIELDS for kind in kinds):
                     program.add(gather, a["h"], d, index, g.count, d, x.address, d)
                 x.pack(program, spec.d_model, kinds, source=a["h"], index=index)
             inputs.append(x)
-            first += g.count
         program.barrier()
-        first = 0
         for g, x in zip(groups, inputs, strict=True):
-            gate, up, _ = parts[g.expert.expert]
-            multiply(program, gate, x, a["gate"] + first * f, f, threads)
-            multiply(program, up, x, a["up"] + first * f, f, threads)
-            first += g.count
+            gate, up, _ = g.parts
+            multiply(program, gate, x, a["gate"] + g.row * f, f, threads)
+            multiply(program, up, x, a["up"] + g.row * f, f, threads)
         program.barrier()
-        program.add(swiglu, a["gate"], a["up"], first * f // FLOAT_BYTES)
-        program.barrier()
-        inner: list[Activations] = []
-        first = 0
         for g in groups:
-            down = parts[g.expert.expert][2]
-            packed = {size: area.offset(first, spec.d_ff) for size, area in s.packed["inner"].items()}
-            z = Activations(g.count, a["gate"] + first * f, f, packed)
-            z.pack(program, spec.d_ff, {down.type})
-            inner.append(z)
-            first += g.count
+            program.add(swiglu, a["gate"] + g.row * f, a["up"] + g.row * f, g.count * f // FLOAT_BYTES)
         program.barrier()
-        for g, z in zip(groups, inner, strict=True):
-            down = parts[g.expert.expert][2]
-            multiply(program, down, z, a["y"] + g.start * d, d, threads)
+        for g in groups:
+            self._inner_activations(g).pack(program, spec.d_ff, {g.parts[2].type})
         program.barrier()
+
+    def _inner_activations(self, group: _Group) -> Activations:
+        """Return what a group's down matrix multiplies."""
+        f = float_stride(self._spec.d_ff)
+        packed = {size: area.offset(group.row, self._spec.d_ff) for size, area in self.scratch.packed["inner"].items()}
+        return Activations(group.count, self.scratch.address["gate"] + group.row * f, f, packed)
 
 
 def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLType]:

@@ -69,6 +69,10 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
         "router": t * float_stride(spec.n_experts),
         "expert_ids": t * FLOAT_BYTES * spec.top_k,
         "expert_weights": t * FLOAT_BYTES * spec.top_k,
+        "next_h": t * d,  # normalized for the next layer's router
+        "next_router": t * float_stride(spec.n_experts),
+        "predicted_ids": t * FLOAT_BYTES * spec.top_k,
+        "predicted_weights": t * FLOAT_BYTES * spec.top_k,
         "places": t * FLOAT_BYTES * spec.top_k,
         "order": t * FLOAT_BYTES * spec.top_k,
         "positions": t * FLOAT_BYTES,
@@ -121,6 +125,7 @@ class Scratch:
         self.kv = Memory(limits.kv_blocks * kv_block_bytes(spec))
         t, k = limits.batch_tokens, spec.top_k
         self.expert_ids = self.memory.ints(self.address["expert_ids"], t * k)
+        self.predicted_ids = self.memory.ints(self.address["predicted_ids"], t * k)
         self.places = self.memory.ints(self.address["places"], t * k)
         self.order = self.memory.ints(self.address["order"], t * k)
         self.positions = self.memory.ints(self.address["positions"], t)

@@ -6,6 +6,7 @@ layer `Attend`, one or more `RunExperts`, and `Combine`, at the end `Project`; s
 
 from __future__ import annotations
 
+import enum
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -17,6 +18,7 @@ from mer.errors import MerError
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
+Uint8Array = npt.NDArray[np.uint8]
 
 
 @attrs.frozen(eq=False)
@@ -42,23 +44,44 @@ class Begin:
 
 @attrs.frozen
 class Attend:
-    """Run attention and the router of one layer; the result's `expert_ids` are filled in."""
+    """Run attention and the router of one layer; the result's `expert_ids` are filled in.
+
+    With `predict`, also apply the next layer's router to the residual stream as it is before this layer's experts; the
+    result's `predicted_ids` are filled in, unless this is the last layer. No other bit changes.
+    """
 
     layer: int
+    predict: bool = False
+
+
+class Stage(enum.Enum):
+    """Which part of an expert's feed-forward network to compute. Results do not depend on how it is divided."""
+
+    WHOLE = "whole"
+    INNER = "inner"  # gate and up products and SwiGLU; the down matrix need not be in memory
+    OUTER = "outer"  # the down product, after this layer's INNER; gate and up need not be in memory any more
 
 
 @attrs.frozen
 class LoadedExpert:
-    """Where one expert's matrices lie in memory."""
+    """Where one expert's matrices lie in memory, and what to compute with them.
+
+    Matrices that are `fresh` are as read from the file. The worker re-arranges in place those that are fresh and that
+    the stage uses: afterwards they are not fresh any more.
+    """
 
     expert: int
     addresses: tuple[int, int, int]  # gate, up, down
-    fresh: bool  # bytes are as read from the file; the worker re-arranges them in place before use
+    fresh: tuple[bool, bool]  # gate and up; down
+    stage: Stage = Stage.WHOLE
 
 
 @attrs.frozen
 class RunExperts:
-    """Compute the feed-forward networks of these experts for the tokens that were routed to them."""
+    """Compute the feed-forward networks of these experts for the tokens that were routed to them.
+
+    An expert is given once in an operation; stages may be mixed.
+    """
 
     layer: int
     experts: tuple[LoadedExpert, ...]
@@ -76,7 +99,22 @@ class Project:
     """Apply the final norm and the output head to the rows that the batch asked for."""
 
 
-Operation = Begin | Attend | RunExperts | Combine | Project
+@attrs.frozen
+class ReadBlocks:
+    """Hand out the KV of blocks that nobody writes to while the result is used; between two batches."""
+
+    blocks: tuple[int, ...]
+
+
+@attrs.frozen(eq=False)
+class WriteBlocks:
+    """Put KV that `ReadBlocks` once gave into blocks; between two batches."""
+
+    blocks: tuple[int, ...]
+    kv: tuple[Uint8Array, ...]  # the bytes of each block
+
+
+Operation = Begin | Attend | RunExperts | Combine | Project | ReadBlocks | WriteBlocks
 
 
 @attrs.frozen(eq=False)
@@ -91,8 +129,10 @@ class Done:
     """What a job gave; exactly one comes back for each job, in order."""
 
     expert_ids: Int32Array | None = None  # [T, K] of the job's Attend, in descending order of router weight
+    predicted_ids: Int32Array | None = None  # [T, K] of the job's predicting Attend, in the next layer
     logits: Float32Array | None = None  # [N, V] of the job's Project
     damaged: Int32Array | None = None  # rows of the batch whose router logits were not finite so far
+    kv: tuple[Uint8Array, ...] | None = None  # of the job's ReadBlocks: read-only, a copy or the worker's own memory
     error: MerError | None = None  # the batch is lost; the worker takes the next `Begin`
     compute_s: float = 0.0  # time the job ran
 
@@ -116,6 +156,13 @@ class ComputeWorker(Protocol):
 
     jobs: trio.MemorySendChannel[Job]
     results: trio.MemoryReceiveChannel[Done]
+
+    @property
+    def staged_pairs(self) -> int:
+        """Largest number of (token, choice) pairs of a batch, T * K, that may use the stages INNER and OUTER.
+
+        Of such a batch the worker keeps the inner activations of all pairs; a larger one must run experts WHOLE.
+        """
 
     async def run(self) -> None:
         """Serve jobs until the job channel is closed or the task is cancelled."""

@@ -48,7 +48,7 @@ class ExpertStore:
         resident = self.cache[layer, expert]
         self.pool.pin(resident.slot)
         resident.pins += 1
-        return LoadedExpert(expert, resident.addresses, resident.fresh)
+        return LoadedExpert(expert, resident.addresses, (resident.fresh, resident.fresh))
 
     def unpin(self, layer: int, experts: Iterable[LoadedExpert], *, used: bool) -> None:
         """Let pinned experts go; with `used`, a job has run on them and has arranged their bytes for the kernels."""

@@ -27,9 +27,14 @@ from mer.compute.worker import (
     Done,
     Job,
     LoadedExpert,
+    Operation,
     Project,
+    ReadBlocks,
     RunExperts,
+    Stage,
+    Uint8Array,
     WorkerStatistics,
+    WriteBlocks,
 )
 from mer.errors import ComputeError
 from mer.io.arena import Arena
@@ -38,6 +43,7 @@ from mer.testing.simdisk import content
 
 _MASK = (1 << 64) - 1
 _ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it
+_MATRICES = {Stage.WHOLE: (0, 1, 2), Stage.INNER: (0, 1), Stage.OUTER: (2,)}  # of gate, up, down, those a stage uses
 _GARBAGE = 0xBAD  # the hidden state of a row whose experts were not all computed
 
 Draw: TypeAlias = Callable[[npt.NDArray[np.float32]], int]
@@ -112,12 +118,15 @@ class SimModel:
 
 
 @functools.lru_cache(4096)
+def matrix_crcs(disk_seed: int, experts: ExpertMap, layer: int, expert: int) -> tuple[int, ...]:
+    """Return the checksums of an expert's gate, up and down matrices as the simulated files have them."""
+    parts = experts.experts[layer][expert].parts
+    return tuple(zlib.crc32(content(disk_seed, part.file, part.offset, part.n_bytes).data) for part in parts)
+
+
 def file_crc(disk_seed: int, experts: ExpertMap, layer: int, expert: int) -> int:
-    """Return the checksum of an expert's three matrices as the simulated files have them."""
-    crc = 0
-    for part in experts.experts[layer][expert].parts:
-        crc = zlib.crc32(content(disk_seed, part.file, part.offset, part.n_bytes).data, crc)
-    return crc
+    """Return the checksum of an expert as the simulated files have it."""
+    return mix(*matrix_crcs(disk_seed, experts, layer, expert))
 
 
 @attrs.frozen(kw_only=True)
@@ -126,14 +135,15 @@ class JobCost:
 
     job_s: float = 20e-6
     row_s: float = 5e-6  # for each row of an Attend
-    expert_s: float = 10e-6  # for each expert
+    expert_s: float = 10e-6  # for each expert; half of it for each stage
 
 
 class SimWorker:
     """A ComputeWorker of a SimModel, deterministic.
 
     Like a real one it re-arranges fresh experts in place, keeps the batch until the next Begin, and has no mercy with
-    memory that changes under it: the bytes of every expert are looked at when the job begins and when it ends.
+    memory that changes under it: the bytes that a job uses are looked at when it begins and when it ends. A stage uses
+    and changes its own matrices only.
 
     Args:
         model: what to compute.
@@ -142,6 +152,7 @@ class SimWorker:
         disk_seed: of the SimDisk that the files are on.
         cost: how long jobs take.
         failures: numbers of the jobs, from 0, that fail half-way.
+        staged_pairs: see `ComputeWorker`.
     """
 
     def __init__(
@@ -153,7 +164,9 @@ class SimWorker:
         disk_seed: int = 0,
         cost: JobCost | None = None,
         failures: frozenset[int] = frozenset(),
+        staged_pairs: int = 12,
     ) -> None:
+        self.staged_pairs = staged_pairs
         self._model, self._arena, self._experts, self._disk_seed = model, arena, experts, disk_seed
         self._slot_addresses = [arena.address(slot) for slot in range(arena.n_slots)]
         self._cost, self._failures = cost or JobCost(), failures
@@ -167,6 +180,7 @@ class SimWorker:
         self._x: list[int] = []
         self._nan: list[bool] = []
         self._routes: list[list[int]] = []
+        self._inner: set[int] = set()  # experts of the layer whose INNER has run, and not their OUTER
         self._outputs: list[dict[int, int]] = []  # for each row {expert: output}
         self._layer = -1
         self._n_jobs = self._n_tokens = self._n_runs = 0
@@ -202,16 +216,19 @@ class SimWorker:
             compute_s=self._compute_s,
         )
 
-    async def _run_operation(
-        self, operation: Begin | Attend | RunExperts | Combine | Project, done: Done, *, fails: bool
-    ) -> Done:
+    async def _run_operation(self, operation: Operation, done: Done, *, fails: bool) -> Done:
         match operation:
             case Begin(batch):
                 self._begin(batch)
-            case Attend(layer):
+            case Attend(layer, predict):
                 await trio.sleep(self._cost.job_s + self._cost.row_s * len(self._x))
                 self._attend(layer)
-                done = attrs.evolve(done, expert_ids=np.array(self._routes, np.int32), damaged=self._damaged())
+                done = attrs.evolve(
+                    done,
+                    expert_ids=np.array(self._routes, np.int32),
+                    predicted_ids=self._predict(layer + 1) if predict else None,
+                    damaged=self._damaged(),
+                )
             case RunExperts(layer, experts):
                 await self._run_experts(layer, experts, fails=fails)
             case Combine(layer):
@@ -219,7 +236,33 @@ class SimWorker:
             case Project():
                 await trio.sleep(self._cost.job_s)
                 done = attrs.evolve(done, logits=self._project(), damaged=self._damaged())
+            case ReadBlocks(blocks):
+                await trio.sleep(self._cost.job_s)
+                done = attrs.evolve(done, kv=tuple(self._read_block(block) for block in blocks))
+            case WriteBlocks(blocks, kv):
+                await trio.sleep(self._cost.job_s)
+                for block, content in zip(blocks[: 0 if fails else None], kv, strict=not fails):
+                    self._write_block(block, content)
         return done
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one KV block: a hidden state and whether it is NaN, for all layers and positions."""
+        return 16 * self._model.n_layers * self.block_tokens
+
+    def _places(self, block: int) -> list[tuple[int, int, int]]:
+        return [(layer, block, offset) for layer in range(self._model.n_layers) for offset in range(self.block_tokens)]
+
+    def _read_block(self, block: int) -> Uint8Array:
+        entries = [self._kv[place] for place in self._places(block)]
+        kv = np.array(entries, np.uint64).view(np.uint8).reshape(-1)
+        kv.flags.writeable = False
+        return kv
+
+    def _write_block(self, block: int, kv: Uint8Array) -> None:
+        assert len(kv) == self.block_bytes
+        for place, (x, nan) in zip(self._places(block), kv.view(np.uint64).reshape(-1, 2).tolist(), strict=True):
+            self._kv[place] = (x, bool(nan))
 
     def _begin(self, batch: Batch) -> None:
         assert len(batch.tokens) == len(batch.positions) == len(batch.sequences) > 0
@@ -227,6 +270,9 @@ class SimWorker:
         assert (np.diff(batch.sequences) >= 0).all(), "the rows of a sequence are not adjacent"
         same = np.diff(batch.sequences) == 0
         assert (np.diff(batch.positions)[same] == 1).all(), "the rows of a sequence are not in order"
+        of_row = batch.tables[batch.sequences, batch.positions // self.block_tokens]
+        places = set(zip(of_row.tolist(), (batch.positions % self.block_tokens).tolist(), strict=True))
+        assert len(places) == len(batch.tokens), "two rows write to the same place"
         self.batches.append(batch)
         self._n_tokens += len(batch.tokens)
         rows = list(zip(batch.tokens.tolist(), batch.positions.tolist(), strict=True))
@@ -238,6 +284,7 @@ class SimWorker:
         assert layer == self._layer + 1, "a layer was left out, or run twice"
         self._layer = layer
         batch = self.batches[-1]
+        self._inner.clear()  # what lacks its outer stage was given up
         self._routes, self._outputs = [], [{} for _ in self._x]
         for row, position in enumerate(batch.positions.tolist()):
             table = batch.tables[batch.sequences[row]].tolist()
@@ -248,28 +295,57 @@ class SimWorker:
             self._x[row] = self._model.attend(layer, [x for x, _ in entries], self._x[row])
             self._routes.append(self._model.route(layer, self._x[row]))
 
+    def _predict(self, layer: int) -> npt.NDArray[np.int32] | None:
+        """Return what the router of a layer chooses for the rows as they are now; None behind the last layer."""
+        if layer == self._model.n_layers:
+            return None
+        return np.array([self._model.route(layer, x) for x in self._x], np.int32)
+
     async def _run_experts(self, layer: int, experts: Sequence[LoadedExpert], *, fails: bool) -> None:
         assert layer == self._layer
         assert len({loaded.expert for loaded in experts}) == len(experts), "an expert twice in a job"
         if fails:  # half-way through: some bytes are re-arranged, and some are not
             for loaded in experts[: len(experts) // 2 + 1]:
-                self._arrange(layer, loaded, parts=2)
+                for matrix in _MATRICES[loaded.stage][:2]:
+                    self._arrange(layer, loaded, matrix)
             return
         for loaded in experts:
-            if loaded.fresh:
-                self._arrange(layer, loaded)
-        crcs = [self._crc(layer, loaded) for loaded in experts]
-        await trio.sleep(self._cost.expert_s * len(experts))
-        assert crcs == [self._crc(layer, loaded) for loaded in experts], "an expert's bytes changed during a job"
+            for matrix in _MATRICES[loaded.stage]:
+                if loaded.fresh[matrix // 2]:
+                    self._arrange(layer, loaded, matrix)
+        crcs = [self._crcs(layer, loaded) for loaded in experts]
+        halves = sum(1 if loaded.stage is not Stage.WHOLE else 2 for loaded in experts)
+        await trio.sleep(self._cost.expert_s * halves / 2)
+        assert crcs == [self._crcs(layer, loaded) for loaded in experts], "an expert's bytes changed during a job"
         for loaded, crc in zip(experts, crcs, strict=True):
-            assert crc == file_crc(self._disk_seed, self._experts, layer, loaded.expert), (
+            want = matrix_crcs(self._disk_seed, self._experts, layer, loaded.expert)
+            assert crc == [want[matrix] for matrix in _MATRICES[loaded.stage]], (
                 f"the bytes of expert {loaded.expert} of layer {layer} are wrong, or arranged twice or not at all"
             )
+            self._account(layer, loaded)
+            if loaded.stage is Stage.INNER:
+                continue
             self._n_runs += 1
             for x, route, outputs in zip(self._x, self._routes, self._outputs, strict=True):
                 if loaded.expert in route:
                     assert loaded.expert not in outputs, f"expert {loaded.expert} of layer {layer} computed twice"
-                    outputs[loaded.expert] = mix(x, crc)
+                    outputs[loaded.expert] = mix(x, mix(*want))
+
+    def _account(self, layer: int, loaded: LoadedExpert) -> None:
+        """Check that stages come in turn, and only in batches that may have them."""
+        name = f"the {loaded.stage.value} stage of expert {loaded.expert} of layer {layer}"
+        if loaded.stage is Stage.WHOLE:
+            assert loaded.expert not in self._inner, f"{name} after its inner one"
+            return
+        pairs = len(self._x) * self._model.top_k
+        assert pairs <= self.staged_pairs, f"{name} in a batch of {pairs} (token, choice) pairs"
+        if loaded.stage is Stage.INNER:
+            assert loaded.expert not in self._inner, f"{name} twice"
+            computed = any(loaded.expert in outputs for outputs in self._outputs)
+            assert not computed, f"{name} after the whole"
+        else:
+            assert loaded.expert in self._inner, f"{name} before its inner one"
+        self._inner ^= {loaded.expert}
 
     def _combine(self, layer: int) -> None:
         assert layer == self._layer
@@ -292,22 +368,20 @@ class SimWorker:
         router = [token in self._model.nan_router for token in self.batches[-1].tokens.tolist()]
         return np.flatnonzero(np.logical_or(self._nan, router)).astype(np.int32)
 
-    def _views(self, layer: int, loaded: LoadedExpert) -> list[npt.NDArray[np.uint8]]:
-        """Return the bytes of an expert's matrices where the scheduler says they lie."""
-        views = []
-        for part, address in zip(self._experts.experts[layer][loaded.expert].parts, loaded.addresses, strict=True):
-            slot = bisect.bisect(self._slot_addresses, address) - 1
-            begin = address - self._slot_addresses[slot]
-            views.append(self._arena.view(slot)[begin : begin + part.n_bytes])
-            assert len(views[-1]) == part.n_bytes
-        return views
+    def _view(self, layer: int, loaded: LoadedExpert, matrix: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of an expert's gate (0), up (1) or down (2) where the scheduler says they lie."""
+        part, address = self._experts.experts[layer][loaded.expert].parts[matrix], loaded.addresses[matrix]
+        slot = bisect.bisect(self._slot_addresses, address) - 1
+        begin = address - self._slot_addresses[slot]
+        view = self._arena.view(slot)[begin : begin + part.n_bytes]
+        assert len(view) == part.n_bytes
+        return view
 
-    def _arrange(self, layer: int, loaded: LoadedExpert, parts: int = 3) -> None:
-        for view in self._views(layer, loaded)[:parts]:
-            view ^= _ARRANGED
+    def _arrange(self, layer: int, loaded: LoadedExpert, matrix: int) -> None:
+        view = self._view(layer, loaded, matrix)
+        view ^= _ARRANGED
 
-    def _crc(self, layer: int, loaded: LoadedExpert) -> int:
-        crc = 0
-        for view in self._views(layer, loaded):
-            crc = zlib.crc32((view ^ np.uint8(_ARRANGED)).data, crc)
-        return crc
+    def _crcs(self, layer: int, loaded: LoadedExpert) -> list[int]:
+        """Return the checksums of the matrices that an expert's stage uses, as they were before they were arranged."""
+        views = [self._view(layer, loaded, matrix) for matrix in _MATRICES[loaded.stage]]
+        return [zlib.crc32((view ^ np.uint8(_ARRANGED)).data) for view in views]

@@ -93,7 +93,7 @@ class Experts:
         """Return an expert of a layer."""
         key = layer, expert
         if self.keep and key in self._loaded:
-            return LoadedExpert(expert, self._loaded[key][1], fresh=False)
+            return LoadedExpert(expert, self._loaded[key][1], fresh=(False, False))
         parts = self.experts.experts[layer][expert].parts
         memory = Memory(sum(stored_bytes(p.type, p.rows, p.cols) + 64 for p in parts))
         addresses = []
@@ -105,7 +105,7 @@ class Experts:
             addresses.append(address)
         gate, up, down = addresses
         self._loaded[key] = memory, (gate, up, down)
-        return LoadedExpert(expert, (gate, up, down), fresh=True)
+        return LoadedExpert(expert, (gate, up, down), fresh=(True, True))
 
 
 @attrs.define

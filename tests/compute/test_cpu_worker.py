@@ -22,6 +22,8 @@ from mer.errors import ComputeError, ConfigError, NumericsError
 class Script:
     """Stands in for `Forward`: runs a function for each layer that is attended, in the leader's thread."""
 
+    staged_pairs = 3
+
     def __init__(self, attend: Callable[[int], None] = lambda layer: None) -> None:
         self.act = attend
         self.layers: list[int] = []
@@ -29,7 +31,7 @@ class Script:
     def begin(self, batch: Batch) -> None:
         self.batch = batch
 
-    def attend(self, _program: Program, layer: int) -> None:
+    def attend(self, _program: Program, layer: int, *, predict: bool) -> None:
         self.act(layer)
         self.layers.append(layer)
 
@@ -38,6 +40,9 @@ class Script:
 
     def routed(self) -> Any:
         return np.array([[self.layers[-1]]], np.int32)
+
+    def predicted(self) -> None:
+        pass
 
     def combine(self, _program: Program) -> None:
         pass

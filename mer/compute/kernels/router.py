@@ -16,19 +16,20 @@ def route(row: int, thread: int, n_threads: int) -> None:
 
     Softmax over the chosen k equals the softmax over all experts renormalized over them, so both routings share one
     computation: w = e**(logit - largest) divided by the sum over the chosen. A logit that is not finite sets the row's
-    `damaged`; NaN then ranks as minus infinity, so that the k experts are always different ones.
+    `damaged`, if there is one; NaN then ranks as minus infinity, so that the k experts are always different ones.
 
     Arguments: logits (float32), stride_bytes, n, n_experts, k, ids (int32 [n, k]), weights (float32 [n, k]), damaged
-    (int32 [n]).
+    (int32 [n], or 0).
     """
     logits, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n_experts, k = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
     ids, weights, damaged = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
     for t in range(thread, n, n_threads):
         scores = logits + t * stride
-        for e in range(n_experts):
-            if not math.isfinite(load_f32(scores, e)):
-                store_i32(damaged, t, np.int32(1))
+        if damaged != 0:
+            for e in range(n_experts):
+                if not math.isfinite(load_f32(scores, e)):
+                    store_i32(damaged, t, np.int32(1))
         previous, previous_id = np.float32(np.inf), -1
         top, total = np.float32(0), 0.0
         for j in range(k):
