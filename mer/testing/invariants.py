@@ -1,0 +1,89 @@
+"""What holds of an engine between any two steps of its tasks, looked at between all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import trio
+
+from mer.io.pool import SlotState
+from mer.testing.simengine import SimEngine
+
+
+def check_now(sim: SimEngine) -> None:
+    """Assert what must hold of an engine at any moment: that nothing is lost, and nothing is held twice."""
+    pool, cache = sim.pool.statistics(), sim.cache.statistics()
+    fetcher, kv, scheduler = sim.fetcher.statistics(), sim.kv.statistics(), sim.scheduler.statistics()
+    states = [sim.pool.state(slot) for slot in range(pool.n_slots)]
+    by_state = Counter(states)
+    assert (pool.free, pool.filling, pool.ready, pool.pinned, pool.quarantined) == tuple(
+        by_state[state] for state in SlotState
+    ), "the pool has miscounted its slots"
+    holders: dict[int, object] = {}
+    for layer, row in enumerate(sim.experts.experts):
+        for expert in range(len(row)):
+            fetch = sim.fetcher.in_flight(layer, expert)
+            if fetch is not None:
+                assert fetch.slot not in holders, f"slot {fetch.slot} is leased twice"
+                holders[fetch.slot] = fetch
+                assert states[fetch.slot] is SlotState.FILLING, "a read fills a slot that is not its own"
+                assert (layer, expert) not in sim.cache, "an expert that is resident is read again"
+            if (layer, expert) in sim.cache:
+                resident = sim.cache[layer, expert]
+                assert resident.slot not in holders, f"slot {resident.slot} holds two experts"
+                holders[resident.slot] = resident
+                expected = SlotState.PINNED if resident.pins else SlotState.READY
+                assert states[resident.slot] is expected, "the pool and the cache disagree about a pin"
+    assert pool.ready + pool.pinned == cache.resident, "a slot has bytes that nobody knows"
+    assert pool.filling == fetcher.in_flight, "a slot waits for a read that nobody has started"
+    assert cache.hits + cache.misses == cache.lookups
+    assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.abandoned + fetcher.in_flight
+    assert 0 <= kv.free <= kv.n_blocks
+    assert scheduler.submitted == (
+        scheduler.finished
+        + scheduler.failed
+        + scheduler.cancelled
+        + scheduler.running
+        + scheduler.waiting
+        + scheduler.paused
+    ), "a sequence is counted twice, or not at all"
+
+
+class _Watch(trio.abc.Instrument):
+    """Calls a check after every step of a task, until it fails for the first time."""
+
+    def __init__(self, check: Callable[[], None], scope: trio.CancelScope) -> None:
+        self._check, self._scope = check, scope
+        self.error: BaseException | None = None
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if self.error is None:
+            try:
+                self._check()
+            except Exception as error:  # trio would log it and go on
+                self.error = error
+                self._scope.cancel()
+
+
+@contextmanager
+def watch(check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` after every step of every task while the block runs; if it raises, cancel the block and raise that.
+
+    For invariants that must hold whenever a task gives way, such as `check_now` of an engine. What holds only between
+    some steps shows as a failure at the very step after which it does not.
+    """
+    with trio.CancelScope() as scope:
+        instrument = _Watch(check, scope)
+        trio.lowlevel.add_instrument(instrument)
+        try:
+            yield
+        except Exception as error:
+            if instrument.error is None:
+                raise
+            raise instrument.error from error
+        finally:
+            trio.lowlevel.remove_instrument(instrument)
+    if instrument.error is not None:
+        raise instrument.error
