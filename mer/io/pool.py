@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import attrs
-import trio
 
 from mer.errors import ConfigError
+from mer.io.priority import Priority
 
 
 class SlotState(enum.Enum):
@@ -17,8 +18,28 @@ class SlotState(enum.Enum):
     FREE = "free"
     FILLING = "filling"  # leased: reads into it are about to start or under way
     READY = "ready"  # holds its bytes, used by nobody right now
-    PINNED = "pinned"  # holds its bytes, used by at least one job
+    PINNED = "pinned"  # holds its bytes, planned or used by at least one batch
     QUARANTINED = "quarantined"  # nobody wants the bytes, but the kernel may still write into it
+
+
+@attrs.define(eq=False)
+class Ticket:
+    """A place in line for one slot.
+
+    Attributes:
+        key: (layer, expert) that the slot is for.
+        kind: class of slots that the expert fits.
+        priority: of the read that the slot is for.
+        on_granted: called once, with the ticket, when its slot has become FILLING; synchronous, possibly before
+            `request` has returned.
+        slot: the slot, once granted.
+    """
+
+    key: tuple[int, int]
+    kind: int
+    priority: Priority
+    on_granted: Callable[[Ticket], None]
+    slot: int | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -31,46 +52,57 @@ class PoolStatistics:
     ready: int
     pinned: int
     quarantined: int
-    tasks_waiting: int  # leases that wait for slots
-    slots_wanted: int  # by them together
-
-
-@attrs.define(eq=False)
-class _Request:
-    """A lease that waits in line."""
-
-    n: int
-    slots: list[int] = attrs.Factory(list)  # all n of them once granted, empty before
-    granted: trio.Event = attrs.Factory(trio.Event)
+    waiting: tuple[int, ...]  # tickets in line, by priority
+    permits: int  # slots that speculation could take now
 
 
 class BufferPool:
-    """Leases slots to whoever reads into them, first come, first served.
+    """Leases slots to whoever reads into them.
 
-    A lease is granted whole or not at all, so nobody waits for a slot while holding part of the same request.
-    Whoever gives a slot back hands it to the request at the head of the line as soon as that fits whole; a request
-    that comes later never overtakes it, even if it is smaller. The pool knows numbers of slots only; the memory is
-    the Arena's.
+    Requests wait in line: demand before read-ahead before prefetch, and first come, first served among the requests
+    of one priority and one kind of slots. Whoever gives a slot back hands it to the head of the line; a request that
+    comes later never overtakes. A request takes a free slot, or a READY one that its owner gives up for it. Speculation
+    (every priority but demand) must leave a reserve: as many slots that are free or READY, so that demand always has
+    them without waiting for a speculative read to land.
 
-    Every transition is synchronous, and one that does not fit the slot's state raises RuntimeError and changes
+    Everything is synchronous, and a transition that does not fit the slot's state raises RuntimeError and changes
     nothing. To be used from the trio thread alone.
 
+    Attributes:
+        evict: the owner of the READY slots sets it: called with a ticket, it forgets what one READY slot of the
+            ticket's kind holds and returns that slot, or None if it keeps them all.
+
     Args:
-        n_slots: number of slots, at least 1.
+        slot_counts: number of slots of each kind, at least 1 each; slots are numbered from 0, kind after kind.
+        reserve: slots of each kind that speculation leaves to demand, at least 1 (a pool with no more slots than
+            that has no speculation).
 
     Raises:
-        ConfigError: there is no slot.
+        ConfigError: a kind has no slot, or there is no reserve.
     """
 
-    def __init__(self, n_slots: int) -> None:
-        if n_slots < 1:
-            raise ConfigError(f"a buffer pool needs at least 1 slot, not {n_slots}")
-        self.n_slots = n_slots
-        self._states = [SlotState.FREE] * n_slots
-        self._pins = [0] * n_slots
-        self._free = list(reversed(range(n_slots)))  # a stack: the slot freed last is the warmest
-        self._counts = dict.fromkeys(SlotState, 0) | {SlotState.FREE: n_slots}
-        self._line: deque[_Request] = deque()
+    def __init__(self, slot_counts: Sequence[int], *, reserve: int = 1) -> None:
+        if not slot_counts or min(slot_counts) < 1:
+            raise ConfigError(f"a buffer pool needs at least 1 slot of each kind, not {list(slot_counts)}")
+        if reserve < 1:
+            raise ConfigError(f"demand needs a reserve of at least 1 slot, not {reserve}")
+        self.evict: Callable[[Ticket], int | None] = lambda _: None
+        self.n_slots = sum(slot_counts)
+        self.reserve = reserve
+        self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
+        self._states = [SlotState.FREE] * self.n_slots
+        self._pins = [0] * self.n_slots
+        self._counts = [dict.fromkeys(SlotState, 0) | {SlotState.FREE: count} for count in slot_counts]
+        self._free: list[list[int]] = [[] for _ in slot_counts]  # stacks: the slot freed last is the warmest
+        for slot in reversed(range(self.n_slots)):
+            self._free[self._kinds[slot]].append(slot)
+        self._lines: list[list[deque[Ticket]]] = [[deque() for _ in slot_counts] for _ in Priority]
+        self._n_waiting = 0
+        self._serving = False
+
+    def kind(self, slot: int) -> int:
+        """Return the class of a slot."""
+        return self._kinds[slot]
 
     def state(self, slot: int) -> SlotState:
         """Return what a slot is doing.
@@ -82,56 +114,70 @@ class BufferPool:
             raise RuntimeError(f"slot {slot} is not one of the pool's {self.n_slots} slots")
         return self._states[slot]
 
-    def lease_nowait(self, n: int) -> list[int]:
-        """Take `n` free slots, which become FILLING.
+    def usable(self, kind: int) -> int:
+        """Return how many slots of a kind are not quarantined."""
+        counts = self._counts[kind]
+        return sum(counts.values()) - counts[SlotState.QUARANTINED]
+
+    def request(self, ticket: Ticket) -> None:
+        """Put a ticket in line; it is granted at once if nobody is before it and it can have a slot.
 
         Raises:
-            ConfigError: `n` is not between 1 and the number of slots.
-            trio.WouldBlock: too few slots are free, or others wait in line for them.
+            RuntimeError: the ticket was granted before.
         """
-        self._check_request(n)
-        if self._line or n > len(self._free):
-            raise trio.WouldBlock
-        return self._take(n)
+        if ticket.slot is not None:
+            raise RuntimeError(f"this ticket has slot {ticket.slot} already")
+        self._lines[ticket.priority][ticket.kind].append(ticket)
+        self._n_waiting += 1
+        self.serve()
 
-    async def lease(self, n: int) -> list[int]:
-        """Take `n` slots, which become FILLING, waiting in line until all of them are free.
-
-        If cancelled while waiting, the request leaves the line, nothing else changes, and whoever is next is served
-        if it fits. Once it returns, the caller owns the slots and must see each of them through `landed`, `release`
-        or `quarantine`.
+    def withdraw(self, ticket: Ticket) -> None:
+        """Take a ticket that was not granted out of the line.
 
         Raises:
-            ConfigError: `n` is not between 1 and the number of slots.
+            RuntimeError: it is not in line.
         """
-        self._check_request(n)
-        await trio.lowlevel.checkpoint_if_cancelled()
+        self._leave_line(ticket)
+        self.serve()  # those behind it may be served where it was not: they want other experts
+
+    def promote(self, ticket: Ticket) -> None:
+        """Move a ticket that waits as speculation to the end of the line of demand.
+
+        Raises:
+            RuntimeError: it is not in line, or is demand already.
+        """
+        if ticket.priority is Priority.DEMAND:
+            raise RuntimeError("this ticket is demand already")
+        self._leave_line(ticket)
+        ticket.priority = Priority.DEMAND
+        self.request(ticket)
+
+    def serve(self) -> None:
+        """Grant what can be granted; for owners whose `evict` would now answer otherwise."""
+        if self._serving or not self._n_waiting:
+            return
+        self._serving = True
         try:
-            slots = self.lease_nowait(n)
-        except trio.WouldBlock:
-            request = _Request(n)
-            self._line.append(request)
-            try:
-                await request.granted.wait()
-            except BaseException:
-                if request.slots:  # granted between the cancellation and this task's turn to run
-                    for slot in request.slots:
-                        self.release(slot)
-                else:
-                    self._line.remove(request)
-                    self._serve_line()
-                raise
-            return request.slots
-        else:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return slots
+            progress = True
+            while progress:  # a grant may put further tickets in line, before those already passed over
+                progress = any(self._serve_head(line) for lines in self._lines for line in lines)
+        finally:
+            self._serving = False
+
+    def permits(self, kind: int) -> int:
+        """Return how many slots of a kind speculation could take now without touching the reserve."""
+        counts = self._counts[kind]
+        return max(0, counts[SlotState.FREE] + counts[SlotState.READY] - self.reserve)
 
     def landed(self, slot: int) -> None:
-        """Note that all of a slot's bytes have arrived: FILLING becomes READY."""
+        """Note that all of a slot's bytes have arrived: FILLING becomes READY.
+
+        The owner is told next, by other means; `serve` is called by it, once it knows what the slot holds.
+        """
         self._move(slot, SlotState.READY, SlotState.FILLING)
 
     def pin(self, slot: int) -> None:
-        """Keep a slot from being released while it is used: READY becomes PINNED; pins are counted."""
+        """Keep a slot from being given up while it is planned or used: READY becomes PINNED; pins are counted."""
         self._move(slot, SlotState.PINNED, SlotState.READY, SlotState.PINNED)
         self._pins[slot] += 1
 
@@ -141,12 +187,11 @@ class BufferPool:
         self._pins[slot] -= 1
         if self._pins[slot] == 0:
             self._move(slot, SlotState.READY, SlotState.PINNED)
+            self.serve()
 
     def release(self, slot: int) -> None:
         """Give back a slot that nobody uses and no read writes into: READY or FILLING becomes FREE."""
-        self._move(slot, SlotState.FREE, SlotState.READY, SlotState.FILLING)
-        self._free.append(slot)
-        self._serve_line()
+        self._set_free(slot, SlotState.READY, SlotState.FILLING)
 
     def quarantine(self, slot: int) -> None:
         """Set aside a slot whose bytes nobody wants while reads into it are under way: FILLING becomes QUARANTINED."""
@@ -154,39 +199,56 @@ class BufferPool:
 
     def reclaim(self, slot: int) -> None:
         """Give back a quarantined slot after its last read landed: QUARANTINED becomes FREE."""
-        self._move(slot, SlotState.FREE, SlotState.QUARANTINED)
-        self._free.append(slot)
-        self._serve_line()
+        self._set_free(slot, SlotState.QUARANTINED)
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
+        total = {state: sum(counts[state] for counts in self._counts) for state in SlotState}
         return PoolStatistics(
             n_slots=self.n_slots,
-            free=self._counts[SlotState.FREE],
-            filling=self._counts[SlotState.FILLING],
-            ready=self._counts[SlotState.READY],
-            pinned=self._counts[SlotState.PINNED],
-            quarantined=self._counts[SlotState.QUARANTINED],
-            tasks_waiting=len(self._line),
-            slots_wanted=sum(request.n for request in self._line),
+            free=total[SlotState.FREE],
+            filling=total[SlotState.FILLING],
+            ready=total[SlotState.READY],
+            pinned=total[SlotState.PINNED],
+            quarantined=total[SlotState.QUARANTINED],
+            waiting=tuple(sum(map(len, lines)) for lines in self._lines),
+            permits=sum(self.permits(kind) for kind in range(len(self._counts))),
         )
 
-    def _check_request(self, n: int) -> None:
-        if not 1 <= n <= self.n_slots:
-            raise ConfigError(f"cannot lease {n} slots of a pool of {self.n_slots}; ask for 1 to {self.n_slots}")
-
-    def _take(self, n: int) -> list[int]:
-        slots = [self._free.pop() for _ in range(n)]
-        for slot in slots:
+    def _serve_head(self, line: deque[Ticket]) -> bool:
+        """Grant the head of one line a slot and return whether it could have one."""
+        if not line:
+            return False
+        ticket = line[0]
+        kind = ticket.kind
+        if ticket.priority is not Priority.DEMAND and not self.permits(kind):
+            return False
+        if self._free[kind]:
+            slot = self._free[kind].pop()
             self._move(slot, SlotState.FILLING, SlotState.FREE)
-        return slots
+        else:
+            given_up = self.evict(ticket)
+            if given_up is None:
+                return False
+            slot = given_up
+            self._move(slot, SlotState.FILLING, SlotState.READY)
+        line.popleft()
+        self._n_waiting -= 1
+        ticket.slot = slot
+        ticket.on_granted(ticket)
+        return True
 
-    def _serve_line(self) -> None:
-        """Hand free slots to the head of the line for as long as its whole request fits."""
-        while self._line and self._line[0].n <= len(self._free):
-            request = self._line.popleft()
-            request.slots = self._take(request.n)
-            request.granted.set()
+    def _leave_line(self, ticket: Ticket) -> None:
+        try:
+            self._lines[ticket.priority][ticket.kind].remove(ticket)
+        except ValueError:
+            raise RuntimeError(f"the ticket for expert {ticket.key} is not in line") from None
+        self._n_waiting -= 1
+
+    def _set_free(self, slot: int, *allowed: SlotState) -> None:
+        self._move(slot, SlotState.FREE, *allowed)
+        self._free[self._kinds[slot]].append(slot)
+        self.serve()
 
     def _move(self, slot: int, to: SlotState, *allowed: SlotState) -> None:
         current = self.state(slot)
@@ -194,5 +256,11 @@ class BufferPool:
             expected = " or ".join(state.name for state in allowed)
             raise RuntimeError(f"slot {slot} is {current.name}; only a slot that is {expected} can become {to.name}")
         self._states[slot] = to
-        self._counts[current] -= 1
-        self._counts[to] += 1
+        counts = self._counts[self._kinds[slot]]
+        counts[current] -= 1
+        counts[to] += 1
+
+
+def demand_reserve(slot_counts: Sequence[int], top_k: int) -> int:
+    """Return the slots of each kind that speculation leaves to demand: a token's experts, at most a quarter of them."""
+    return max(1, min(top_k, min(slot_counts) // 4))

@@ -1,11 +1,12 @@
-"""Which experts are resident, in which slots, and which of them must stay."""
+"""Which experts are resident, and in which slots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import attrs
 
+from mer.io.priority import Priority
 from mer.sched.policy import ExpertKey, Policy
 
 
@@ -15,8 +16,8 @@ class Resident:
 
     slot: int
     addresses: tuple[int, int, int]  # gate, up, down
-    fresh: bool = True  # never used yet: its bytes are as the file has them
-    pins: int = 0
+    fresh: tuple[bool, bool]  # whether gate and up, and down, are still as the file has them
+    speculation: Priority | None  # the class it was read in, until it is used for the first time; None if on demand
 
 
 @attrs.frozen(kw_only=True)
@@ -25,14 +26,18 @@ class CacheStatistics:
 
     policy: str
     lookups: int
-    hits: int
+    hits: int  # in memory when they were needed, read ahead and prefetched ones included
     misses: int
     evictions: int
     resident: int
 
 
 class ExpertCache:
-    """The table of resident experts; pure and synchronous, it knows slots by number only."""
+    """The table of resident experts; pure and synchronous, it knows slots by number only.
+
+    Args:
+        policy: ranks the residents.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -57,25 +62,29 @@ class ExpertCache:
         self._misses += len(misses)
         return hits, misses
 
-    def insert(self, key: ExpertKey, slot: int, addresses: tuple[int, int, int]) -> None:
-        """Note that an expert has landed in a slot."""
+    def insert(self, key: ExpertKey, resident: Resident) -> None:
+        """Note that an expert has landed."""
         if key in self._resident:
             raise RuntimeError(f"expert {key} is resident already")
-        self._resident[key] = Resident(slot, addresses)
+        self._resident[key] = resident
         self._policy.insert(key)
 
-    def evict_for(self, layer: int) -> int | None:
-        """Drop the expert that the policy gives up for one of `layer` and return its slot; None if all are pinned."""
-        key = self._policy.victim(layer, lambda candidate: self._resident[candidate].pins == 0)
+    def evict_for(self, layer: int, evictable: Callable[[ExpertKey], bool]) -> Resident | None:
+        """Drop the evictable expert that the policy gives up for one of `layer` and return it, None if there is none."""
+        key = self._policy.victim(layer, evictable)
         if key is None:
             return None
         self._evictions += 1
         return self.drop(key)
 
-    def drop(self, key: ExpertKey) -> int:
-        """Forget a resident expert and return the slot it was in."""
+    def drop(self, key: ExpertKey) -> Resident:
+        """Forget a resident expert and return what it was."""
         self._policy.remove(key)
-        return self._resident.pop(key).slot
+        return self._resident.pop(key)
+
+    def unused(self, priority: Priority) -> int:
+        """Return how many residents were read in this class of speculation and not used so far."""
+        return sum(resident.speculation is priority for resident in self._resident.values())
 
     def statistics(self) -> CacheStatistics:
         """Return a snapshot."""

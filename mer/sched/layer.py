@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import attrs
 import trio
 
 from mer.compute.worker import Done, Job, LoadedExpert, Operation, RunExperts
-from mer.errors import EngineClosed, ReadError
-from mer.io.fetch import Fetch
-from mer.sched.store import ExpertStore
+from mer.errors import EngineClosed, MerError
+from mer.sched.store import Claim, ExpertStore
 
 
 class WorkerLink:
@@ -45,25 +43,28 @@ class LayerResult:
     """What is left of a layer when its experts are done or ready."""
 
     pinned: tuple[LoadedExpert, ...]  # ready but not yet run: they go with the next job, then `unpin`
-    failed: dict[int, ReadError]  # {expert: why its bytes could not be had}
+    failed: dict[int, MerError]  # {expert: why its bytes could not be had}
 
 
 class LayerRun:
     """The experts of one layer for one batch.
 
-    Slots are taken as they can be had and never waited for while this run holds one that it could give back: it waits
-    only when nothing is ready to compute. Then every slot is being filled, by fetches of this run or by those that an
-    earlier batch has left behind, and each of them that ends leaves a slot to be had.
+    All missing experts are asked for at once. Resident ones are computed while the others load, landed ones as they
+    come, with `staged` even before their last matrix has landed. A layer that needs more slots than there are goes in
+    waves: what has been computed is let go, and its slot goes to the next in line. This run waits only when nothing is
+    ready to compute; then every slot that it could use is being filled, and each of these fetches ends.
     """
 
-    def __init__(self, store: ExpertStore, link: WorkerLink, layer: int) -> None:
-        self._store, self._link, self._layer = store, link, layer
-        self._missing: deque[int] = deque()
-        self._in_flight: dict[int, Fetch] = {}
+    def __init__(self, store: ExpertStore, link: WorkerLink, layer: int, *, staged: bool) -> None:
+        self._store, self._link, self._layer, self._staged = store, link, layer, staged
+        self._claims: list[Claim] = []
         self._ready: list[LoadedExpert] = []
-        self._failed: dict[int, ReadError] = {}
+        self._inner: list[Claim] = []  # those of the claims whose gate and up go with the next job
+        self._failed: dict[int, MerError] = {}
 
-    async def run(self, experts: Sequence[int], wanted: Callable[[], bool]) -> LayerResult:
+    async def run(
+        self, experts: Sequence[int], wanted: Callable[[], bool], ahead: tuple[int, Sequence[int]] | None = None
+    ) -> LayerResult:
         """Compute the given experts, all but those that are ready last.
 
         If cancelled, nothing stays pinned; reads under way land in the cache.
@@ -71,52 +72,59 @@ class LayerRun:
         Args:
             experts: numbers of the routed experts, each once.
             wanted: looked at between jobs and when something changes in the store; false gives the layer up.
+            ahead: layer and experts that are certain to be needed next: they are read behind this layer's.
 
         Raises:
             MerError: a job failed; the experts it ran on are dropped.
         """
-        store, layer = self._store, self._layer
-        hits, misses = store.cache.lookup(layer, experts)
-        self._ready = [store.pin(layer, expert) for expert in hits]
-        self._missing.extend(misses)
+        store = self._store
+        self._ready, self._claims = store.claim(self._layer, experts)
         try:
-            while (self._missing or self._in_flight) and wanted():
+            if ahead is not None:
+                store.read_ahead(*ahead)
+            while self._claims and wanted():
                 self._collect()
-                self._start()
-                if not (self._missing or self._in_flight):
-                    break
-                if self._ready:
+                if self._inner or (self._ready and self._claims):
                     await self._run_ready()
-                else:
-                    await store.wait_for_change()
+                elif self._claims:
+                    store.fail_starved()
+                    if all(claim.error is None for claim in self._claims):
+                        await store.wait_for_change()
         except BaseException:
-            store.unpin(layer, self._ready, used=False)
+            store.unpin(self._layer, self._ready, used=False)
             raise
+        finally:
+            store.give_up(self._claims)
         return LayerResult(tuple(self._ready), self._failed)
 
     def _collect(self) -> None:
-        """Pin what has landed, before anything can evict it."""
-        for expert, fetch in list(self._in_flight.items()):
-            if fetch.done:
-                del self._in_flight[expert]
-                if fetch.error is None:
-                    self._ready.append(self._store.pin(self._layer, expert))
-                else:
-                    self._failed[expert] = fetch.error
-        for expert in [e for e in self._missing if (self._layer, e) in self._store.cache]:
-            self._missing.remove(expert)  # a fetch that an earlier batch left behind has brought it since the lookup
-            self._ready.append(self._store.pin(self._layer, expert))
-
-    def _start(self) -> None:
-        """Start as many missing experts as there are slots to be had."""
-        while self._missing and (fetch := self._store.start(self._layer, self._missing[0])) is not None:
-            self._in_flight[self._missing.popleft()] = fetch
+        """Sort out what has landed and what has failed."""
+        store, waiting = self._store, []
+        for claim in self._claims:
+            if claim.error is not None:
+                self._failed[claim.key[1]] = claim.error
+                store.give_up([claim])
+            elif claim.landed:
+                self._ready.append(store.take(claim))
+            else:
+                waiting.append(claim)
+                if self._staged and store.inner_ready(claim):
+                    self._inner.append(claim)
+        self._claims = waiting
 
     async def _run_ready(self) -> None:
+        """Run a job on what is ready."""
+        store = self._store
         ready, self._ready = self._ready, []
+        inner, self._inner = self._inner, []
+        parts = [store.begin_inner(claim) for claim in inner]
         try:
-            await self._link.run(RunExperts(self._layer, tuple(ready)))
+            await self._link.run(RunExperts(self._layer, (*ready, *parts)))
         except BaseException:  # the job failed, or the engine closes while the worker is still at it
-            self._store.discard(self._layer, ready)
+            for claim in inner:
+                store.end_inner(claim, done=False)
+            store.discard(self._layer, ready)
             raise
-        self._store.unpin(self._layer, ready, used=True)
+        for claim in inner:
+            store.end_inner(claim, done=True)
+        store.unpin(self._layer, ready, used=True)

@@ -2,81 +2,337 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import attrs
 import trio
 
-from mer.compute.worker import LoadedExpert
+from mer.compute.worker import LoadedExpert, Stage
+from mer.errors import MerError, ReadError
 from mer.io.fetch import Fetch, Fetcher
-from mer.io.pool import BufferPool
-from mer.sched.experts import ExpertCache
+from mer.io.pool import BufferPool, SlotState, Ticket
+from mer.io.priority import Priority
+from mer.sched.experts import ExpertCache, Resident
+from mer.sched.keys import ExpertKey
+from mer.sched.speculation import SpeculationCounts, SpeculationStatistics
+
+
+@attrs.define(eq=False)
+class Claim:
+    """A missing expert that the running layer needs.
+
+    Attributes:
+        key: (layer, expert).
+        ticket: its place in line for a slot, unless it was on its way already.
+        fetch: what brings it, once there is a slot.
+        landed: it is resident now, and pinned.
+        error: why it cannot be had.
+        inner_done: its gate and up matrices have done their work in the running batch.
+    """
+
+    key: ExpertKey
+    ticket: Ticket | None = None
+    fetch: Fetch | None = None
+    landed: bool = False
+    error: MerError | None = None
+    inner_done: bool = False
 
 
 class ExpertStore:
-    """Pins resident experts, and brings missing ones into slots that the cache gives up.
+    """Pins the experts that a layer needs, and brings missing ones into slots that the cache gives up.
 
-    Used by one task, the scheduler. Fetches whose batch was given up land all the same and stay in the cache.
+    Used by one task, the scheduler, and by the callbacks of pool and fetcher; all but `wait_for_change` is synchronous.
+    What was started for a batch that was given up lands all the same and stays in the cache.
+
+    Args:
+        cache: the residents.
+        pool: the accounting of the slots; the store answers its `evict`.
+        kind_of: returns the class of slots that an expert fits.
     """
 
-    def __init__(self, cache: ExpertCache, pool: BufferPool) -> None:
+    def __init__(self, cache: ExpertCache, pool: BufferPool, kind_of: Callable[[int, int], int]) -> None:
         self.cache = cache
         self.pool = pool
+        pool.evict = self._evict
+        self._kind_of = kind_of
         self._fetcher: Fetcher | None = None
+        self._claims: dict[ExpertKey, Claim] = {}
+        self._loading = 0  # claims that have neither landed nor failed
+        self._ahead: set[ExpertKey] = set()  # experts of the layer that is read ahead, resident or not
+        self._ahead_tickets: dict[ExpertKey, Ticket] = {}  # those of them that wait for a slot
+        self._arranged: set[Fetch] = set()  # in flight, with gate and up re-arranged for the kernels
+        self._spoiled: set[Fetch] = set()  # in flight, with gate and up half re-arranged
+        self._guesses: set[Fetch] = set()  # in flight, started before a layer asked for the expert
+        self._speculation = {priority: SpeculationCounts() for priority in Priority if priority}
+        self._last_error: ReadError | None = None
         self._changed = trio.Event()
 
     def attach(self, fetcher: Fetcher) -> None:
-        """Use a fetcher whose `on_done` is this store's `landed`."""
+        """Use a fetcher whose `on_done` is this store's `landed` and whose `on_inner` is its `wake`."""
         self._fetcher = fetcher
 
+    @property
+    def fetcher(self) -> Fetcher:
+        """The fetcher in use."""
+        assert self._fetcher is not None
+        return self._fetcher
+
+    @property
+    def loading(self) -> int:
+        """How many claims have neither landed nor failed: with 0 the disk does nothing that is waited for."""
+        return self._loading
+
+    # What a layer needs
+
+    def claim(self, layer: int, experts: Iterable[int]) -> tuple[list[LoadedExpert], list[Claim]]:
+        """Pin the resident ones of a layer's experts and get the others on their way, all of them at once.
+
+        What was read ahead or prefetched for the layer becomes demand; what was asked for in vain is withdrawn.
+        """
+        hits, misses = self.cache.lookup(layer, experts)
+        loaded = [self._pin((layer, expert)) for expert in hits]
+        claims = [Claim((layer, expert)) for expert in misses]
+        for claim in claims:
+            self._claims[claim.key] = claim
+            self._loading += 1
+            self._start(claim)
+        self.drop_ahead()
+        return loaded, claims
+
+    def _start(self, claim: Claim) -> None:
+        """Get a claimed expert on its way: join what is under way, or ask for a slot."""
+        fetch = claim.fetch = self.fetcher.in_flight(*claim.key)
+        ticket = self._ahead_tickets.pop(claim.key, None)
+        if fetch is not None:
+            if fetch in self._guesses:
+                self._guesses.discard(fetch)
+                self._speculation[fetch.priority].promoted += 1
+                self.fetcher.promote(fetch, Priority.DEMAND)
+        elif ticket is not None:
+            claim.ticket = ticket
+            self.pool.promote(ticket)
+        elif (refusal := self.fetcher.refusal(*claim.key)) is not None:
+            self._fail(claim, refusal)  # before anything is evicted for it
+        else:
+            claim.ticket = self._ticket(claim.key, Priority.DEMAND)
+            self.pool.request(claim.ticket)
+
+    def give_up(self, claims: Iterable[Claim]) -> None:
+        """Forget claims: tickets leave the line, reads under way go on, landed experts are unpinned."""
+        for claim in claims:
+            if self._claims.pop(claim.key, None) is None:
+                continue
+            if claim.landed:
+                self.pool.unpin(self.cache[claim.key].slot)
+                continue
+            if claim.error is None:
+                self._loading -= 1
+                if claim.ticket is not None and claim.ticket.slot is None:
+                    self.pool.withdraw(claim.ticket)
+
+    def take(self, claim: Claim) -> LoadedExpert:
+        """Turn a landed claim into a pinned expert."""
+        del self._claims[claim.key]
+        resident = self.cache[claim.key]
+        stage = Stage.OUTER if claim.inner_done else Stage.WHOLE
+        return LoadedExpert(claim.key[1], resident.addresses, resident.fresh, stage)
+
+    def inner_ready(self, claim: Claim) -> bool:
+        """Return whether gate and up of an expert can do their work while its down matrix is on the way."""
+        fetch = claim.fetch
+        return fetch is not None and not claim.inner_done and fetch.inner_landed and fetch not in self._spoiled
+
+    def begin_inner(self, claim: Claim) -> LoadedExpert:
+        """Hold an expert whose gate and up have landed for a job on these, while down is on the way."""
+        assert claim.fetch is not None
+        self.fetcher.hold(claim.fetch)
+        fresh = claim.fetch not in self._arranged
+        return LoadedExpert(claim.key[1], claim.fetch.addresses, (fresh, True), Stage.INNER)
+
+    def end_inner(self, claim: Claim, *, done: bool) -> None:
+        """Let an expert go after a job on gate and up; if it is not `done`, their bytes may be half re-arranged."""
+        fetch = claim.fetch
+        assert fetch is not None
+        if claim.landed:
+            if done:
+                self.cache[claim.key].fresh = (False, self.cache[claim.key].fresh[1])
+            else:
+                del self._claims[claim.key]
+                self._discard(claim.key)
+        elif claim.error is None:
+            (self._arranged if done else self._spoiled).add(fetch)
+        claim.inner_done = done
+        self.fetcher.let_go(fetch)
+
+    def unpin(self, layer: int, experts: Iterable[LoadedExpert], *, used: bool) -> None:
+        """Let pinned experts go; with `used`, a job has run on them and has re-arranged their bytes."""
+        for loaded in experts:
+            resident = self.cache[layer, loaded.expert]
+            if used:
+                resident.fresh = (False, False)
+            self.pool.unpin(resident.slot)
+
+    def discard(self, layer: int, experts: Iterable[LoadedExpert]) -> None:
+        """Drop pinned experts whose job failed half-way: their bytes may be half re-arranged."""
+        for loaded in experts:
+            self._discard((layer, loaded.expert))
+
+    def _discard(self, key: ExpertKey) -> None:
+        resident = self.cache.drop(key)
+        self.pool.unpin(resident.slot)
+        self.pool.release(resident.slot)
+
+    def _pin(self, key: ExpertKey) -> LoadedExpert:
+        resident = self.cache[key]
+        self.pool.pin(resident.slot)
+        if resident.speculation is not None:
+            self._speculation[resident.speculation].used += 1
+            resident.speculation = None
+        return LoadedExpert(key[1], resident.addresses, resident.fresh)
+
+    # Speculation
+
+    def read_ahead(self, layer: int, experts: Iterable[int]) -> None:
+        """Get the missing ones of experts that a layer to come is certain to need on their way, behind all demand.
+
+        None of them gives way to speculation, and to demand only when nothing else can. The layer's `claim`, or any
+        other, ends that.
+        """
+        self.drop_ahead()
+        self._ahead = {(layer, expert) for expert in experts}
+        for key in sorted(self._ahead):
+            if self._absent(key):
+                self._ahead_tickets[key] = ticket = self._ticket(key, Priority.READ_AHEAD)
+                self.pool.request(ticket)
+
+    def drop_ahead(self) -> None:
+        """Withdraw what is still in line to be read ahead."""
+        self._ahead.clear()
+        while self._ahead_tickets:
+            _, ticket = self._ahead_tickets.popitem()
+            self.pool.withdraw(ticket)
+
+    def prefetch(self, key: ExpertKey) -> bool:
+        """Start reading an expert that a layer to come may need; false if it is there, on its way, or gets no slot."""
+        if not self._absent(key):
+            return False
+        ticket = self._ticket(key, Priority.PREFETCH)
+        self.pool.request(ticket)
+        if ticket.slot is None:
+            self.pool.withdraw(ticket)
+            return False
+        return True
+
+    def _absent(self, key: ExpertKey) -> bool:
+        """Return whether an expert is neither resident nor on its way nor asked for, and its file is not left alone."""
+        known = key in self.cache or key in self._claims or self.fetcher.in_flight(*key) is not None
+        return not known and self.fetcher.refusal(*key) is None
+
+    def cancel_prefetches(self, layer: int) -> None:
+        """Abandon prefetches under way for a layer whose experts are known now and claimed."""
+        for fetch in list(self._guesses):
+            if fetch.priority is Priority.PREFETCH and fetch.layer == layer:
+                self._guesses.discard(fetch)
+                self._speculation[Priority.PREFETCH].cancelled += 1
+                self.fetcher.abandon(fetch)
+
+    # Callbacks
+
     def landed(self, fetch: Fetch) -> None:
-        """Take an expert into the cache when its fetch ends; synchronous, called by the fetcher."""
-        if fetch.error is None:
-            self.cache.insert(fetch.key, fetch.slot, fetch.addresses)
+        """Take an expert into the cache when its fetch ends; called by the fetcher."""
+        key = fetch.key
+        claim = self._claims.get(key)
+        arranged, spoiled = fetch in self._arranged, fetch in self._spoiled
+        self._arranged.discard(fetch)
+        self._spoiled.discard(fetch)
+        guess = fetch in self._guesses
+        self._guesses.discard(fetch)
+        if fetch.error is not None:
+            self._last_error = fetch.error
+            if claim is not None:
+                self._fail(claim, fetch.error)
+            elif guess:
+                self._speculation[fetch.priority].failed += 1
+        elif spoiled:
+            self.pool.release(fetch.slot)
+            if claim is not None:
+                self._start(claim)
+        else:
+            speculation = fetch.priority if guess else None
+            self.cache.insert(key, Resident(fetch.slot, fetch.addresses, (not arranged, True), speculation))
+            if claim is not None:
+                self.pool.pin(fetch.slot)
+                claim.landed = True
+                self._loading -= 1
+            else:
+                self.pool.serve()
         self.wake()
 
-    def wake(self) -> None:
+    def _granted(self, ticket: Ticket) -> None:
+        """Start the fetch that a slot was asked for; called by the pool."""
+        self._ahead_tickets.pop(ticket.key, None)
+        assert ticket.slot is not None
+        try:
+            fetch = self.fetcher.start(*ticket.key, ticket.slot, ticket.priority)
+        except MerError as error:  # the engine is closing, or the file has been left alone since
+            self.pool.release(ticket.slot)
+            if ticket.key in self._claims:
+                self._fail(self._claims[ticket.key], error)
+            self.wake()
+            return
+        if ticket.priority is not Priority.DEMAND:
+            self._guesses.add(fetch)
+            self._speculation[ticket.priority].issued += 1
+        if ticket.key in self._claims:
+            self._claims[ticket.key].fetch = fetch
+
+    def _evict(self, ticket: Ticket) -> int | None:
+        """Give up a resident expert for a ticket; called by the pool."""
+        pool, cache = self.pool, self.cache
+
+        def ready(key: ExpertKey) -> bool:
+            slot = cache[key].slot
+            return pool.state(slot) is SlotState.READY and pool.kind(slot) == ticket.kind
+
+        victim = cache.evict_for(ticket.key[0], lambda key: key not in self._ahead and ready(key))
+        if victim is None and ticket.priority is Priority.DEMAND and self._ahead:
+            victim = cache.evict_for(ticket.key[0], ready)
+        if victim is None:
+            return None
+        if victim.speculation is not None:
+            self._speculation[victim.speculation].evicted_unused += 1
+        return victim.slot
+
+    def _fail(self, claim: Claim, error: MerError) -> None:
+        claim.error = error
+        self._loading -= 1
+
+    def _ticket(self, key: ExpertKey, priority: Priority) -> Ticket:
+        return Ticket(key, self._kind_of(*key), priority, self._granted)
+
+    # Waiting
+
+    def wake(self, _fetch: Fetch | None = None) -> None:
         """Make whoever is in `wait_for_change` look again."""
         self._changed.set()
         self._changed = trio.Event()
 
     async def wait_for_change(self) -> None:
-        """Wait until the next fetch ends, successful or not, or the next `wake`; changes nothing if cancelled."""
+        """Wait until a part of a fetch or a fetch ends, or for the next `wake`; changes nothing if cancelled."""
         await self._changed.wait()
 
-    def pin(self, layer: int, expert: int) -> LoadedExpert:
-        """Keep a resident expert in its slot and return where its matrices lie."""
-        resident = self.cache[layer, expert]
-        self.pool.pin(resident.slot)
-        resident.pins += 1
-        return LoadedExpert(expert, resident.addresses, (resident.fresh, resident.fresh))
+    def fail_starved(self) -> None:
+        """Fail the claims that no slot can serve: all those of their kind wait for reads that did not return in time."""
+        for claim in list(self._claims.values()):
+            ticket = claim.ticket
+            waits = ticket is not None and ticket.slot is None and claim.error is None
+            if waits and ticket is not None and self._last_error is not None and not self.pool.usable(ticket.kind):
+                self.pool.withdraw(ticket)
+                self._fail(claim, self._last_error)
 
-    def unpin(self, layer: int, experts: Iterable[LoadedExpert], *, used: bool) -> None:
-        """Let pinned experts go; with `used`, a job has run on them and has arranged their bytes for the kernels."""
-        for loaded in experts:
-            resident = self.cache[layer, loaded.expert]
-            resident.fresh = resident.fresh and not used
-            resident.pins -= 1
-            self.pool.unpin(resident.slot)
-
-    def discard(self, layer: int, experts: Iterable[LoadedExpert]) -> None:
-        """Drop pinned experts whose job failed half-way: their bytes may be half arranged."""
-        for loaded in experts:
-            slot = self.cache.drop((layer, loaded.expert))
-            self.pool.unpin(slot)
-            self.pool.release(slot)
-
-    def start(self, layer: int, expert: int) -> Fetch | None:
-        """Start fetching an expert, or join the fetch under way; None if no slot can be had right now."""
-        assert self._fetcher is not None
-        under_way = self._fetcher.in_flight(layer, expert)
-        if under_way is not None:
-            return under_way
-        try:
-            (slot,) = self.pool.lease_nowait(1)
-        except trio.WouldBlock:
-            victim = self.cache.evict_for(layer)
-            if victim is None:
-                return None
-            self.pool.release(victim)
-            (slot,) = self.pool.lease_nowait(1)
-        return self._fetcher.start(layer, expert, slot)
+    def speculation(self, priority: Priority) -> SpeculationStatistics:
+        """Return a snapshot of one class of speculation."""
+        return self._speculation[priority].snapshot(
+            in_flight=sum(fetch.priority is priority for fetch in self._guesses),
+            resident_unused=self.cache.unused(priority),
+        )

@@ -1,22 +1,21 @@
-"""The buffer pool against a model in plain lists, under cancellation at every step, and in its single rules."""
+"""The buffer pool against a model in plain lists, and in its single rules."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from typing import TypeAlias
 
 import attrs
 import pytest
-import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from trio.testing import MockClock, wait_all_tasks_blocked
 
 from mer.errors import ConfigError
-from mer.io.pool import BufferPool, SlotState
-from mer.testing.cancel import Subject, cancel_at_every_step
+from mer.io.pool import BufferPool, SlotState, Ticket
+from mer.io.priority import Priority
 
 FREE, FILLING, READY, PINNED, QUARANTINED = SlotState
+DEMAND, READ_AHEAD, PREFETCH = Priority
 
 
 def counts(pool: BufferPool) -> dict[SlotState, int]:
@@ -25,6 +24,217 @@ def counts(pool: BufferPool) -> dict[SlotState, int]:
     assert sum(by_state.values()) == s.n_slots == pool.n_slots
     assert by_state == dict.fromkeys(SlotState, 0) | Counter(pool.state(slot) for slot in range(pool.n_slots))
     return by_state
+
+
+@attrs.define(eq=False)
+class Line:
+    """A pool whose grants are written down, and whose owner gives up READY slots in the order in which they landed."""
+
+    pool: BufferPool
+    granted: list[Ticket] = attrs.Factory(list)
+    keeps: set[int] = attrs.Factory(set)  # slots that the owner does not give up
+    landed: list[int] = attrs.Factory(list)
+
+    def __attrs_post_init__(self) -> None:
+        self.pool.evict = self.evict
+
+    def evict(self, ticket: Ticket) -> int | None:
+        for slot in self.landed:
+            if slot not in self.keeps and self.pool.state(slot) is READY and self.pool.kind(slot) == ticket.kind:
+                self.landed.remove(slot)
+                return slot
+        return None
+
+    def ask(self, priority: Priority = DEMAND, kind: int = 0) -> Ticket:
+        ticket = Ticket((0, 0), kind, priority, self.granted.append)
+        self.pool.request(ticket)
+        return ticket
+
+    def land(self, ticket: Ticket) -> int:
+        assert ticket.slot is not None
+        self.pool.landed(ticket.slot)
+        self.landed.append(ticket.slot)
+        self.pool.serve()
+        return ticket.slot
+
+
+# --- single rules ---
+
+
+@pytest.mark.parametrize(("slot_counts", "reserve"), [([], 1), ([0], 1), ([3, 0], 1), ([-1], 1), ([3], 0)])
+def test_refuses_kinds_without_slots_and_no_reserve(slot_counts: list[int], reserve: int) -> None:
+    with pytest.raises(ConfigError, match="at least 1 slot"):
+        BufferPool(slot_counts, reserve=reserve)
+
+
+def test_all_misses_get_their_slots_at_once() -> None:
+    line = Line(BufferPool([5]))
+    tickets = [line.ask() for _ in range(5)]
+    assert line.granted == tickets
+    assert sorted(t.slot for t in tickets if t.slot is not None) == [0, 1, 2, 3, 4]
+    assert counts(line.pool)[FILLING] == 5
+
+
+def test_misses_take_evictable_slots_at_once() -> None:
+    line = Line(BufferPool([3]))
+    old = [line.land(line.ask()) for _ in range(3)]
+    assert [line.ask().slot for _ in range(3)] == old
+    assert counts(line.pool)[FILLING] == 3
+
+
+def test_first_come_first_served_and_never_overtaken() -> None:
+    line = Line(BufferPool([1]))
+    holder = line.ask()
+    waiting = [line.ask() for _ in range(3)]
+    assert [t.slot for t in waiting] == [None] * 3
+    slot = line.land(holder)
+    assert line.granted == [holder, waiting[0]]
+    line.pool.release(slot)  # its read failed
+    assert line.granted == [holder, *waiting[:2]]
+    late = line.ask()
+    line.pool.release(slot)
+    assert line.granted == [holder, *waiting]
+    assert late.slot is None
+
+
+def test_demand_goes_before_speculation_that_waited_longer() -> None:
+    line = Line(BufferPool([2], reserve=1))
+    first, second = line.ask(), line.ask()
+    guess, ahead, demand = line.ask(PREFETCH), line.ask(READ_AHEAD), line.ask()
+    line.land(first)
+    assert demand.slot is not None
+    assert (ahead.slot, guess.slot) == (None, None)
+    line.land(second)  # one READY slot is the reserve
+    assert (ahead.slot, guess.slot) == (None, None)
+    line.land(demand)
+    assert ahead.slot is not None
+    assert guess.slot is None
+
+
+@pytest.mark.parametrize("reserve", [1, 2, 4])
+@pytest.mark.parametrize("priority", [READ_AHEAD, PREFETCH])
+def test_speculation_leaves_demand_its_reserve(reserve: int, priority: Priority) -> None:
+    line = Line(BufferPool([4], reserve=reserve))
+    guesses = [line.ask(priority) for _ in range(9)]
+    assert sum(t.slot is not None for t in guesses) == 4 - reserve
+    assert line.pool.statistics().permits == 0
+    assert all(line.ask().slot is not None for _ in range(reserve))
+
+
+def test_permits_follow_what_is_pinned_and_set_aside() -> None:
+    line = Line(BufferPool([4], reserve=1))
+    assert line.pool.permits(0) == 3
+    slot = line.land(line.ask())
+    assert line.pool.permits(0) == 3  # it can be given up
+    line.pool.pin(slot)
+    assert line.pool.permits(0) == 2
+    stuck = line.ask()
+    assert line.pool.permits(0) == 1
+    assert stuck.slot is not None
+    line.pool.quarantine(stuck.slot)
+    assert line.pool.permits(0) == 1
+    assert line.pool.usable(0) == 3
+    line.pool.reclaim(stuck.slot)
+    line.pool.unpin(slot)
+    assert line.pool.permits(0) == 3
+
+
+def test_unpinning_serves_the_line() -> None:
+    line = Line(BufferPool([1]))
+    slot = line.land(line.ask())
+    line.pool.pin(slot)
+    line.pool.pin(slot)
+    waiting = line.ask()
+    line.pool.unpin(slot)
+    assert waiting.slot is None
+    line.pool.unpin(slot)
+    assert waiting.slot == slot
+
+
+def test_an_owner_that_keeps_a_slot_gives_it_when_asked_again() -> None:
+    line = Line(BufferPool([1]))
+    slot = line.land(line.ask())
+    line.keeps.add(slot)
+    waiting = line.ask()
+    assert waiting.slot is None
+    line.keeps.clear()
+    line.pool.serve()
+    assert waiting.slot == slot
+
+
+def test_kinds_have_their_own_slots_and_lines() -> None:
+    line = Line(BufferPool([1, 2]))
+    assert [line.pool.kind(slot) for slot in range(3)] == [0, 1, 1]
+    line.ask(kind=0)
+    blocked = line.ask(kind=0)
+    small = [line.ask(kind=1) for _ in range(2)]
+    assert blocked.slot is None
+    assert sorted(t.slot for t in small if t.slot is not None) == [1, 2]
+    line.land(small[0])
+    assert blocked.slot is None, "a slot of another kind was given"
+
+
+def test_withdrawing_lets_the_next_one_in() -> None:
+    pool = BufferPool([1])
+    granted: list[Ticket] = []
+    first, picky, modest = (Ticket((0, expert), 0, DEMAND, granted.append) for expert in range(3))
+    pool.request(first)
+    pool.landed(0)
+    pool.evict = lambda ticket: None if ticket is picky else 0
+    pool.request(picky)
+    pool.request(modest)
+    assert granted == [first]
+    pool.withdraw(picky)
+    assert granted == [first, modest]
+    with pytest.raises(RuntimeError, match="not in line"):
+        pool.withdraw(picky)
+    assert pool.statistics().waiting == (0, 0, 0)
+
+
+def test_promotion_joins_the_end_of_demand() -> None:
+    line = Line(BufferPool([2], reserve=1))
+    running = [line.ask(), line.ask()]
+    guess, before = line.ask(PREFETCH), line.ask()
+    line.pool.promote(guess)
+    after = line.ask()
+    line.land(running[0])
+    line.land(running[1])
+    assert line.granted == [*running, before, guess]
+    assert after.slot is None
+    with pytest.raises(RuntimeError, match="demand already"):
+        line.pool.promote(after)
+    with pytest.raises(RuntimeError, match="demand already"):
+        line.pool.promote(guess)
+
+
+def test_a_grant_that_asks_for_more_keeps_the_order() -> None:
+    pool = BufferPool([2])
+    granted: list[str] = []
+
+    def chain(ticket: Ticket) -> None:
+        granted.append("first")
+        pool.request(Ticket((0, 1), 0, DEMAND, lambda _: granted.append("second")))
+        granted.append("asked")
+
+    pool.request(Ticket((0, 0), 0, DEMAND, chain))
+    assert granted == ["first", "asked", "second"]
+
+
+def test_a_granted_ticket_is_not_put_in_line_again() -> None:
+    line = Line(BufferPool([2]))
+    ticket = line.ask()
+    with pytest.raises(RuntimeError, match="has slot"):
+        line.pool.request(ticket)
+
+
+@pytest.mark.parametrize("action", ["landed", "pin", "unpin", "release", "quarantine", "reclaim"])
+def test_transitions_that_do_not_fit_change_nothing(action: str) -> None:
+    line = Line(BufferPool([2]))
+    with pytest.raises(RuntimeError, match="FREE"):
+        getattr(line.pool, action)(0)
+    with pytest.raises(RuntimeError, match="not one of"):
+        getattr(line.pool, action)(2)
+    assert counts(line.pool)[FREE] == 2
 
 
 # --- the model ---
@@ -38,350 +248,121 @@ STEPS = {  # name: (allowed states, resulting state); pin and unpin are counted 
     "unpin": ({PINNED}, READY),
 }
 
-
-@attrs.define(eq=False)
-class Task:
-    """A task that leases; the model's view of it and the real one."""
-
-    n: int
-    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
-    slots: list[int] | None = None  # what the pool gave
-
-
-@attrs.define
-class Model:
-    """What the pool must do: strict first come, first served, whole requests."""
-
-    n_slots: int
-    used: dict[int, SlotState] = attrs.Factory(dict)
-    pins: Counter[int] = attrs.Factory(Counter)
-    line: deque[Task] = attrs.Factory(deque)
-    granted: list[Task] = attrs.Factory(list)
-    unassigned: int = 0  # slots granted to tasks that have not run yet, so that their numbers are not known
-
-    @property
-    def free(self) -> int:
-        return self.n_slots - len(self.used) - self.unassigned
-
-    def serve(self) -> None:
-        while self.line and self.line[0].n <= self.free:
-            task = self.line.popleft()
-            self.unassigned += task.n
-            self.granted.append(task)
-
-    def learn(self) -> None:
-        """Take over the slots' numbers from the tasks that must have them by now."""
-        for task in self.granted:
-            assert task.slots is not None, "a request that fits is still parked"
-            assert len(task.slots) == len(set(task.slots)) == task.n
-            for slot in task.slots:
-                assert slot not in self.used, "a slot in two leases"
-                self.used[slot] = FILLING
-            self.unassigned -= task.n
-        self.granted.clear()
-        for task in self.line:
-            assert task.slots is None, "a request was served out of turn"
-
-
 Op: TypeAlias = tuple[str, int]
-
 numbers = st.integers(0, 11)
 ops = st.one_of(
-    st.tuples(st.sampled_from(["lease", "lease", "lease_nowait", "cancel"]), numbers),
-    st.tuples(st.sampled_from(["release", "release", "landed", "pin", "unpin", "quarantine", "reclaim"]), numbers),
-    st.tuples(st.just("settle"), st.just(0)),
+    st.tuples(st.sampled_from(["demand", "demand", "ahead", "guess", "withdraw", "promote"]), numbers),
+    st.tuples(st.sampled_from(["release", "landed", "landed", "pin", "unpin", "quarantine", "reclaim"]), numbers),
 )
 
 
-async def run_against_model(n_slots: int, program: list[Op]) -> None:
-    pool = BufferPool(n_slots)
-    model = Model(n_slots)
-    tasks: list[Task] = []
-    unsettled: set[str] = set()  # what has been done since all tasks were last given their turn
+class Model:
+    """What the pool must do, over a list of slots and one list of waiting tickets in order of arrival."""
 
-    async def lease(task: Task) -> None:
-        with task.scope:
-            task.slots = await pool.lease(task.n)
+    def __init__(self, slot_counts: list[int], reserve: int) -> None:
+        self.kinds = [kind for kind, n in enumerate(slot_counts) for _ in range(n)]
+        self.states = [FREE] * len(self.kinds)
+        self.pins: Counter[int] = Counter()
+        self.reserve = reserve
+        self.waiting: list[Ticket] = []
+        self.expected: list[Ticket] = []
 
-    async def settle() -> None:
-        await wait_all_tasks_blocked()
-        unsettled.clear()
-        model.learn()
-        by_state = counts(pool)
-        assert by_state == dict.fromkeys(SlotState, 0) | Counter(model.used.values()) | {FREE: model.free}
-        assert {slot for slot in range(n_slots) if pool.state(slot) is not FREE} == set(model.used)
-        statistics = pool.statistics()
-        assert statistics.tasks_waiting == len(model.line)
-        assert statistics.slots_wanted == sum(task.n for task in model.line)
+    def available(self, kind: int) -> int:
+        return sum(k == kind and s in (FREE, READY) for k, s in zip(self.kinds, self.states, strict=True))
 
-    async def work(nursery: trio.Nursery) -> None:
-        for name, number in program:
-            if "lease" in unsettled or (name == "lease_nowait" and unsettled):
-                await settle()  # the order in which trio runs new tasks is not defined
-            if name == "settle":
-                await settle()
-            elif name == "lease":
-                task = Task(number % n_slots + 1)
-                tasks.append(task)
-                model.line.append(task)
-                model.serve()
-                nursery.start_soon(lease, task)
-            elif name == "lease_nowait":
-                n = number % n_slots + 1
-                if model.line or n > model.free:
-                    with pytest.raises(trio.WouldBlock):
-                        pool.lease_nowait(n)
-                else:
-                    model.granted.append(Task(n, slots=pool.lease_nowait(n)))
-                    model.unassigned += n
-                    model.learn()
-            elif name == "cancel":
-                if tasks:
-                    task = tasks[-1 - number % len(tasks)]
-                    task.scope.cancel()
-                    if task in model.line:
-                        model.line.remove(task)
-                        model.serve()
-            elif (slot := number % n_slots) in model.used or not unsettled:
-                allowed, result = STEPS[name]
-                if model.used.get(slot, FREE) not in allowed:
-                    before = counts(pool)
-                    with pytest.raises(RuntimeError, match=f"slot {slot}"):
-                        getattr(pool, name)(slot)
-                    assert counts(pool) == before
-                else:
+    def serve(self) -> None:
+        """Grant to the first of the most urgent line whose request can be met, over and over."""
+        while True:
+            heads: dict[tuple[Priority, int], Ticket] = {}
+            for ticket in self.waiting:
+                heads.setdefault((ticket.priority, ticket.kind), ticket)
+            for (priority, kind), head in sorted(heads.items(), key=lambda item: item[0]):
+                if self.available(kind) > (0 if priority is DEMAND else self.reserve):
+                    self.waiting.remove(head)
+                    self.expected.append(head)
+                    slots = list(zip(self.kinds, self.states, strict=True))
+                    slot = slots.index((kind, FREE if (kind, FREE) in slots else READY))
+                    self.states[slot] = FILLING  # which one of equals is the pool's choice; put right by the caller
+                    break
+            else:
+                return
+
+
+@given(
+    slot_counts=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    reserve=st.integers(1, 3),
+    program=st.lists(ops, max_size=60),
+)
+def test_against_the_model(slot_counts: list[int], reserve: int, program: list[Op]) -> None:
+    pool = BufferPool(slot_counts, reserve=reserve)
+    line = Line(pool)
+    model = Model(slot_counts, reserve)
+    tickets: list[Ticket] = []
+    for name, number in program:
+        slot = number % pool.n_slots
+        if name in ("demand", "ahead", "guess"):
+            priority = {"demand": DEMAND, "ahead": READ_AHEAD, "guess": PREFETCH}[name]
+            ticket = Ticket((0, number), number % len(slot_counts), priority, line.granted.append)
+            tickets.append(ticket)
+            model.waiting.append(ticket)
+            pool.request(ticket)
+        elif name in ("withdraw", "promote"):
+            if not tickets:
+                continue
+            ticket = tickets[number % len(tickets)]
+            if ticket not in model.waiting or (name == "promote" and ticket.priority is DEMAND):
+                with pytest.raises(RuntimeError):
+                    getattr(pool, name)(ticket)
+                continue
+            model.waiting.remove(ticket)
+            if name == "promote":
+                model.waiting.append(ticket)
+            getattr(pool, name)(ticket)
+        else:
+            allowed, result = STEPS[name]
+            if model.states[slot] not in allowed:
+                with pytest.raises(RuntimeError):
                     getattr(pool, name)(slot)
-                    model.pins[slot] += (name == "pin") - (name == "unpin")
-                    model.used[slot] = PINNED if model.pins[slot] else result
-                    if result is FREE:
-                        del model.used[slot]
-                        model.serve()
-            if name != "settle":
-                unsettled.add(name)
-        await settle()
-        while model.used:  # give everything back: everyone in line must come through in the end
-            for slot in list(model.used):
-                drain(pool, model, slot)
-            await settle()
-        assert not model.line
-
-    with trio.fail_after(60):  # on the mock clock: only a task that is never woken takes that long
-        async with trio.open_nursery() as nursery:
-            await work(nursery)
-    assert counts(pool)[FREE] == n_slots
-    assert all(task.slots is not None or task.scope.cancelled_caught for task in tasks)
-
-
-def drain(pool: BufferPool, model: Model, slot: int) -> None:
-    state = model.used.pop(slot, FREE)
-    for _ in range(model.pins.pop(slot, 0)):
-        pool.unpin(slot)
-    if state is QUARANTINED:
-        pool.reclaim(slot)
-    elif state is not FREE:
-        pool.release(slot)
-    model.serve()
+                continue
+            if name in ("pin", "unpin"):
+                model.pins[slot] += 1 if name == "pin" else -1
+                result = PINNED if model.pins[slot] else READY
+            model.states[slot] = result
+            if name == "landed":
+                line.landed.append(slot)
+            elif slot in line.landed and result is FREE:
+                line.landed.remove(slot)
+            getattr(pool, name)(slot)
+            if name == "landed":
+                pool.serve()
+        model.serve()
+        assert line.granted == model.expected, "not who should have been granted a slot, or not in that order"
+        assert counts(pool) == dict.fromkeys(SlotState, 0) | Counter(model.states)
+        filling = [t.slot for t in line.granted if t.slot is not None]
+        model.states = [pool.state(s) for s in range(pool.n_slots)]
+        assert all(pool.kind(t.slot) == t.kind for t in line.granted if t.slot is not None)
+        assert len(filling) == len(line.granted)
+        assert [pool.permits(kind) for kind in range(len(slot_counts))] == [
+            max(0, model.available(kind) - reserve) for kind in range(len(slot_counts))
+        ]
+        waiting = Counter(t.priority for t in model.waiting)
+        assert pool.statistics().waiting == tuple(waiting[priority] for priority in Priority)
 
 
-@given(st.integers(1, 5), st.lists(ops, max_size=40))
-def test_pool_does_what_the_model_does(n_slots: int, program: list[Op]) -> None:
-    trio.run(run_against_model, n_slots, program, clock=MockClock(autojump_threshold=0))
-
-
-# --- cancellation ---
-
-
-@pytest.mark.parametrize("wanted", [1, 2])
-def test_cancelling_a_lease_at_any_step_loses_nothing_and_wakes_the_next(wanted: int) -> None:
-    async def scenario(subject: Subject) -> None:
-        pool = BufferPool(2)
-        first = await pool.lease(2)
-        held: list[int] = []
-        later: list[int] = []
-
-        async def body() -> None:
-            slots = await pool.lease(wanted)
-            try:
-                held.extend(slots)
-                await trio.sleep(1)
-            finally:
-                for slot in slots:
-                    pool.release(slot)
-
-        async def give_back() -> None:
-            for slot in first:
-                await trio.sleep(1)
-                pool.release(slot)
-
-        async def next_in_line() -> None:
-            await trio.sleep(0.5)
-            with trio.fail_after(60):
-                later.extend(await pool.lease(2))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(give_back)
-            nursery.start_soon(next_in_line)
-            finished = await subject.run(body)
-        assert len(later) == 2
-        assert finished <= (len(held) == wanted)
-        assert counts(pool) == {FREE: 0, FILLING: 2, READY: 0, PINNED: 0, QUARANTINED: 0}
-        assert pool.statistics().tasks_waiting == 0
-
-    assert cancel_at_every_step(scenario) >= 3
-
-
-def test_cancelling_a_lease_that_need_not_wait_loses_nothing() -> None:
-    async def scenario(subject: Subject) -> None:
-        pool = BufferPool(2)
-
-        async def body() -> None:
-            for slot in await pool.lease(2):
-                pool.release(slot)
-
-        await subject.run(body)
-        assert counts(pool)[FREE] == 2
-
-    assert cancel_at_every_step(scenario) >= 2
-
-
-async def test_cancelled_head_lets_all_who_fit_through_at_once() -> None:
-    pool = BufferPool(3)
-    (slot,) = await pool.lease(1)
-    head = trio.CancelScope()
-    got: list[str] = []
-
-    async def ask(name: str, n: int, scope: trio.CancelScope) -> None:
-        with scope:
-            await pool.lease(n)
-            got.append(name)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask, "head", 3, head)
-        await wait_all_tasks_blocked()
-        for name in ("second", "third"):
-            nursery.start_soon(ask, name, 1, trio.CancelScope())
-            await wait_all_tasks_blocked()
-        assert got == []
-        head.cancel()
-        await wait_all_tasks_blocked()
-        assert sorted(got) == ["second", "third"]
-        nursery.cancel_scope.cancel()
-    assert pool.state(slot) is FILLING
-
-
-async def test_release_between_a_cancellation_and_the_cancelled_task_is_not_lost() -> None:
-    pool = BufferPool(1)
-    (slot,) = await pool.lease(1)
-    scope = trio.CancelScope()
-
-    async def ask() -> None:
-        with scope:
-            await pool.lease(1)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask)
-        await wait_all_tasks_blocked()
-        scope.cancel()
-        pool.release(slot)
-    assert scope.cancelled_caught
-    assert counts(pool)[FREE] == 1
-
-
-async def test_lease_in_a_cancelled_scope_takes_nothing() -> None:
-    pool = BufferPool(1)
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        await pool.lease(1)
-    assert scope.cancelled_caught
-    assert counts(pool)[FREE] == 1
-
-
-# --- single rules ---
-
-
-async def test_a_newcomer_does_not_overtake_a_larger_request() -> None:
-    pool = BufferPool(3)
-    a, b = await pool.lease(2)
-    order: list[int] = []
-
-    async def ask(n: int) -> None:
-        await pool.lease(n)
-        order.append(n)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask, 2)
-        await wait_all_tasks_blocked()
-        with pytest.raises(trio.WouldBlock):  # one slot is free, and spoken for
-            pool.lease_nowait(1)
-        nursery.start_soon(ask, 1)
-        await wait_all_tasks_blocked()
-        assert order == []
-        pool.release(a)
-        await wait_all_tasks_blocked()
-        assert order == [2]
-        pool.release(b)
-    assert order == [2, 1]
-
-
-async def test_a_released_slot_is_handed_over_before_the_waiter_runs() -> None:
-    pool = BufferPool(1)
-    (slot,) = await pool.lease(1)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(pool.lease, 1)
-        await wait_all_tasks_blocked()
-        pool.release(slot)
-        assert pool.state(slot) is FILLING
-        with pytest.raises(trio.WouldBlock):
-            pool.lease_nowait(1)
-
-
-async def test_reclaimed_slots_serve_the_line() -> None:
-    pool = BufferPool(3)
-    slots = await pool.lease(3)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(pool.lease, 3)
-        await wait_all_tasks_blocked()
-        for slot in slots:
-            assert pool.statistics().tasks_waiting == 1
-            pool.quarantine(slot)
-            pool.reclaim(slot)
-        assert counts(pool)[FILLING] == 3
-        nursery.cancel_scope.cancel()
-
-
-async def test_pins_are_counted() -> None:
-    pool = BufferPool(1)
-    (slot,) = await pool.lease(1)
-    pool.landed(slot)
-    pool.pin(slot)
-    pool.pin(slot)
-    pool.unpin(slot)
-    assert pool.state(slot) is PINNED
-    with pytest.raises(RuntimeError, match="PINNED"):
-        pool.release(slot)
-    pool.unpin(slot)
-    assert pool.state(slot) is READY
-    with pytest.raises(RuntimeError, match="READY"):
-        pool.unpin(slot)
-
-
-@pytest.mark.parametrize("n", [0, -1, 4])
-async def test_impossible_leases_are_refused(n: int) -> None:
-    pool = BufferPool(3)
-    with pytest.raises(ConfigError, match=f"lease {n} slots of a pool of 3"):
-        await pool.lease(n)
-    with pytest.raises(ConfigError, match=f"lease {n} slots of a pool of 3"):
-        pool.lease_nowait(n)
-
-
-def test_empty_pool_is_refused() -> None:
-    with pytest.raises(ConfigError, match="at least 1 slot"):
-        BufferPool(0)
-
-
-@pytest.mark.parametrize("slot", [-1, 2])
-def test_unknown_slot(slot: int) -> None:
-    pool = BufferPool(2)
-    for step in (pool.landed, pool.pin, pool.unpin, pool.release, pool.quarantine, pool.reclaim, pool.state):
-        with pytest.raises(RuntimeError, match="not one of the pool's 2 slots"):
-            step(slot)
+@given(st.lists(st.tuples(st.booleans(), numbers), max_size=80))
+def test_no_slot_is_in_two_leases(program: list[tuple[bool, int]]) -> None:
+    line = Line(BufferPool([3]))
+    holders: dict[int, Ticket] = {}
+    seen = 0
+    for asks, number in program:
+        if asks:
+            line.ask(Priority(number % 3))
+        elif holders:
+            slot = sorted(holders)[number % len(holders)]
+            del holders[slot]
+            line.pool.release(slot)
+        for ticket in line.granted[seen:]:
+            assert ticket.slot is not None
+            assert ticket.slot not in holders, "a slot in two leases"
+            holders[ticket.slot] = ticket
+        seen = len(line.granted)
