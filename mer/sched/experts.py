@@ -70,7 +70,7 @@ class ExpertCache:
         self._policy.insert(key)
 
     def evict_for(self, layer: int, evictable: Callable[[ExpertKey], bool]) -> Resident | None:
-        """Drop the evictable expert that the policy gives up for one of `layer` and return it, None if there is none."""
+        """Drop the evictable expert that the policy gives up for one of `layer` and return it, or None."""
         key = self._policy.victim(layer, evictable)
         if key is None:
             return None

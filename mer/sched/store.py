@@ -322,7 +322,7 @@ class ExpertStore:
         await self._changed.wait()
 
     def fail_starved(self) -> None:
-        """Fail the claims that no slot can serve: all those of their kind wait for reads that did not return in time."""
+        """Fail the claims that no slot can serve: all of their kind wait for reads that did not return in time."""
         for claim in list(self._claims.values()):
             ticket = claim.ticket
             waits = ticket is not None and ticket.slot is None and claim.error is None
