@@ -61,6 +61,26 @@ class UnsupportedModel(ModelFileError):
     """A well-formed model file needs something that `mer` does not implement."""
 
 
+class FileChanged(ModelFileError):
+    """A model file is not the one whose header was read: it was replaced or written to while it was being opened."""
+
+
+class MirrorMismatch(ModelFileError):
+    """A mirror is not an identical copy of the model file.
+
+    Args:
+        path: the mirror.
+        offset: of the first byte that differs, among those compared.
+        reason: what differs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int, reason: str) -> None:
+        self.path = Path(path)
+        self.offset = offset
+        self.reason = reason
+        super().__init__(f"{self.path} at byte {offset}: {reason}")
+
+
 class TokenizerError(ModelFileError):
     """The tokenizer described by a model file's metadata cannot be built."""
 
@@ -93,17 +113,56 @@ class ReadError(MerError):
         n_bytes: its length.
         reason: the cause as text.
         errno: the operating system's error number, or None (a truncated file has none).
+        tries: how often it was tried.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], offset: int, n_bytes: int, reason: str, errno: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        offset: int,
+        n_bytes: int,
+        reason: str,
+        errno: int | None = None,
+        *,
+        tries: int = 1,
     ) -> None:
         self.path = Path(path)
         self.offset = offset
         self.n_bytes = n_bytes
         self.reason = reason
         self.errno = errno
-        super().__init__(f"{self.path}: reading {n_bytes} bytes at byte {offset} failed: {reason}")
+        self.tries = tries
+        often = f" {tries} times" if tries > 1 else ""
+        super().__init__(f"{self.path}: reading {n_bytes} bytes at byte {offset} failed{often}: {reason}")
+
+
+class ReadTimeout(ReadError):
+    """A read gave no answer within the deadline; the disk or its connection hangs."""
+
+
+class FileSuspended(ReadError):
+    """A file is left alone for a while after several fetches from it have failed.
+
+    Args:
+        path: the file.
+        offset: first byte of the read that was not tried.
+        n_bytes: its length.
+        failures: how many fetches have failed in a row.
+        next_try_s: in how many seconds the file is tried again.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], offset: int, n_bytes: int, *, failures: int, next_try_s: float
+    ) -> None:
+        self.failures = failures
+        self.next_try_s = next_try_s
+        super().__init__(
+            path,
+            offset,
+            n_bytes,
+            f"not tried, as {failures} fetches in a row failed with this file; it is tried again in {next_try_s:.3g} s",
+            tries=0,
+        )
 
 
 class NumericsError(MerError):

@@ -19,7 +19,7 @@ from mer.compute.program import Memory, Program
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
-from mer.io.reader import PendingExtent, Reader, start_extent
+from mer.io.operation import PendingExtent, Reader, start_extent
 
 READ_BYTES = 8 << 20  # a tensor is read in pieces of about this size
 READS_AHEAD = 2

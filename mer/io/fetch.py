@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import heapq
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from math import inf
+from typing import Final, TypeAlias
 
 import attrs
 import trio
 
-from mer.errors import ConfigError, ReadError
+from mer.errors import ConfigError, EngineClosed, FileSuspended, ReadError, ReadTimeout
 from mer.io.arena import Arena
+from mer.io.breaker import BreakerStatistics, CircuitBreaker
 from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
+from mer.io.operation import Reader, ReadOperation
 from mer.io.pool import BufferPool, SlotState
-from mer.io.reader import Reader, ReadOperation
+from mer.io.priority import Priority
+from mer.io.retry import delay_s
+from mer.units import format_duration
 
 ExpertKey: TypeAlias = tuple[int, int]
 """(layer, expert)"""
 
-_DOWN = 2  # index of the down projection: gate and up come before it in the order of parts
+DEFAULT_READ_DEADLINE_S: Final = 30.0
+_DOWN: Final = 2  # index of the down projection: gate and up come before it in the order of parts
 
 
 @attrs.define(eq=False)
@@ -30,93 +38,135 @@ class Fetch:
         expert: its number in the layer.
         slot: where it goes; the fetch's own until it is done.
         addresses: where the bytes of gate, up and down begin in memory; valid to read after the wait for them.
-        error: the first failure among its reads, or None.
+        priority: of its reads; raised by `Fetcher.promote`.
+        inner_landed: whether gate and up are in memory.
+        done: whether it is over: landed, failed or abandoned.
+        error: why it failed, or None.
     """
 
     layer: int
     expert: int
     slot: int
     addresses: tuple[int, int, int]
-    error: ReadError | None = None
+    priority: Priority
+    inner_landed: bool = attrs.field(default=False, init=False)
+    done: bool = attrs.field(default=False, init=False)
+    error: ReadError | None = attrs.field(default=None, init=False)
+    _reads: list[ReadOperation] = attrs.field(factory=list, init=False)  # of gate, up and down: the latest of each
+    _tries: list[int] = attrs.field(factory=lambda: [0, 0, 0], init=False)
+    _missing: set[int] = attrs.field(factory=lambda: {0, 1, 2}, init=False)  # parts that have not landed
+    _reading: set[int] = attrs.field(factory=set, init=False)  # parts whose latest read is in flight
+    _probes: set[int] = attrs.field(factory=set, init=False)  # files that this fetch finds out about
+    _holds: int = attrs.field(default=0, init=False)
     _abandoned: bool = attrs.field(default=False, init=False)
-    _parts_left: set[int] = attrs.field(factory=lambda: set(range(3)), init=False)  # not yet landed
-    _gate_up_landed: trio.Event = attrs.field(factory=trio.Event, init=False)
-    _all_landed: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _inner: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _over: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     @property
     def key(self) -> ExpertKey:
         """(layer, expert)"""
         return self.layer, self.expert
 
-    @property
-    def done(self) -> bool:
-        """Whether all three reads have ended, one way or the other."""
-        return self._all_landed.is_set()
-
     async def wait_gate_up(self) -> None:
         """Wait until the gate and up matrices are in memory; the fetch goes on if the wait is cancelled.
 
-        The slot is still FILLING then. If the down matrix fails later, the slot is released: work on gate and up
-        must be over, or must be allowed to read garbage, when `on_done` reports the error.
+        The slot is still FILLING then, and the fetch may fail later: whoever works on the two matrices in place must
+        `Fetcher.hold` it.
 
         Raises:
-            ReadError: a read that has ended by then has failed.
+            ReadError: the fetch has failed.
             RuntimeError: the fetch was abandoned.
         """
-        await self._gate_up_landed.wait()
+        await self._inner.wait()
         self._raise_if_failed()
 
     async def wait(self) -> None:
         """Wait until all three matrices are in memory; the fetch goes on if the wait is cancelled.
 
         Raises:
-            ReadError: a read has failed.
+            ReadError: the fetch has failed.
             RuntimeError: the fetch was abandoned.
         """
-        await self._all_landed.wait()
+        await self._over.wait()
         self._raise_if_failed()
 
     def _raise_if_failed(self) -> None:
         if self._abandoned:
             raise RuntimeError(f"the fetch of expert {self.expert} of layer {self.layer} was abandoned")
         if self.error is not None:  # a new instance, as several tasks may raise it and each adds its traceback
-            cause = self.error
-            raise ReadError(cause.path, cause.offset, cause.n_bytes, cause.reason, cause.errno) from cause
+            raise copy.copy(self.error) from self.error
+
+
+@attrs.frozen(kw_only=True)
+class FetchCounts:
+    """Fetches of one priority; `started + promoted_in == promoted_out + landed + failed + abandoned + in_flight`."""
+
+    started: int
+    promoted_in: int  # started with a lower priority
+    promoted_out: int  # raised to a higher one
+    landed: int
+    failed: int
+    abandoned: int
+    in_flight: int
 
 
 @attrs.frozen(kw_only=True)
 class FetcherStatistics:
     """A snapshot of a Fetcher.
 
-    `started == landed + failed + abandoned + in_flight`, and the reads likewise.
+    `started == landed + failed + abandoned + in_flight`, and
+    `reads_started == reads_landed + reads_failed + reads_cancelled + reads_in_flight`.
     """
 
     started: int  # fetches
-    joined: int  # starts of an expert that was already on its way
     landed: int
     failed: int
     abandoned: int
     in_flight: int
-    reads_started: int
+    promoted: int
+    refused: int  # starts of fetches from files that were left alone
+    by_priority: tuple[FetchCounts, ...]  # indexed by Priority
+    reads_started: int  # retries included
     reads_landed: int
     reads_failed: int
-    reads_in_flight: int  # those of abandoned fetches included
-    bytes_read: int  # sum of the aligned hulls of the reads that landed, of abandoned fetches too
+    reads_cancelled: int  # ended half-way, as their fetch was over
+    reads_in_flight: int  # those of failed and abandoned fetches included
+    bytes_read: int  # sum of the aligned hulls of the reads that landed, those of failed and abandoned fetches too
+    retried: int  # reads tried again after a transient error
+    deadline_failures: int  # fetches that failed because a read gave no answer
+    breaker_openings: int
+    files: tuple[BreakerStatistics, ...]  # whether each file is in use or left alone
 
 
 @attrs.define
-class _Counts:
-    """What the Fetcher counts; named as in FetcherStatistics."""
+class _ClassCounts:
+    """What the Fetcher counts of one priority; named as in FetchCounts."""
 
     started: int = 0
-    joined: int = 0
+    promoted_in: int = 0
+    promoted_out: int = 0
     landed: int = 0
     failed: int = 0
     abandoned: int = 0
+
+    def frozen(self) -> FetchCounts:
+        """Return a snapshot."""
+        ended = self.promoted_out + self.landed + self.failed + self.abandoned
+        return FetchCounts(**attrs.asdict(self), in_flight=self.started + self.promoted_in - ended)
+
+
+@attrs.define
+class _ReadCounts:
+    """What the Fetcher counts of reads; named as in FetcherStatistics."""
+
     reads_started: int = 0
     reads_landed: int = 0
     reads_failed: int = 0
+    reads_cancelled: int = 0
     bytes_read: int = 0
+    retried: int = 0
+    deadline_failures: int = 0
+    refused: int = 0
 
 
 class Fetcher:
@@ -124,20 +174,33 @@ class Fetcher:
 
     A fetch is three reads and no task: everything happens in synchronous calls and in the reader's callbacks, so
     cancelling a task that waits for a fetch never disturbs it. Any number of fetches started one after another are
-    all in flight at once. To be used from the trio thread alone.
+    all in flight at once. `run` keeps the timers: without it, no read is tried again and none is given up. To be used
+    from the trio thread alone.
+
+    A read that fails with a transient error is tried again after 5, 10 and 50 ms, the failed matrix alone; see
+    `mer.io.retry`. A fetch fails with the first of its reads that fails for good, at once: reads of it that have not
+    begun are cancelled, and its slot is QUARANTINED until those that have are back, then FREE.
+
+    A read is stuck when the reader has been at one chunk of it for `read_deadline_s`; waiting behind other reads does
+    not count. The fetch then fails with ReadTimeout and the reader replaces the threads.
+
+    After five fetches in a row have failed for good in reads of one file, and none landed, new ones from this file are
+    refused for 1 s, then for twice as long each time up to 60 s; after that one is let through to find out.
 
     Args:
         pool: the accounting of the slots.
         arena: their memory.
-        classes: the sizes of the slots, and which experts go into which.
+        classes: the sizes of the slots.
         expert_map: where every expert lies in the files.
         reader: reads them.
-        on_done: told of every fetch that has ended and was not abandoned, after its slot has become READY, or FREE when
-            `fetch.error` is set, and before any task that waits for it runs.
+        on_inner: told of a fetch whose gate and up matrices have landed while its down matrix has not.
+        on_done: told of every fetch that has landed or failed, after its slot has become READY, or FREE or QUARANTINED
+            when `fetch.error` is set, and before any task that waits for it runs. Neither callback may raise.
+        read_deadline_s: see above.
 
     Raises:
-        ConfigError: a class has no slot or too small ones, the pool and the arena disagree, or a file needs a coarser
-            alignment.
+        ConfigError: the slots have other sizes, the pool and the arena disagree, a file needs a coarser alignment, or
+            the deadline is not positive.
     """
 
     def __init__(
@@ -148,13 +211,13 @@ class Fetcher:
         expert_map: ExpertMap,
         reader: Reader,
         *,
+        on_inner: Callable[[Fetch], None] | None = None,
         on_done: Callable[[Fetch], None] | None = None,
+        read_deadline_s: float = DEFAULT_READ_DEADLINE_S,
     ) -> None:
         if pool.n_slots != arena.n_slots:
             raise ConfigError(f"the pool has {pool.n_slots} slots and the arena {arena.n_slots}")
-        if len(arena.class_bytes) != len(classes.slot_bytes) or any(
-            have < needed for have, needed in zip(arena.class_bytes, classes.slot_bytes, strict=True)
-        ):
+        if arena.class_bytes != classes.slot_bytes:
             raise ConfigError(
                 f"the experts need slots of {classes.slot_bytes} bytes, the arena has {arena.class_bytes}"
             )
@@ -164,88 +227,176 @@ class Fetcher:
                     f"file {number} is read at multiples of {mode.alignment} bytes, "
                     f"the slots are laid out for {classes.alignment}"
                 )
+        if not read_deadline_s > 0:
+            raise ConfigError(f"a read deadline of {read_deadline_s} s is not positive; try {DEFAULT_READ_DEADLINE_S}")
         self._pool = pool
         self._arena = arena
         self._alignment = classes.alignment
         self._experts = expert_map.experts
         self._reader = reader
+        self._on_inner = on_inner
         self._on_done = on_done
+        self._deadline_s = read_deadline_s
         self._in_flight: dict[ExpertKey, Fetch] = {}
-        self._counts = _Counts()
+        self._outstanding: dict[ReadOperation, tuple[Fetch, int]] = {}  # started and not landed
+        self._written_off: set[ReadOperation] = set()  # of them
+        self._retries: list[tuple[float, int, Fetch, int]] = []  # a heap: when, in which order, which part
+        self._next_look_s = inf  # when the outstanding reads are looked at for stuck ones
+        self._changed = trio.Event()
+        self._breakers = [CircuitBreaker() for _ in reader.modes]  # per file
+        self._classes = [_ClassCounts() for _ in Priority]
+        self._counts = _ReadCounts()
 
     def in_flight(self, layer: int, expert: int) -> Fetch | None:
         """Return the fetch that is bringing an expert, or None."""
         return self._in_flight.get((layer, expert))
 
-    def start(self, layer: int, expert: int, slot: int) -> Fetch:
-        """Start the reads of an expert into a leased slot (FILLING), gate and up before down, or join those under way.
+    def refusal(self, layer: int, expert: int) -> FileSuspended | None:
+        """Return what `start` would raise because a file of this expert is left alone; None if it would not."""
+        now_s = trio.current_time()
+        for part in self._experts[layer][expert].parts:
+            breaker = self._breakers[part.file]
+            if not breaker.allows(now_s):
+                return FileSuspended(
+                    self._reader.paths[part.file],
+                    part.offset,
+                    part.n_bytes,
+                    failures=breaker.failures_in_a_row,
+                    next_try_s=breaker.next_try_s(now_s),
+                )
+        return None
 
-        The slot is the fetcher's from here on. If the expert is already on its way into another slot, that fetch is
-        returned and the slot given here goes back to the pool at once.
+    def start(self, layer: int, expert: int, slot: int, priority: Priority = Priority.DEMAND) -> Fetch:
+        """Start the reads of an expert into a leased slot (FILLING), gate and up before down.
+
+        The slot is the fetcher's from here on; it stays with the caller if this raises.
 
         Raises:
-            EngineClosed: the reader is closed; the slot stays with the caller.
-            RuntimeError: the slot is not FILLING, is too small, or this very fetch is already filling it.
+            EngineClosed: the reader is closed.
+            FileSuspended: a file of this expert is left alone after several failures.
+            RuntimeError: the slot is not FILLING or too small, or the expert is on its way already.
         """
-        if (fetch := self._in_flight.get((layer, expert))) is not None:
-            if fetch.slot == slot:
-                raise RuntimeError(f"slot {slot} is already being filled with expert {expert} of layer {layer}")
-            self._pool.release(slot)
-            self._counts.joined += 1
-            return fetch
+        if (layer, expert) in self._in_flight:
+            raise RuntimeError(f"expert {expert} of layer {layer} is on its way already")
         if self._pool.state(slot) is not SlotState.FILLING:
             raise RuntimeError(f"slot {slot} is {self._pool.state(slot).name}; lease it before fetching into it")
-        fetch, operations = self._prepare(layer, expert, slot)
-        for operation in operations:
-            self._reader.start(operation)
+        refusal = self.refusal(layer, expert)
+        if refusal is not None:
+            self._counts.refused += 1
+            raise refusal
+        fetch = self._prepare(layer, expert, slot, priority)
+        for index in range(3):
+            self._start_read(fetch, index)
+        for file in {read.file for read in fetch._reads}:
+            if self._breakers[file].begin():
+                fetch._probes.add(file)
         self._in_flight[fetch.key] = fetch
-        self._counts.started += 1
-        self._counts.reads_started += len(operations)
+        self._classes[priority].started += 1
         return fetch
 
-    def abandon(self, fetch: Fetch) -> None:
-        """Give up a fetch that nobody wants any more: its slot is QUARANTINED until its reads land, then FREE.
-
-        The expert counts as not in flight from here on, so it may be fetched again, into another slot. Whoever
-        still waits for the fetch gets RuntimeError; `on_done` is not called.
+    def promote(self, fetch: Fetch, priority: Priority) -> None:
+        """Raise the priority of a fetch; what has been read is not read again.
 
         Raises:
-            RuntimeError: the fetch is done, or already abandoned.
+            RuntimeError: the fetch is over.
+            ValueError: the priority is lower than the fetch's.
         """
-        if self._in_flight.get(fetch.key) is not fetch:
-            raise RuntimeError(f"the fetch of expert {fetch.expert} of layer {fetch.layer} is not in flight")
-        self._pool.quarantine(fetch.slot)
-        del self._in_flight[fetch.key]
+        self._check_in_flight(fetch)
+        if priority > fetch.priority:
+            raise ValueError(f"a fetch of priority {fetch.priority.name} cannot be lowered to {priority.name}")
+        if priority == fetch.priority:
+            return
+        self._classes[fetch.priority].promoted_out += 1
+        self._classes[priority].promoted_in += 1
+        fetch.priority = priority
+        for index in fetch._reading:
+            self._reader.promote(fetch._reads[index], priority)
+
+    def abandon(self, fetch: Fetch) -> None:
+        """Give up a fetch that nobody wants any more.
+
+        Reads that have not begun are cancelled; the slot is QUARANTINED until the others land, then FREE. The expert
+        counts as not in flight from here on, so it may be fetched again, into another slot. Whoever still waits for
+        the fetch gets RuntimeError; `on_done` is not called.
+
+        Raises:
+            RuntimeError: the fetch is over.
+        """
+        self._check_in_flight(fetch)
         fetch._abandoned = True
-        fetch._gate_up_landed.set()
-        fetch._all_landed.set()
-        self._counts.abandoned += 1
+        self._classes[fetch.priority].abandoned += 1
+        self._give_up(fetch)
+
+    def hold(self, fetch: Fetch) -> None:
+        """Keep the slot of a fetch from being released, should it fail or be abandoned, until `let_go`.
+
+        For a job that works on the gate and up matrices while down is on its way. Holds are counted.
+
+        Raises:
+            RuntimeError: gate and up have not landed, or the fetch is over.
+        """
+        self._check_in_flight(fetch)
+        if not fetch.inner_landed:
+            raise RuntimeError(f"gate and up of expert {fetch.expert} of layer {fetch.layer} have not landed")
+        fetch._holds += 1
+
+    def let_go(self, fetch: Fetch) -> None:
+        """Undo one `hold`.
+
+        Raises:
+            RuntimeError: nobody holds the fetch.
+        """
+        if not fetch._holds:
+            raise RuntimeError(f"nobody holds the fetch of expert {fetch.expert} of layer {fetch.layer}")
+        fetch._holds -= 1
+        self._reclaim(fetch)
+
+    async def run(self) -> None:
+        """Try failed reads again and give up stuck ones when it is time, until cancelled."""
+        while True:
+            self._changed = trio.Event()
+            now_s = trio.current_time()
+            while self._retries and self._retries[0][0] <= now_s:
+                _, _, fetch, index = heapq.heappop(self._retries)
+                self._retry(fetch, index)
+            if self._next_look_s <= now_s:
+                self._look_for_stuck(now_s)
+            with trio.move_on_at(min(self._next_look_s, self._retries[0][0] if self._retries else inf)):
+                await self._changed.wait()
 
     def statistics(self) -> FetcherStatistics:
         """Return a snapshot."""
-        counts = self._counts
+        now_s = trio.current_time()
+        classes = tuple(counts.frozen() for counts in self._classes)
         return FetcherStatistics(
-            **attrs.asdict(counts),
+            started=sum(counts.started for counts in classes),
+            landed=sum(counts.landed for counts in classes),
+            failed=sum(counts.failed for counts in classes),
+            abandoned=sum(counts.abandoned for counts in classes),
             in_flight=len(self._in_flight),
-            reads_in_flight=counts.reads_started - counts.reads_landed - counts.reads_failed,
+            promoted=sum(counts.promoted_out for counts in classes),
+            by_priority=classes,
+            reads_in_flight=len(self._outstanding),
+            breaker_openings=sum(breaker.openings for breaker in self._breakers),
+            files=tuple(breaker.statistics(now_s) for breaker in self._breakers),
+            **attrs.asdict(self._counts),
         )
 
-    def _prepare(self, layer: int, expert: int, slot: int) -> tuple[Fetch, list[ReadOperation]]:
-        """Return the fetch and its reads of gate, up and down, none of them started."""
+    def _prepare(self, layer: int, expert: int, slot: int, priority: Priority) -> Fetch:
+        """Return the fetch with its reads of gate, up and down, none of them started."""
         extents = self._experts[layer][expert]
-        parts, layout = extents.parts, extents.layout(self._alignment)
-        if layout.n_bytes > self._arena.slot_bytes(slot):  # never write into the next slot
+        layout = extents.layout(self._alignment)
+        memory = self._arena.view(slot)
+        if layout.n_bytes > len(memory):  # never write into the next slot
             raise RuntimeError(
-                f"expert {expert} of layer {layer} needs {layout.n_bytes} bytes, "
-                f"slot {slot} has {self._arena.slot_bytes(slot)}"
+                f"expert {expert} of layer {layer} needs {layout.n_bytes} bytes, slot {slot} has {len(memory)}"
             )
-        offsets = layout.part_offsets
+        parts, offsets = extents.parts, layout.part_offsets
         hulls = [aligned_hull(part.offset, part.n_bytes, self._alignment) for part in parts]
         base = self._arena.address(slot)
         gate, up, down = (base + begin + lead for begin, (_, _, lead) in zip(offsets, hulls, strict=True))
-        fetch = Fetch(layer, expert, slot, (gate, up, down))
-        memory = self._arena.view(slot)
-        operations = [
+        fetch = Fetch(layer, expert, slot, (gate, up, down), priority)
+        fetch._reads += [
             ReadOperation(
                 file=part.file,
                 start=start,
@@ -253,34 +404,134 @@ class Fetcher:
                 needed=lead + part.n_bytes,
                 buffer=memory[begin : begin + length],
                 on_landed=partial(self._read_landed, fetch, index),
+                priority=priority,
             )
             for index, (part, begin, (start, length, lead)) in enumerate(zip(parts, offsets, hulls, strict=True))
         ]
-        return fetch, operations
+        return fetch
 
-    def _read_landed(self, fetch: Fetch, index: int, operation: ReadOperation) -> None:
-        """Account for one read that has ended, and for the whole fetch if it was the last."""
-        if operation.error is None:
+    def _start_read(self, fetch: Fetch, index: int) -> None:
+        read = fetch._reads[index]
+        self._reader.start(read)
+        fetch._tries[index] += 1
+        fetch._reading.add(index)
+        self._outstanding[read] = fetch, index
+        self._counts.reads_started += 1
+        if self._next_look_s == inf:
+            self._next_look_s = trio.current_time() + self._deadline_s
+            self._changed.set()
+
+    def _read_landed(self, fetch: Fetch, index: int, read: ReadOperation) -> None:
+        """Account for one read that has ended, and for the whole fetch if that decides it."""
+        del self._outstanding[read]
+        self._written_off.discard(read)
+        fetch._reading.discard(index)
+        if read.error is None:
             self._counts.reads_landed += 1
-            self._counts.bytes_read += operation.length
+            self._counts.bytes_read += read.length
+            self._breakers[read.file].succeeded()
+            fetch._probes.discard(read.file)
+        elif read.cancelled:
+            self._counts.reads_cancelled += 1
         else:
             self._counts.reads_failed += 1
-            fetch.error = fetch.error or operation.error
-        fetch._parts_left.discard(index)
-        if fetch._parts_left <= {_DOWN}:
-            fetch._gate_up_landed.set()
-        if fetch._parts_left:
-            return
-        if fetch._abandoned:
-            self._pool.reclaim(fetch.slot)
-            return
-        del self._in_flight[fetch.key]
-        fetch._all_landed.set()
-        if fetch.error is None:
-            self._counts.landed += 1
-            self._pool.landed(fetch.slot)
+        if fetch.done:
+            self._reclaim(fetch)
+        elif read.error is None:
+            self._part_landed(fetch, index)
         else:
-            self._counts.failed += 1
-            self._pool.release(fetch.slot)
+            self._part_failed(fetch, index, read.error)
+
+    def _part_landed(self, fetch: Fetch, index: int) -> None:
+        fetch._missing.discard(index)
+        if not fetch.inner_landed and fetch._missing <= {_DOWN}:
+            fetch.inner_landed = True
+            fetch._inner.set()
+            if fetch._missing:
+                if self._on_inner is not None:
+                    self._on_inner(fetch)
+                return
+        if not fetch._missing:
+            del self._in_flight[fetch.key]
+            self._classes[fetch.priority].landed += 1
+            fetch.done = True
+            fetch._over.set()
+            self._pool.landed(fetch.slot)
+            if self._on_done is not None:
+                self._on_done(fetch)
+
+    def _part_failed(self, fetch: Fetch, index: int, error: ReadError) -> None:
+        tries = fetch._tries[index]
+        delay = delay_s(error, tries)
+        if delay is None:
+            final = copy.copy(error)
+            if tries > 1:
+                final = ReadError(error.path, error.offset, error.n_bytes, error.reason, error.errno, tries=tries)
+                final.__cause__ = error
+            self._fail(fetch, fetch._reads[index].file, final)
+            return
+        self._counts.retried += 1
+        heapq.heappush(self._retries, (trio.current_time() + delay, self._counts.retried, fetch, index))
+        self._changed.set()
+
+    def _retry(self, fetch: Fetch, index: int) -> None:
+        if fetch.done:
+            return
+        last = fetch._reads[index]
+        fetch._reads[index] = attrs.evolve(last, priority=fetch.priority, error=None, cancelled=False)
+        try:
+            self._start_read(fetch, index)
+        except EngineClosed:
+            assert last.error is not None
+            self._fail(fetch, last.file, last.error)
+
+    def _look_for_stuck(self, now_s: float) -> None:
+        """Give up reads that have been at one chunk for the deadline or longer; see to it that none is missed."""
+        oldest_s = 0.0
+        for read, (fetch, _) in list(self._outstanding.items()):
+            if read in self._written_off or read not in self._outstanding:
+                continue
+            stalled_s = self._reader.stalled_s(read)
+            if stalled_s < self._deadline_s:
+                oldest_s = max(oldest_s, stalled_s)
+                continue
+            self._written_off.add(read)
+            self._reader.write_off(read)
+            if not fetch.done:
+                self._counts.deadline_failures += 1
+                path, reason = self._reader.paths[read.file], f"no answer for {format_duration(stalled_s)}"
+                self._fail(fetch, read.file, ReadTimeout(path, read.start, read.needed, reason))
+        waiting = len(self._outstanding) > len(self._written_off)
+        self._next_look_s = now_s + self._deadline_s - oldest_s if waiting else inf
+
+    def _fail(self, fetch: Fetch, file: int, error: ReadError) -> None:
+        """End a fetch because a read of a file has failed for good."""
+        self._breakers[file].failed(trio.current_time(), probe=file in fetch._probes)
+        fetch._probes.discard(file)
+        fetch.error = error
+        self._classes[fetch.priority].failed += 1
+        self._give_up(fetch)
         if self._on_done is not None:
             self._on_done(fetch)
+
+    def _give_up(self, fetch: Fetch) -> None:
+        """End a fetch that has not landed; its slot is free once no read writes into it and nobody holds it."""
+        del self._in_flight[fetch.key]
+        fetch.done = True
+        fetch._inner.set()
+        fetch._over.set()
+        for file in fetch._probes:
+            self._breakers[file].drop_probe()
+        for index in fetch._reading:
+            self._reader.cancel(fetch._reads[index])
+        self._pool.quarantine(fetch.slot)
+        self._reclaim(fetch)
+
+    def _reclaim(self, fetch: Fetch) -> None:
+        """Give back the slot of a fetch that did not land, if nothing needs it any more."""
+        if fetch.done and fetch._missing and not fetch._reading and not fetch._holds:
+            self._pool.reclaim(fetch.slot)
+
+    def _check_in_flight(self, fetch: Fetch) -> None:
+        if self._in_flight.get(fetch.key) is not fetch:
+            raise RuntimeError(f"the fetch of expert {fetch.expert} of layer {fetch.layer} is not in flight")

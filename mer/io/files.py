@@ -11,13 +11,13 @@ from typing import Final
 
 import attrs
 
-from mer.errors import ReadError
+from mer.errors import FileChanged, ReadError
 from mer.io.arena import PAGE_BYTES, map_anonymous
+from mer.io.identity import FileIdentity
 
 logger = logging.getLogger(__name__)
 
 _FRUITLESS_TRIES: Final = 4  # reads in a row that may bring nothing new before an extent is given up
-_TRANSIENT: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR})
 
 
 @attrs.frozen
@@ -44,22 +44,30 @@ class ModelFile:
         path: the file.
         mode: how it is read.
 
+        identity: what the file was when it was opened.
+
     Args:
         path: a regular file.
+        expected: what the file was when its header was read, if it must be the same still.
 
     Raises:
         ReadError: the file cannot be opened, or is not a regular file.
+        FileChanged: the file is not the one that is expected.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], expected: FileIdentity | None = None) -> None:
         self.path = Path(path)
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise ReadError(self.path, 0, 0, "not a regular file")
             self._fd, self.mode = _open(self.path)
-            self._opened_as = os.fstat(self._fd)
+            self.identity = FileIdentity.of(os.fstat(self._fd))
         except OSError as error:
             raise ReadError(self.path, 0, 0, f"cannot open it: {error.strerror}", error.errno) from error
+        change = expected.change_to(self.identity) if expected is not None else ""
+        if change:
+            os.close(self._fd)
+            raise FileChanged(f"{self.path} is not as it was when its header was read: {change}; open the model again")
         if not self.mode.direct:
             logger.warning("%s is read through the page cache: %s", self.path, self.mode.reason)
 
@@ -86,10 +94,7 @@ class ModelFile:
             try:
                 n_read = os.preadv(self._fd, [memory[begin:]], start + begin)
             except OSError as error:
-                if error.errno not in _TRANSIENT or fruitless == _FRUITLESS_TRIES:
-                    raise self._failure(start, needed, error.strerror or str(error), error.errno) from error
-                fruitless += 1
-                continue
+                raise self._failure(start, needed, error.strerror or str(error), error.errno) from error
             if begin + n_read > got:
                 got = begin + n_read
                 fruitless = 0
@@ -108,12 +113,8 @@ class ModelFile:
 
     def _change(self) -> str:
         """Return what happened to the file since it was opened, empty if nothing did."""
-        before, now = self._opened_as, os.fstat(self._fd)
-        changes = []
-        if now.st_size != before.st_size:
-            changes.append(f"its size went from {before.st_size} to {now.st_size} bytes")
-        elif now.st_mtime_ns != before.st_mtime_ns:
-            changes.append("it was written to")
+        before = self.identity
+        changes = [change] if (change := before.change_to(FileIdentity.of(os.fstat(self._fd)))) else []
         try:
             by_name = os.stat(self.path)
             if (by_name.st_dev, by_name.st_ino) != (before.st_dev, before.st_ino):

@@ -1,235 +1,131 @@
-"""Reads of model files into memory the caller provides: the Reader protocol, and a reader made of threads."""
+"""A reader made of threads, past the page cache where the filesystem allows it."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import count
+from math import inf
 from types import TracebackType
-from typing import Final, Protocol
 
 import attrs
-import numpy as np
 import trio
-from numpy.typing import NDArray
 
 from mer.errors import ConfigError, EngineClosed, ReadError
-from mer.io.arena import PAGE_BYTES, map_anonymous
-from mer.io.extents import aligned_hull
+from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS, Chunk, ChunkQueue, Work
 from mer.io.files import IoMode, ModelFile
+from mer.io.identity import FileIdentity
 from mer.io.metering import ReaderStatistics, ReadMeter
+from mer.io.mirror import verify_mirror
+from mer.io.operation import ReadOperation, check_operation, check_promotion
+from mer.io.priority import Priority
 from mer.threads import start_thread
 
-DEFAULT_THREADS: Final = 4
-DEFAULT_CHUNK_BYTES: Final = 2 * 1024 * 1024
-
-
-@attrs.define(eq=False, kw_only=True)
-class ReadOperation:
-    """One read of an aligned byte range of a file into memory.
-
-    From `Reader.start` until `on_landed` is called the operation owns the memory, whatever becomes of the task that
-    wanted the
-    bytes: the kernel may write into it at any time.
-    """
-
-    file: int  # index into the paths the reader was made of
-    start: int  # offset in that file, a multiple of its alignment
-    length: int  # bytes, a multiple of the alignment; may reach beyond the end of the file
-    needed: int  # how many bytes must arrive, 1 to length
-    buffer: NDArray[np.uint8]  # shape (length,), contiguous, writable, its address a multiple of the alignment
-    on_landed: Callable[[ReadOperation], None]  # called once, in the trio thread, after the last byte or the failure
-    error: ReadError | None = None  # why it failed; known once it has landed
-
-
-class Reader(Protocol):
-    """Reads byte ranges of model files; every reader passes one set of tests."""
-
-    @property
-    def modes(self) -> tuple[IoMode, ...]:
-        """How each file is read."""
-
-    def start(self, operation: ReadOperation) -> None:
-        """Begin a read; to be called in the trio thread.
-
-        Never blocks, and never calls `on_landed` before it has returned. Operations begin in the order of their
-        starts and may end in any order. A failed one ends with its `error` set. There is no limit on the operations
-        in flight: the memory they read into bounds them.
-
-        Raises:
-            EngineClosed: the reader is closed.
-            ValueError: the operation is not aligned, or its numbers do not fit together.
-        """
-
-    def statistics(self) -> ReaderStatistics:
-        """Return a snapshot of what was read so far."""
+logger = logging.getLogger(__name__)
 
 
 @attrs.define(eq=False)
-class PendingExtent:
-    """A byte range on its way into memory of its own; whoever stops waiting for it need not do anything."""
+class _Drive:
+    """One copy of the files and where its idle threads wait."""
 
-    _operation: ReadOperation
-    _lead: int
-    _landed: trio.Event
-
-    async def wait(self) -> NDArray[np.uint8]:
-        """Wait until the bytes are there; the read goes on if the wait is cancelled.
-
-        Returns:
-            The writable bytes, shape (n_bytes,). They keep their aligned hull in memory, up to two pages more. Their
-            address is a multiple of the largest power of two up to a page that divides the offset.
-
-        Raises:
-            ReadError: the bytes cannot be read.
-        """
-        await self._landed.wait()
-        if self._operation.error is not None:
-            raise self._operation.error
-        return self._operation.buffer[self._lead : self._operation.needed]
-
-
-def start_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> PendingExtent:
-    """Start reading any byte range, at least one byte, of a file; for what is read once, such as dense weights.
-
-    Raises:
-        NotEnoughMemory: the operating system refuses the memory.
-        EngineClosed: the reader is closed.
-    """
-    start, length, lead = aligned_hull(offset, n_bytes, reader.modes[file].alignment)
-    memory = np.frombuffer(map_anonymous(length), dtype=np.uint8)
-    landed = trio.Event()
-    operation = ReadOperation(
-        file=file, start=start, length=length, needed=lead + n_bytes, buffer=memory, on_landed=lambda _: landed.set()
-    )
-    reader.start(operation)
-    return PendingExtent(operation, lead, landed)
-
-
-async def read_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-    """Read any byte range of a file, as `start_extent` and `PendingExtent.wait` do; it may be empty.
-
-    If cancelled, the memory goes back to the system as soon as the read has landed.
-    """
-    if n_bytes == 0:
-        await trio.lowlevel.checkpoint()
-        return np.empty(0, dtype=np.uint8)
-    return await start_extent(reader, file, offset, n_bytes).wait()
-
-
-def check_operation(operation: ReadOperation, alignment: int) -> None:
-    """Refuse an operation that does not keep to the Reader protocol.
-
-    Raises:
-        ValueError: it is not aligned, or its numbers do not fit together.
-    """
-    buffer = operation.buffer
-    if operation.start < 0 or not 1 <= operation.needed <= operation.length:
-        raise ValueError(f"cannot read {operation.needed} of {operation.length} bytes at {operation.start}")
-    if buffer.dtype != np.uint8 or buffer.shape != (operation.length,) or not buffer.flags.c_contiguous:
-        raise ValueError(f"the buffer is {buffer.dtype}{buffer.shape}, not {operation.length} contiguous bytes")
-    if not buffer.flags.writeable:
-        raise ValueError("the buffer cannot be written to")
-    if operation.start % alignment or operation.length % alignment or buffer.ctypes.data % alignment:
-        raise ValueError(
-            f"offset {operation.start}, length {operation.length} and address {buffer.ctypes.data:#x} "
-            f"must be multiples of {alignment}"
-        )
-
-
-@attrs.define(eq=False)
-class _Pending:
-    """What the threads share about one operation; `lock` guards the rest."""
-
-    operation: ReadOperation
-    memory: memoryview
-    started_s: float
-    chunks_left: int
-    error: ReadError | None = None
-    lock: threading.Lock = attrs.Factory(threading.Lock)
-
-
-@attrs.frozen
-class _Chunk:
-    """A part of an operation that one thread reads."""
-
-    pending: _Pending
-    begin: int  # in the operation's memory
-    end: int
+    files: tuple[ModelFile, ...]
+    idle: threading.Condition  # of the reader's lock
 
 
 class ThreadReader:
-    """Reads with persistent threads, past the page cache where the filesystem allows it.
+    """Reads with persistent threads; see `Reader` for what its methods promise, and `ChunkQueue` for what is read when.
 
-    Operations are cut into aligned chunks that the threads take in the order of the starts, so that even a single
-    operation uses all of them. A chunk that fails lets the chunks of its operation that have not begun go unread.
+    Operations are cut into aligned chunks, so that even a single one uses all threads. A chunk that fails lets the
+    chunks of its operation that have not begun go unread. Mirrors are identical copies of the files on other drives:
+    each has as many threads of its own, and the drives share what there is to read.
 
-    Used as a context manager in the trio thread: entering opens the files and starts the threads, leaving closes.
-    Closing never waits for a thread: a read that hangs in the kernel keeps its daemon thread, its memory and the
-    files open, and nothing else. Operations that have not been read by then end with an error, if the event loop is
-    still there to hear of it.
+    Used as a context manager in the trio thread: entering opens the files, compares the mirrors with them (a blocking
+    matter of some 10 ms for each file of each mirror), and starts the threads; leaving closes. Closing never waits
+    for a thread: a read that hangs in the kernel keeps its daemon thread, its memory and the files open, and nothing
+    else. Operations that have not been read by then end with an error, if the event loop is still there to hear of it.
 
     Args:
         paths: the files, numbered by their position.
-        n_threads: number of threads, and so of reads the disk sees at once.
+        mirrors: for each further drive the paths of its copies of all the files, in the same order.
+        expected: what each file was when its header was read, if that is to be checked.
+        n_threads: threads of each drive, and so of reads that it sees at once.
         chunk_bytes: the largest read in bytes, a multiple of 4096; below about 1 MiB the disk's full rate is not
             reached.
+        prefetch_threads: threads that may read prefetches at once, so that the others are there when demand comes.
         token: the event loop that `on_landed` is called in; the running one by default.
 
     Raises:
-        ConfigError: there is no file, or a number is out of range.
+        ConfigError: there is no file, a number is out of range, or a mirror has not as many files.
     """
 
     def __init__(
         self,
         paths: Sequence[str | os.PathLike[str]],
         *,
+        mirrors: Sequence[Sequence[str | os.PathLike[str]]] = (),
+        expected: Sequence[FileIdentity] | None = None,
         n_threads: int = DEFAULT_THREADS,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        prefetch_threads: int = 1,
         token: trio.lowlevel.TrioToken | None = None,
     ) -> None:
         if not paths:
             raise ConfigError("a reader needs at least one file")
-        if n_threads < 1:
-            raise ConfigError(f"a reader needs at least 1 thread, not {n_threads}")
-        if chunk_bytes < PAGE_BYTES or chunk_bytes % PAGE_BYTES:
-            raise ConfigError(
-                f"chunks of {chunk_bytes} bytes are not a multiple of {PAGE_BYTES}; try {DEFAULT_CHUNK_BYTES}"
-            )
-        self._paths = tuple(paths)
-        self._n_threads = n_threads
+        for mirror in mirrors:
+            if len(mirror) != len(paths):
+                raise ConfigError(
+                    f"a mirror of {len(mirror)} files cannot stand for {len(paths)}; give a copy of every file"
+                )
+        self._paths = tuple(os.fspath(path) for path in paths)
+        self._mirrors = tuple(tuple(mirror) for mirror in mirrors)
+        self._expected = expected
         self._chunk_bytes = chunk_bytes
         self._token = token
-        self._files: tuple[ModelFile, ...] = ()
-        self._chunks: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
-        self._threads_alive = 0  # guarded by the lock below
-        self._lock = threading.Lock()
+        self._queue = ChunkQueue(
+            n_copies=1 + len(mirrors), n_threads=n_threads, chunk_bytes=chunk_bytes, prefetch_threads=prefetch_threads
+        )
+        self._lock = threading.Lock()  # guards the queue and what follows
+        self._drives: tuple[_Drive, ...] = ()
+        self._alive = 0  # threads
+        self._ended: list[Work] = []  # operations whose end the trio thread is about to hear of
+        self._told = False  # whether it is
         self._open = False  # written in the trio thread, read by all
+        self._thread_number = count()
         self._meter = ReadMeter()
 
     def __enter__(self) -> ThreadReader:
         """Open the files and start the threads.
 
         Raises:
-            ReadError: a file cannot be opened.
-            ConfigError: the system refuses a thread.
+            ReadError: a file cannot be opened or read.
+            FileChanged: a file is not the one whose header was read.
+            MirrorMismatch: a mirror differs from the files.
+            ConfigError: the system refuses a thread, or a mirror is one of the files itself.
         """
-        if self._files:
+        if self._drives:
             raise RuntimeError("a reader cannot be opened twice")
         if self._token is None:
             self._token = trio.lowlevel.current_trio_token()
-        files: list[ModelFile] = []
+        opened: list[list[ModelFile]] = []
         try:
-            for path in self._paths:
-                files.append(ModelFile(path))
+            for copy in (self._paths, *self._mirrors):
+                opened.append([])
+                for number, path in enumerate(copy):
+                    expected = self._expected[number] if self._expected is not None and copy is self._paths else None
+                    opened[-1].append(ModelFile(path, expected))
+            for mirror in opened[1:]:
+                for original, duplicate in zip(opened[0], mirror, strict=True):
+                    verify_mirror(original, duplicate)
         except BaseException:
-            for file in files:
-                file.close()
+            for files in opened:
+                for file in files:
+                    file.close()
             raise
-        self._files = tuple(files)
+        self._drives = tuple(_Drive(tuple(files), threading.Condition(self._lock)) for files in opened)
         self._open = True
         self._start_threads()
         return self
@@ -243,89 +139,192 @@ class ThreadReader:
         """Refuse further reads and let the threads end; returns at once. Closing twice is allowed."""
         if self._open:
             self._open = False
-            for _ in range(self._n_threads):
-                self._chunks.put(None)
+            with self._lock:
+                told = self._note(self._queue.close())
+                self._wake()
+            self._tell(told)
 
     @property
     def modes(self) -> tuple[IoMode, ...]:
         """How each file is read; known once the reader is open."""
-        return tuple(file.mode for file in self._files)
+        return tuple(file.mode for file in self._drives[0].files)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files."""
+        return self._paths
 
     def start(self, operation: ReadOperation) -> None:
         """Begin a read; see `Reader.start`."""
         if not self._open:
             raise EngineClosed("the reader is closed")
-        check_operation(operation, self._files[operation.file].mode.alignment)
+        check_operation(operation, self._drives[0].files[operation.file].mode.alignment)
         now_s = time.monotonic()
-        begins = range(0, operation.length, self._chunk_bytes)
-        pending = _Pending(operation, operation.buffer.data, now_s, len(begins))
         self._meter.start(now_s)
-        for begin in begins:
-            self._chunks.put(_Chunk(pending, begin, min(begin + self._chunk_bytes, operation.length)))
+        with self._lock:
+            told = self._note(self._queue.add(operation, self._paths[operation.file], now_s))
+            for drive in self._drives:
+                drive.idle.notify(-(-operation.length // self._chunk_bytes))
+        self._tell(told)
+
+    def promote(self, operation: ReadOperation, priority: Priority) -> None:
+        """Raise an operation's priority; see `Reader.promote`."""
+        check_promotion(operation, priority)
+        with self._lock:
+            self._queue.promote(operation, priority, time.monotonic())
+            self._wake()
+
+    def cancel(self, operation: ReadOperation) -> None:
+        """Leave what was not begun unread; see `Reader.cancel`."""
+        with self._lock:
+            told = self._note(self._queue.cancel(operation))
+        self._tell(told)
+
+    def write_off(self, operation: ReadOperation) -> None:
+        """Replace the threads that hang in an operation; see `Reader.write_off`."""
+        with self._lock:
+            if operation in self._queue:
+                self._meter.write_off()
+            ended, bereft = self._queue.write_off(operation, time.monotonic())
+            told = self._note(ended)
+        for copy in bereft:
+            try:
+                self._start_thread(copy)
+            except RuntimeError as error:
+                logger.warning("no thread to replace one that hangs in a read: %s", error)
+                with self._lock:
+                    told = self._note(self._queue.lose_thread(copy)) or told
+        with self._lock:
+            told = self._note(self._queue.end_hopeless()) or told
+            self._wake()
+        self._tell(told)
+
+    def stalled_s(self, operation: ReadOperation) -> float:
+        """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
+        with self._lock:
+            return self._queue.stalled_s(operation, time.monotonic())
 
     def statistics(self) -> ReaderStatistics:
         """Return a snapshot of what was read so far."""
-        return self._meter.statistics(time.monotonic())
+        now_s = time.monotonic()
+        with self._lock:
+            queued_bytes = self._queue.queued_bytes()
+            copies = tuple(
+                copy.statistics(
+                    tuple(str(file.path) for file in drive.files), tuple(file.mode for file in drive.files), now_s
+                )
+                for copy, drive in zip(self._queue.copies, self._drives, strict=True)
+            )
+        return self._meter.statistics(now_s, queued_bytes, copies)
 
     def _start_threads(self) -> None:
-        for number in range(self._n_threads):
-            with self._lock:
-                self._threads_alive += 1
+        wanted = [number for number, copy in enumerate(self._queue.copies) for _ in range(copy.n_threads)]
+        for number, copy in enumerate(wanted, 1):
             try:
-                start_thread(self._work, name=f"mer-io-{number}")
+                self._start_thread(copy)
             except RuntimeError as error:
-                self._leave()
                 self.close()
+                if number == 1:
+                    self._close_files()
                 raise ConfigError(
-                    f"the system refuses thread {number + 1} of {self._n_threads} for reading ({error}); "
+                    f"the system refuses thread {number} of {len(wanted)} for reading ({error}); "
                     "use fewer threads or raise the limit on processes (ulimit -u)"
                 ) from error
 
-    def _work(self) -> None:
-        """Read chunks until told to end; runs in each of the threads."""
-        while (chunk := self._chunks.get()) is not None:
-            self._read(chunk)
-            del chunk  # an idle thread keeps no memory alive
-        self._leave()
-
-    def _leave(self) -> None:
-        """Note that a thread has ended; the last one closes the files, as before that a read might still use them."""
+    def _start_thread(self, copy: int) -> None:
+        """Start a thread; raises RuntimeError if the system refuses it."""
         with self._lock:
-            self._threads_alive -= 1
-            last = self._threads_alive == 0
-        if last:
-            for file in self._files:
-                file.close()
+            self._alive += 1
+        try:
+            start_thread(self._work, copy, name=f"mer-io-{next(self._thread_number)}")
+        except RuntimeError:
+            with self._lock:
+                self._alive -= 1
+            raise
 
-    def _read(self, chunk: _Chunk) -> None:
-        pending = chunk.pending
-        operation = pending.operation
-        error = pending.error
-        if error is None:
-            file = self._files[operation.file]
-            start = operation.start + chunk.begin
-            needed = min(operation.needed, chunk.end) - chunk.begin
-            try:
-                if self._open:
-                    file.read_into(pending.memory[chunk.begin : chunk.end], start, needed)
-                else:
-                    error = ReadError(file.path, start, needed, "the reader was closed before the read began")
-            except ReadError as failure:
-                error = failure
-            except (OSError, MemoryError) as failure:  # whatever happens, the operation must land
-                error = ReadError(file.path, start, needed, repr(failure))
-        with pending.lock:
-            pending.error = pending.error or error
-            pending.chunks_left -= 1
-            last = pending.chunks_left == 0
-        if last:
+    def _work(self, copy: int) -> None:
+        """Read chunks until told to end; runs in each of the threads."""
+        while (chunk := self._take(copy)) is not None:
+            if not self._finish(chunk, self._read(chunk)):
+                break
+            del chunk  # an idle thread keeps no memory alive
+        with self._lock:
+            self._alive -= 1
+            last = self._alive == 0
+        if last:  # before that a read might still use them
+            self._close_files()
+
+    def _take(self, copy: int) -> Chunk | None:
+        """Wait for a chunk to read; None when the thread is to end."""
+        idle = self._drives[copy].idle
+        with self._lock:
+            while self._open:
+                found = self._queue.take(copy, time.monotonic())
+                if isinstance(found, Chunk):
+                    return found
+                idle.wait(None if found == inf else found)
+        return None
+
+    def _read(self, chunk: Chunk) -> ReadError | None:
+        """Read a chunk and return why that failed, if it did."""
+        operation = chunk.work.operation
+        file = self._drives[chunk.copy].files[operation.file]
+        start = operation.start + chunk.begin
+        needed = min(operation.needed, chunk.end) - chunk.begin
+        try:
+            file.read_into(operation.buffer.data[chunk.begin : chunk.end], start, needed)
+        except ReadError as failure:
+            return failure
+        except (OSError, MemoryError) as failure:  # whatever happens, the operation must land
+            return ReadError(file.path, start, needed, repr(failure))
+        return None
+
+    def _finish(self, chunk: Chunk, error: ReadError | None) -> bool:
+        """Account for a chunk and return whether its thread is to go on."""
+        with self._lock:
+            told = self._note(self._queue.finish(chunk, error, time.monotonic()))
+            if error is not None:
+                self._wake()  # another copy may have to read it
+            end = chunk.written_off and self._queue.dismiss(chunk.copy)
+        self._tell(told)
+        return not end
+
+    def _note(self, ended: list[Work]) -> bool:
+        """Remember what has ended, under the lock; returns whether the trio thread is to be told after it."""
+        if not ended:
+            return False
+        self._ended += ended
+        told, self._told = self._told, True
+        return not told
+
+    def _tell(self, told: bool) -> None:
+        """Let the trio thread hear of what has ended, if it will not anyway."""
+        if told:
             assert self._token is not None
             with contextlib.suppress(trio.RunFinishedError):  # nobody is left to tell
-                self._token.run_sync_soon(self._landed, pending)
+                self._token.run_sync_soon(self._land)
 
-    def _landed(self, pending: _Pending) -> None:
-        """End an operation, in the trio thread."""
-        operation = pending.operation
-        operation.error = pending.error
-        self._meter.end(operation.length, pending.started_s, time.monotonic(), failed=pending.error is not None)
-        operation.on_landed(operation)
+    def _wake(self) -> None:
+        """Let all idle threads look for chunks, under the lock."""
+        for drive in self._drives:
+            drive.idle.notify_all()
+
+    def _land(self) -> None:
+        """End operations, in the trio thread."""
+        with self._lock:
+            ended, self._ended, self._told = self._ended, [], False
+        now_s = time.monotonic()
+        for work in ended:
+            operation = work.operation
+            operation.error = work.error
+            operation.cancelled = work.incomplete
+            if work.error is None:
+                self._meter.land(operation.length, operation.priority, work.started_s, work.wanted_s, now_s)
+            else:
+                self._meter.fail(work.started_s, now_s, cancelled=work.incomplete)
+            operation.on_landed(operation)
+
+    def _close_files(self) -> None:
+        for drive in self._drives:
+            for file in drive.files:
+                file.close()

@@ -17,7 +17,8 @@ from trio.testing import MockClock
 from mer.errors import EngineClosed, ReadError
 from mer.io.arena import map_anonymous
 from mer.io.extents import aligned_hull
-from mer.io.reader import Reader, ReadOperation, ThreadReader, read_extent
+from mer.io.operation import Reader, ReadOperation, read_extent
+from mer.io.reader import ThreadReader
 from mer.testing.simdisk import DiskProfile, content, open_sim_disk
 
 CHUNK = 16384
