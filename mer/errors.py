@@ -135,6 +135,10 @@ class ReadError(MerError):
         often = f" {tries} times" if tries > 1 else ""
         super().__init__(f"{self.path}: reading {n_bytes} bytes at byte {offset} failed{often}: {reason}")
 
+    def after(self, tries: int) -> ReadError:
+        """Return this error as that of a read that was tried so often; the caller raises it from this one."""
+        return ReadError(self.path, self.offset, self.n_bytes, self.reason, self.errno, tries=tries)
+
 
 class ReadTimeout(ReadError):
     """A read gave no answer within the deadline; the disk or its connection hangs."""

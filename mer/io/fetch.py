@@ -464,14 +464,11 @@ class Fetcher:
         tries = fetch._tries[index]
         delay = delay_s(error, tries)
         if delay is None:
-            final = copy.copy(error)
-            if tries > 1:
-                final = ReadError(error.path, error.offset, error.n_bytes, error.reason, error.errno, tries=tries)
-                final.__cause__ = error
+            final = error.after(tries)
+            final.__cause__ = error
             self._fail(fetch, fetch._reads[index].file, final)
             return
-        self._counts.retried += 1
-        heapq.heappush(self._retries, (trio.current_time() + delay, self._counts.retried, fetch, index))
+        heapq.heappush(self._retries, (trio.current_time() + delay, self._counts.reads_failed, fetch, index))
         self._changed.set()
 
     def _retry(self, fetch: Fetch, index: int) -> None:
@@ -483,7 +480,9 @@ class Fetcher:
             self._start_read(fetch, index)
         except EngineClosed:
             assert last.error is not None
-            self._fail(fetch, last.file, last.error)
+            self._fail(fetch, last.file, last.error.after(fetch._tries[index]))
+        else:
+            self._counts.retried += 1
 
     def _look_for_stuck(self, now_s: float) -> None:
         """Give up reads that have been at one chunk for the deadline or longer; see to it that none is missed."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mer.errors import GGUFError
 from mer.io.ggml import GGMLType
 from mer.io.gguf_source import shortened
+from mer.io.identity import FileIdentity
 
 MetadataValue = bool | int | float | str | list[str] | NDArray[np.generic]
 """A metadata value: arrays of strings are lists, arrays of numbers and of bools are read-only NumPy arrays."""
@@ -57,6 +58,7 @@ class GGUFFile:
     header_bytes_read: int  # what was read of the files to get here
     header_bytes: int  # metadata and tensor infos, without the padding after them, summed over the parts
     file_bytes: tuple[int, ...]  # of each part
+    identities: tuple[FileIdentity, ...]  # of each part, as it was when its header was read
     value_types: Mapping[str, str] = attrs.field(repr=False)  # {key: "uint32", "string", "array of float32", ...}
     value_offsets: Mapping[str, int] = attrs.field(repr=False)  # {key: byte offset of its value in paths[0]}
 

@@ -106,6 +106,7 @@ def read_part(path: Path, index: int) -> GGUFFile:
             header_bytes=header_bytes,
             header_bytes_read=len(source.data),
             file_bytes=(source.file_bytes,),
+            identities=(source.identity,),
             value_types=MappingProxyType(names),
             value_offsets=MappingProxyType({key: field.offset for key, field in fields.items()}),
         )

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from mer.errors import GGUFError, ReadError
+from mer.io.identity import FileIdentity
 from mer.units import format_bytes
 
 MAX_HEADER_BYTES = 256 * 2**20  # real headers take 1-20 MiB, nearly all of it vocabulary
@@ -43,6 +44,7 @@ class HeaderSource:
             os.close(self._fd)
             raise
         self.file_bytes = status.st_size
+        self.identity = FileIdentity.of(status)
 
     def __enter__(self) -> Self:
         return self

@@ -91,4 +91,5 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
         header_bytes=sum(part.header_bytes for part in parts),
         header_bytes_read=sum(part.header_bytes_read for part in parts),
         file_bytes=tuple(part.file_bytes[0] for part in parts),
+        identities=tuple(part.identities[0] for part in parts),
     )

@@ -16,6 +16,7 @@ from mer.io.extents import aligned_hull
 from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics
 from mer.io.priority import Priority
+from mer.io.retry import delay_s
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -129,16 +130,20 @@ def check_promotion(operation: ReadOperation, priority: Priority) -> None:
         raise ValueError(f"a read of priority {operation.priority.name} cannot be lowered to {priority.name}")
 
 
-@attrs.define(eq=False)
 class PendingExtent:
     """A byte range on its way into memory of its own; whoever stops waiting for it need not do anything."""
 
-    _operation: ReadOperation
-    _lead: int
-    _landed: trio.Event
+    def __init__(self, reader: Reader, operation: ReadOperation, lead: int) -> None:
+        self._reader = reader
+        self._operation = operation
+        self._lead = lead
+        self._start()
 
     async def wait(self) -> NDArray[np.uint8]:
         """Wait until the bytes are there; the read goes on if the wait is cancelled.
+
+        A read that fails with a transient error is tried again, as long as somebody waits; see `mer.io.retry`. To be
+        called by one task at a time.
 
         Returns:
             The writable bytes, shape (n_bytes,). They keep their aligned hull in memory, up to two pages more. Their
@@ -146,11 +151,25 @@ class PendingExtent:
 
         Raises:
             ReadError: the bytes cannot be read.
+            EngineClosed: the reader was closed when the read was to be tried again.
         """
-        await self._landed.wait()
-        if self._operation.error is not None:
-            raise self._operation.error
-        return self._operation.buffer[self._lead : self._operation.needed]
+        tries = 1
+        while True:
+            await self._landed.wait()
+            error = self._operation.error
+            if error is None:
+                return self._operation.buffer[self._lead : self._operation.needed]
+            wait_s = delay_s(error, tries)
+            if wait_s is None:
+                raise error.after(tries) from error
+            await trio.sleep(wait_s)
+            self._start()
+            tries += 1
+
+    def _start(self) -> None:
+        self._landed = landed = trio.Event()
+        self._operation = attrs.evolve(self._operation, on_landed=lambda _: landed.set(), error=None, cancelled=False)
+        self._reader.start(self._operation)
 
 
 def start_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> PendingExtent:
@@ -162,12 +181,10 @@ def start_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> Pendin
     """
     start, length, lead = aligned_hull(offset, n_bytes, reader.modes[file].alignment)
     memory = np.frombuffer(map_anonymous(length), dtype=np.uint8)
-    landed = trio.Event()
     operation = ReadOperation(
-        file=file, start=start, length=length, needed=lead + n_bytes, buffer=memory, on_landed=lambda _: landed.set()
+        file=file, start=start, length=length, needed=lead + n_bytes, buffer=memory, on_landed=lambda _: None
     )
-    reader.start(operation)
-    return PendingExtent(operation, lead, landed)
+    return PendingExtent(reader, operation, lead)
 
 
 async def read_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
