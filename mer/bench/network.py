@@ -1,0 +1,159 @@
+"""The arithmetic of the streaming benchmark: expert FFNs by the production kernels, without a model around them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+import trio
+
+from mer.bench.datafile import DataFile
+from mer.bench.workload import Workload
+from mer.compute.cpu import CPUWorker
+from mer.compute.forward import Forward, steps_for
+from mer.compute.kernels.elementwise import combine
+from mer.compute.matrix import FLOAT_BYTES, float_stride
+from mer.compute.program import Program
+from mer.compute.scratch import Limits
+from mer.compute.weights import DenseWeights
+from mer.compute.worker import Batch, Begin, Float32Array, Int32Array
+from mer.errors import MerError
+from mer.io.ggml import GGMLType
+from mer.model.spec import ModelSpec, RopeStyle, Routing
+from mer.sched.simulate import Event
+
+_INPUT_SEED = 12_648_430
+
+
+def _spec(workload: Workload, data: DataFile) -> ModelSpec:
+    """Return a model of the workload's experts whose attention, head and vocabulary are as small as can be."""
+    geometry = data.plan.geometry
+    return ModelSpec(
+        architecture="mer-bench-stream",
+        name=workload.name,
+        n_layers=workload.n_layers,
+        d_model=geometry.d_model,
+        d_ff=geometry.d_ff,
+        n_experts=workload.n_experts,
+        top_k=workload.widest,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=2,
+        vocab_size=1,
+        context_length=1,
+        rms_eps=1e-5,
+        rope_base=10000.0,
+        rope_dim=2,
+        rope_scale=1.0,
+        rope_style=RopeStyle.NEOX,
+        routing=Routing.SOFTMAX_OVER_TOP_K,
+        qk_norm=False,
+        tied_head=True,
+    )
+
+
+def input_vector(d_model: int) -> Float32Array:
+    """Return the vector that every expert is applied to, float32 [D]: uniform in -1..1, the same everywhere."""
+    raw = np.random.PCG64(_INPUT_SEED).random_raw(d_model)
+    return (np.asarray(raw >> np.uint64(40), np.float64) * 2.0**-23 - 1.0).astype(np.float32)
+
+
+class StreamForward(Forward):
+    """One-token batches whose routing is a workload's: token `at` uses the experts of iteration `at`, in equal shares.
+
+    `Attend` computes nothing, its result names the experts. `RunExperts` and `Combine` are those of every model, and
+    `Project` gives the mean of the experts' outputs, [1, D], in place of logits.
+    """
+
+    def __init__(self, workload: Workload, data: DataFile, n_threads: int) -> None:
+        spec = _spec(workload, data)
+        limits = Limits(batch_tokens=1, outputs=1, sequences=1, sequence_blocks=1, kv_blocks=1, threads=n_threads)
+        super().__init__(spec, limits, DenseWeights({}), data.experts)
+        self._events: tuple[Event, ...] = workload.events
+        self._used = 0  # experts of the iteration under way
+        s, d_model = self.scratch, spec.d_model
+        s.memory.floats(s.address["h"], d_model)[:] = input_vector(d_model)
+        self._shares = s.memory.floats(s.address["expert_weights"], spec.top_k)
+
+    def begin(self, batch: Batch) -> None:
+        """Take over a batch of one token, whose id is the number of its iteration."""
+        self._batch = batch
+
+    def _attend(self, program: Program, layer: int, predict: bool) -> None:
+        """Add nothing: the routing is given, and the input is always the same."""
+
+    def routed(self) -> Int32Array:
+        """Return the experts of the batch's iteration, [1, K], and prepare for running them."""
+        _, experts = self._events[int(self.batch.tokens[0])]
+        ids = np.array(experts, np.int32)
+        order = np.argsort(ids, kind="stable")
+        k = self._used = len(ids)
+        s = self.scratch
+        s.places[order] = np.arange(k, dtype=np.int32)
+        s.order[:k] = 0
+        self._shares[:k] = 1 / k
+        self._starts = np.searchsorted(ids[order], np.arange(self._spec.n_experts + 1))
+        return ids.reshape(1, k)
+
+    def combine(self, program: Program) -> None:
+        """Add the step that adds the experts' outputs up, in the order in which the iteration names them."""
+        a, d = self.scratch.address, float_stride(self._spec.d_model)
+        program.add(
+            combine, a["x"], d, 1, d // FLOAT_BYTES, a["y"], a["expert_weights"], a["places"], self._used
+        )  # fmt: skip
+        program.barrier()
+
+    def project(self, program: Program) -> None:
+        """Add nothing: the sum is what is wanted."""
+
+    def logits(self) -> Float32Array:
+        """Return the mean of the experts' outputs, float32 [1, D], and start from zero again."""
+        mean = self.scratch.x[:1, : self._spec.d_model].copy()
+        self.scratch.x[:] = 0
+        return mean
+
+
+def begin(at: int) -> Begin:
+    """Return the operation that starts iteration `at`."""
+    one = np.zeros(1, np.int32)
+    return Begin(Batch(np.array([at], np.int32), one, one, np.zeros((1, 1), np.int32), one))
+
+
+@asynccontextmanager
+async def open_worker(
+    workload: Workload, data: DataFile, n_threads: int, on_progress: Callable[[int, int], None]
+) -> AsyncIterator[CPUWorker]:
+    """Compile the kernels, start a worker, and stop it when the block is left.
+
+    If cancelled, a job under way is finished first.
+
+    Args:
+        workload: whose experts are run.
+        data: where their weights lie.
+        n_threads: threads that compute.
+        on_progress: called with the kernels compiled or loaded so far and in all.
+
+    Raises:
+        ConfigError: the system refuses a thread.
+        MerError: what the block raises, unwrapped.
+    """
+    steps = steps_for({GGMLType(data.plan.geometry.type)}, 1)
+    for number, step in enumerate(steps, 1):
+        await trio.to_thread.run_sync(step.compile)
+        on_progress(number, len(steps))
+    worker = CPUWorker(StreamForward(workload, data, n_threads), n_threads)
+    worker.start_threads()
+    failure: MerError | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.run)
+            try:
+                yield worker
+            except MerError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+    finally:
+        worker.close()
+    if failure is not None:
+        raise failure
