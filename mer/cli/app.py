@@ -13,6 +13,7 @@ from typing import Annotated
 import trio
 from cyclopts import App, CycloptsError, Group, Parameter
 
+from mer.cli.bench import bench_app
 from mer.cli.console import StdoutConsole, note, stderr_console
 from mer.cli.exits import Exit, exit_for
 from mer.cli.interrupt import Interrupt
@@ -30,6 +31,8 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
+
+app.command(bench_app)
 
 MODEL = Group("Model", sort_key=0)
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object instead of text.", show_default=False)]
