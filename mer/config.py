@@ -52,6 +52,11 @@ def _one_of(*names: str) -> Callable[[Any, attrs.Attribute[Any], str], None]:
     return check
 
 
+def _bool(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{attribute.name} is {value!r}; it may be True or False")
+
+
 def _path(value: str | os.PathLike[str]) -> Path:
     try:
         return Path(value)
@@ -91,6 +96,7 @@ class EngineConfig:
         default=None, validator=optional(_at_least(1))
     )  # rows of a batch: the prefill chunk
     activations: Activations = attrs.field(default="auto", validator=_one_of("auto", "int8", "int15"))
+    prefix_reuse: bool = attrs.field(default=True, validator=_bool)  # of what was computed for the same tokens before
     on_progress: Callable[[Progress], None] = attrs.field(default=_ignore, validator=_callable)
 
 

@@ -18,6 +18,7 @@ from mer.compute.kernels.attention import KV_TILE
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.step import cache_failure
 from mer.compute.kernels.target import FORM, KERNEL_CACHE, WIDE_VECTORS
+from mer.compute.scratch import kv_block_bytes
 from mer.compute.weights import DenseWeights
 from mer.config import Activations, EngineConfig, Progress, Sampling
 from mer.errors import ContextOverflow, EngineClosed, RequestError
@@ -31,8 +32,11 @@ from mer.model.spec import ModelSpec
 from mer.plan import MemoryPlan, Model, load_model, plan_memory
 from mer.sched.events import Completion, Event, TokenEvent
 from mer.sched.experts import ExpertCache
-from mer.sched.kv import KVBlocks
+from mer.sched.fingerprint import model_fingerprint
+from mer.sched.kv import KVBlocks, Lease
+from mer.sched.kv_file import KVLayout
 from mer.sched.policy import LayerLRU
+from mer.sched.prefix_files import PrefixFiles
 from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
 from mer.sched.sequence import CHANNEL_EVENTS
@@ -119,6 +123,7 @@ class Engine:
         plan: MemoryPlan,
         tokenizer: Tokenizer,
         scheduler: Scheduler,
+        prefixes: PrefixFiles,
         statistics: Callable[[], Statistics],
         stop: trio.CancelScope,
     ) -> None:
@@ -126,6 +131,7 @@ class Engine:
         self._plan = plan
         self._tokenizer = tokenizer
         self._scheduler = scheduler
+        self._prefixes = prefixes
         self._statistics = statistics
         self._stop = stop
         self._template: ChatTemplate | None = None
@@ -208,13 +214,15 @@ class Engine:
     ) -> AsyncIterator[TokenStream]:
         """Generate as `generate` does, and give the events as they come; leaving the block cancels.
 
+        A prompt that begins with the same tokens as another one, or as a finished generation, is computed from where
+        they differ, if memory has kept the rest; `Usage.cached_tokens` tells how much. The output is the same.
+
         A reader that falls 64 events behind pauses its own generation and no other. When others wait for its place or
         its KV blocks, a paused generation gives them up. Once its reader has no more than half of those events left to
         read, it is next in line, computes its prompt and its tokens so far again, and goes on where it was: neither
         the tokens nor the events are other than without the pause.
         """
-        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:  # seconds for megabytes: not in the event loop
-            prompt = await trio.to_thread.run_sync(self.encode, prompt)
+        prompt = await self._encode_long(prompt)
         generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
         events = TokenStream(generation, channel, self._scheduler.wake)
         try:
@@ -222,6 +230,83 @@ class Engine:
             yield events
         finally:
             events.cancel()
+
+    async def _encode_long(self, prompt: Prompt) -> Prompt:
+        """Return the tokens of a long text, which take seconds for megabytes and are therefore made in a thread."""
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+            return await trio.to_thread.run_sync(self.encode, prompt)
+        return prompt
+
+    async def save_prefix(self, prompt: Prompt, path: str | os.PathLike[str]) -> int:
+        """Save what a prompt's computation has given, so that `load_prefix` can spare it later, and return the tokens.
+
+        The prompt's keys and values are saved in whole blocks of 64 tokens; the rest of the prompt is not. What is not
+        in memory any more is computed first, as `generate` would. If cancelled, nothing is left behind: the file is
+        there whole, or as it was before. While another prefix is saved or restored, the call waits.
+
+        Args:
+            prompt: as for `generate`.
+            path: the file, replaced if there is one; its format is described in docs/prefix-reuse.md. It tells the
+                prompt to whoever can read it, and only its owner may.
+
+        Raises:
+            RequestError: the prompt is malformed, or shorter than a block; ContextOverflow if it leaves no position.
+            TemplateError: the file has no chat template, or it cannot render these messages.
+            OSError: the file cannot be written.
+            ReadError: bytes that the computation needed could not be read.
+            NumericsError: the model computed NaN or infinity.
+            EngineClosed: the engine is closed.
+        """
+        if self._closed:
+            raise EngineClosed("the engine is closed")
+        ids = self.encode(await self._encode_long(prompt))
+        tokens = ids[: self._prefixes.whole(len(ids))]
+        if not tokens:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; a prefix is saved in blocks of {self._prefixes.whole_block}, so "
+                "that it must have at least as many"
+            )
+        lease = self._prefixes.hold(tokens) or await self._compute(ids)
+        try:
+            await self._prefixes.save(lease, tokens, path)
+        finally:
+            self._scheduler.give_back(lease)
+        return len(tokens)
+
+    async def _compute(self, ids: list[int]) -> Lease:
+        """Compute a prompt and return its KV blocks, which the caller gives back."""
+        generation, channel = self._prepare(ids, 1, None, (), True)
+        generation.keeps_lease = True
+        events = TokenStream(generation, channel, self._scheduler.wake)
+        lease = None
+        try:
+            await self._scheduler.submit(generation)
+            async for _ in events:
+                pass
+            lease = self._scheduler.take_lease(generation)
+        finally:
+            events.cancel()
+            if lease is None and (unwanted := self._scheduler.take_lease(generation)) is not None:
+                self._scheduler.give_back(unwanted)
+        assert lease is not None
+        return lease
+
+    async def load_prefix(self, path: str | os.PathLike[str]) -> int:
+        """Restore a prefix that `save_prefix` has saved, and return its tokens: prompts that begin with them use it.
+
+        The restored blocks are cached like those of finished generations: they give way when running generations need
+        the memory. If cancelled, nothing is left behind. While another prefix is saved or restored, the call waits.
+
+        Raises:
+            PrefixFileError: the file is malformed, damaged, of another model or other activations, or does not fit the
+                KV memory that no generation uses now; then nothing has changed.
+            ConfigError: the engine was opened with `prefix_reuse=False`.
+            OSError: the file cannot be read.
+            EngineClosed: the engine is closed.
+        """
+        if self._closed:
+            raise EngineClosed("the engine is closed")
+        return await self._prefixes.load(path)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, as `generate` would use them.
@@ -306,6 +391,7 @@ async def open_engine(
     max_sequences: int | None = None,
     batch_tokens: int | None = None,
     activations: Activations = "auto",
+    prefix_reuse: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> AsyncIterator[Engine]:
     """Open a model and close it when the block is left.
@@ -324,6 +410,7 @@ async def open_engine(
         batch_tokens: rows of a batch, which is also the prefill chunk.
         activations: precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model's
             size.
+        prefix_reuse: whether prompts use what was computed for the same tokens before.
         on_progress: called in the trio thread as kernels are compiled and weights are read.
 
     Raises:
@@ -342,6 +429,7 @@ async def open_engine(
         max_sequences=max_sequences,
         batch_tokens=batch_tokens,
         activations=activations,
+        prefix_reuse=prefix_reuse,
         **({} if on_progress is None else {"on_progress": on_progress}),
     )
     with _Unwrapped():
@@ -380,7 +468,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         store = ExpertStore(cache, pool)
         fetcher = Fetcher(pool, arena, plan.classes, model.experts, reader, on_done=store.landed)
         store.attach(fetcher)
-        kv = KVBlocks(plan.limits.kv_blocks, KV_TILE)
+        kv = KVBlocks(plan.limits.kv_blocks, KV_TILE, prefix_reuse=config.prefix_reuse)
         scheduler = Scheduler(
             n_layers=model.spec.n_layers,
             worker=worker,
@@ -420,6 +508,12 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                     plan=plan,
                     tokenizer=tokenizer,
                     scheduler=scheduler,
+                    prefixes=PrefixFiles(
+                        kv=kv,
+                        layout=_kv_layout(model, plan),
+                        transfer=scheduler.transfer,
+                        give_back=scheduler.give_back,
+                    ),
                     statistics=statistics,
                     stop=nursery.cancel_scope,
                 )
@@ -445,6 +539,21 @@ def _activations(model: Model, plan: MemoryPlan) -> str:
     return "int8" if plan.limits.planes == 1 else "int15"
 
 
+def _kv_layout(model: Model, plan: MemoryPlan) -> KVLayout:
+    """Return what the bytes of a KV block depend on."""
+    spec = model.spec
+    return KVLayout(
+        fingerprint=model_fingerprint(model.gguf),
+        kv_type="float32",
+        arithmetic=_activations(model, plan),
+        n_layers=spec.n_layers,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        block_tokens=KV_TILE,
+        block_bytes=kv_block_bytes(spec),
+    )
+
+
 def _settings(
     config: EngineConfig, plan: MemoryPlan, model: Model, arena: Arena, reader: ThreadReader, cache: ExpertCache
 ) -> Settings:
@@ -461,6 +570,7 @@ def _settings(
         slot_bytes=plan.classes.slot_bytes,
         context=plan.context,
         kv_tokens=plan.limits.kv_blocks * KV_TILE,
+        prefix_reuse=config.prefix_reuse,
         max_sequences=plan.limits.sequences,
         batch_tokens=plan.limits.batch_tokens,
         kernels=FORM.value,

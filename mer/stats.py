@@ -29,6 +29,7 @@ class Settings:
     slot_bytes: tuple[int, ...]  # of one slot of each class
     context: int
     kv_tokens: int
+    prefix_reuse: bool
     max_sequences: int
     batch_tokens: int
     kernels: str  # instruction-set form

@@ -382,7 +382,7 @@ async def test_closing_ends_generations_under_way(tiny: TinyModel) -> None:
             await events.receive()
     assert [type(error) for error in errors] == [mer.EngineClosed] * 5
     s = engine.statistics()
-    assert s.kv.free == s.kv.n_blocks
+    assert s.kv.available == s.kv.n_blocks
     assert s.pool.pinned == 0
 
 

@@ -35,4 +35,4 @@ async def test_a_preempted_generation_gives_the_tokens_it_gives_alone(
             statistics = engine.statistics()
             assert tuple(tokens) == alone.tokens
             assert statistics.scheduler.preemptions >= 5
-            assert statistics.kv.free == statistics.kv.n_blocks
+            assert statistics.kv.available == statistics.kv.n_blocks

@@ -16,6 +16,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int  # an end-of-sequence token included
+    cached_tokens: int = 0  # prompt tokens that were not computed, because their keys and values were there already
 
 
 @attrs.frozen(kw_only=True)
@@ -44,7 +45,7 @@ class Completion:
 class PrefillEvent:
     """Progress through the prompt."""
 
-    done: int  # prompt tokens computed
+    done: int  # prompt tokens computed, or found computed
     total: int
 
 

@@ -1,46 +1,153 @@
-"""Accounting of KV blocks: which sequence holds which blocks of the worker's KV memory."""
+"""Accounting of KV blocks: who holds which blocks of the worker's KV memory, and which of them are shared. Pure."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import attrs
+
+from mer.sched.prefix import PrefixNode, PrefixTree, Span
 
 
 @attrs.frozen(kw_only=True)
 class KVStatistics:
-    """A snapshot of the KV accounting."""
+    """A snapshot of the KV accounting; the blocks that are neither free nor cached are in use."""
 
     n_blocks: int
-    free: int
+    free: int  # hold nothing
+    cached: int  # hold a prefix that no sequence uses now; taken when no block is free
+    evictions: int  # cached blocks that were taken
     block_tokens: int  # positions in a block
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be had: free, or cached and in no use."""
+        return self.free + self.cached
+
+
+@attrs.define(eq=False)
+class Lease:
+    """The blocks that one holder has, in order of position; `KVBlocks` alone changes it."""
+
+    blocks: list[int]
+    nodes: list[PrefixNode]  # the first of them: full, and shared with whoever has the same tokens there
+    released: bool = False
+
+    @property
+    def n_own(self) -> int:
+        """Blocks that nobody else can see."""
+        return len(self.blocks) - len(self.nodes)
 
 
 class KVBlocks:
-    """Hands out blocks of `block_tokens` positions, whole reservations at a time.
+    """Hands out blocks of `block_tokens` positions, whole leases at a time.
 
     A sequence reserves all the blocks it may need before it starts, so that none ever waits for a block while it runs.
+    Its blocks are its own until they are full, computed and shared; from then on nobody writes to them, and sequences
+    that begin with the same tokens hold the same blocks. Shared blocks that nobody holds any more stay cached until
+    somebody needs a block and none is free: the least recently used goes first, the last blocks of a prefix before
+    those in front of them.
+
+    Args:
+        n_blocks: blocks in all.
+        block_tokens: positions in a block.
+        prefix_reuse: false shares and keeps nothing.
     """
 
-    def __init__(self, n_blocks: int, block_tokens: int) -> None:
+    def __init__(self, n_blocks: int, block_tokens: int, *, prefix_reuse: bool = True) -> None:
         self.n_blocks = n_blocks
         self.block_tokens = block_tokens
+        self.prefix_reuse = prefix_reuse
         self._free = list(range(n_blocks - 1, -1, -1))
+        self._tree = PrefixTree(block_tokens)
 
     def needed(self, n_tokens: int) -> int:
         """Return how many blocks `n_tokens` positions take."""
         return -(-n_tokens // self.block_tokens)
 
-    def reserve(self, n_blocks: int) -> tuple[int, ...] | None:
-        """Take blocks, or return None if too few are free."""
-        if n_blocks > len(self._free):
-            return None
-        return tuple(self._free.pop() for _ in range(n_blocks))
+    def find(self, span: Span, n_tokens: int) -> tuple[PrefixNode, ...]:
+        """Return the shared blocks that hold the longest prefix of a sequence, at most its first `n_tokens` tokens.
 
-    def release(self, blocks: tuple[int, ...]) -> None:
-        """Give blocks back."""
-        if len({*self._free, *blocks}) != len(self._free) + len(blocks):
-            raise RuntimeError(f"some of the blocks {blocks} are given back twice")
-        self._free.extend(reversed(blocks))
+        The result is for `fits` and `reserve`, and good until the next `reserve`.
+        """
+        return self._tree.find(span, n_tokens // self.block_tokens)
+
+    def fits(self, n_blocks: int, shared: Sequence[PrefixNode] = (), without: Sequence[Lease] = ()) -> bool:
+        """Return whether `n_blocks` blocks, those of `shared` included, can be had once `without` are released."""
+        given_up = Counter(node for lease in without for node in lease.nodes)
+        available = len(self._free) + self._tree.n_unused + sum(lease.n_own for lease in without)
+        available += sum(node.refs == times for node, times in given_up.items())
+        held_by_others = sum(node.refs > given_up[node] for node in shared)
+        return n_blocks - held_by_others <= available
+
+    def reserve(self, n_blocks: int, shared: Sequence[PrefixNode] = ()) -> Lease | None:
+        """Take `n_blocks` blocks, the first of them `shared` as `find` returned it, or return None if it does not fit.
+
+        The other blocks are the free ones, then those cached for longest.
+        """
+        if not self.fits(n_blocks, shared):
+            return None
+        for node in shared:
+            self._tree.hold(node)
+        own = [self._free.pop() if self._free else self._tree.evict() for _ in range(n_blocks - len(shared))]
+        return Lease([*(node.block for node in shared), *own], list(shared))
+
+    def share(self, lease: Lease, span: Span, n_tokens: int) -> None:
+        """Make the full blocks among the first `n_tokens` positions, which are computed, shareable.
+
+        A block that somebody else has shared with the same tokens takes the place of the holder's own, which is freed:
+        both hold the same bits.
+        """
+        if not self.prefix_reuse:
+            return
+        for index in range(len(lease.nodes), n_tokens // self.block_tokens):
+            parent, key = self._end(lease), self._tree.key_at(index, span)
+            node = self._tree.next(parent, key)
+            if node is None:
+                lease.nodes.append(self._tree.add(parent, key, lease.blocks[index]))
+            else:
+                self._replace(lease, node)
+
+    def adopt(self, lease: Lease, span: Span, n_tokens: int) -> int:
+        """Take over what others have shared since the lease was made, within the first `n_tokens` positions.
+
+        Returns:
+            Positions from the first that need no computing any more.
+        """
+        while (index := len(lease.nodes)) < n_tokens // self.block_tokens:
+            node = self._tree.next(self._end(lease), self._tree.key_at(index, span))
+            if node is None:
+                break
+            self._replace(lease, node)
+        return len(lease.nodes) * self.block_tokens
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back: its own blocks become free, shared ones cached if nobody else holds them."""
+        if lease.released:
+            raise RuntimeError(f"the blocks {lease.blocks} are given back twice")
+        lease.released = True
+        self._free.extend(reversed(lease.blocks[len(lease.nodes) :]))
+        for node in reversed(lease.nodes):
+            self._tree.let_go(node)
 
     def statistics(self) -> KVStatistics:
         """Return a snapshot."""
-        return KVStatistics(n_blocks=self.n_blocks, free=len(self._free), block_tokens=self.block_tokens)
+        return KVStatistics(
+            n_blocks=self.n_blocks,
+            free=len(self._free),
+            cached=self._tree.n_unused,
+            evictions=self._tree.evictions,
+            block_tokens=self.block_tokens,
+        )
+
+    def _end(self, lease: Lease) -> PrefixNode | None:
+        return lease.nodes[-1] if lease.nodes else None
+
+    def _replace(self, lease: Lease, node: PrefixNode) -> None:
+        """Put a shared block in the place of the lease's first own one."""
+        self._tree.hold(node)
+        index = len(lease.nodes)
+        self._free.append(lease.blocks[index])
+        lease.blocks[index] = node.block
+        lease.nodes.append(node)

@@ -19,14 +19,18 @@ from mer.compute.worker import (
     LoadedExpert,
     Operation,
     Project,
+    ReadBlocks,
     RunExperts,
+    WriteBlocks,
 )
 from mer.errors import EngineClosed, MerError, NumericsError
 from mer.sched.admission import AdmissionQueue
-from mer.sched.kv import KVBlocks
+from mer.sched.kv import KVBlocks, Lease
 from mer.sched.layer import LayerRun, WorkerLink
+from mer.sched.prefix import PrefixNode
 from mer.sched.sequence import Sequence, Status
 from mer.sched.store import ExpertStore
+from mer.sched.transfers import Transfers
 
 
 @attrs.frozen(kw_only=True)
@@ -43,6 +47,7 @@ class SchedulerStatistics:
     preemptions: int
     batches: int
     prompt_tokens: int  # computed; not counted again when a preempted sequence computes them again
+    reused_tokens: int  # not computed, as their KV was there, a preempted sequence's own included
     completion_tokens: int
 
 
@@ -54,6 +59,7 @@ class _Counters:
     preemptions: int = 0
     batches: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     completion_tokens: int = 0
 
 
@@ -81,6 +87,9 @@ class Scheduler:
     preempted for the first in line, and goes back in line, before newcomers, when its reader has emptied half of its
     channel. As no other is ever preempted, a preempted sequence gives its reader at least half a channel of tokens, or
     all that are left, before that can happen again.
+
+    Blocks of KV are shared as soon as they are full and their batch has ended well: whoever begins with the same tokens
+    begins behind them, and who has begun before goes on behind them.
 
     Args:
         n_layers: of the model.
@@ -117,6 +126,7 @@ class Scheduler:
         self._paused: list[Sequence] = []  # preempted, their readers are behind
         self._resumed: deque[Sequence] = deque()  # preempted, in line before the queue
         self._wake = trio.Event()
+        self._transfers = Transfers(self._link, self._wake_up)
         self._counters = _Counters()
 
     async def submit(self, sequence: Sequence) -> None:
@@ -145,8 +155,28 @@ class Scheduler:
                 cancelled.append(sequence)
         for sequence in cancelled:
             self._let_go(sequence)
-        self._wake.set()
+        self._wake_up()
         self._store.wake()
+
+    def _wake_up(self) -> None:
+        """Let `run` go on if it waits for something to do."""
+        self._wake.set()
+
+    async def transfer(self, operation: ReadBlocks | WriteBlocks) -> Done:
+        """Run an operation on KV blocks between two batches; see `Transfers.run`."""
+        return await self._transfers.run(operation)
+
+    def give_back(self, lease: Lease) -> None:
+        """Release KV blocks that no sequence of the scheduler holds: others may need them."""
+        self._kv.release(lease)
+        self._wake_up()
+
+    def take_lease(self, sequence: Sequence) -> Lease | None:
+        """Take over the KV blocks of a sequence with `keeps_lease`, if it has generated all it should."""
+        if sequence.status is not Status.ENDED or sequence.error is not None:
+            return None
+        lease, sequence.lease = sequence.lease, None
+        return lease
 
     def statistics(self) -> SchedulerStatistics:
         """Return a snapshot."""
@@ -162,6 +192,7 @@ class Scheduler:
         """Serve sequences until cancelled; those that are left then fail with EngineClosed."""
         try:
             while True:
+                await self._transfers.serve()
                 self._reap()
                 self._admit()
                 members, batch = self._compose()
@@ -175,6 +206,7 @@ class Scheduler:
 
     def _close(self) -> None:
         """Fail every sequence that is left, and refuse new ones."""
+        self._transfers.close()
         outside = [*self._paused, *self._resumed, *self._queue.close()]
         self._paused.clear()
         self._resumed.clear()
@@ -201,46 +233,63 @@ class Scheduler:
         else:
             self._counters.cancelled += 1
             sequence.end()
-        self._kv.release(sequence.blocks)
-        sequence.blocks = ()
+        handed_over = sequence.keeps_lease and sequence.error is None and not sequence.cancelled
+        if sequence.lease is not None and not handed_over:
+            self._kv.release(sequence.lease)
+            sequence.lease = None
 
     def _admit(self) -> None:
         """Let sequences in line run, first come, first served, while there are places and KV blocks."""
         for sequence in [s for s in self._paused if s.caught_up]:
             self._paused.remove(sequence)
             self._resumed.append(sequence)
+        for sequence in self._running:
+            self._adopt(sequence)
         while (first := self._resumed[0] if self._resumed else self._queue.first) is not None:
+            shared = self._kv.find(first.span, first.n_known - 1)  # the last token's logits are needed
             needed = self._kv.needed(first.total_tokens)
-            if not self._make_room(needed):
+            if not self._make_room(needed, shared):
                 return
-            blocks = self._kv.reserve(needed)
-            assert blocks is not None
+            first.lease = self._kv.reserve(needed, shared)
+            assert first.lease is not None
             if self._resumed:
                 self._resumed.popleft()
             else:
                 self._queue.take()
                 first.started_s = trio.current_time()
-            first.blocks = blocks
+            self._counters.reused_tokens += first.reuse(len(shared) * self._kv.block_tokens)
             first.status = Status.PREFILL
             self._running.append(first)
 
-    def _make_room(self, n_blocks: int) -> bool:
+    def _adopt(self, sequence: Sequence) -> None:
+        """Spare a sequence the part of its prompt that others have computed since it was admitted."""
+        if sequence.status is Status.PREFILL:
+            assert sequence.lease is not None
+            there = self._kv.adopt(sequence.lease, sequence.span, sequence.n_known - 1)
+            self._counters.reused_tokens += sequence.reuse(there)
+
+    def _share(self, sequence: Sequence) -> None:
+        """Let others use the blocks of a sequence that are full, after a batch that has damaged none of its rows."""
+        assert sequence.lease is not None
+        self._kv.share(sequence.lease, sequence.span, sequence.kv_tokens)
+
+    def _make_room(self, n_blocks: int, shared: tuple[PrefixNode, ...]) -> bool:
         """Preempt paused sequences, the last admitted first, until there are a place and KV blocks; none if it is vain.
 
-        If all that run are paused it is never in vain, because no sequence needs more blocks than there are.
+        If all that run are paused and no prefix is being saved or restored it is never in vain, because no sequence
+        needs more blocks than there are.
         """
         paused = [s for s in self._running if not s.has_room]
-        free = self._kv.statistics().free
         if len(self._running) - len(paused) == self._max_sequences:
             return False
-        if free + sum(len(s.blocks) for s in paused) < n_blocks:
+        if not self._kv.fits(n_blocks, shared, [s.lease for s in paused if s.lease is not None]):
             return False
-        while len(self._running) == self._max_sequences or free < n_blocks:
+        while len(self._running) == self._max_sequences or not self._kv.fits(n_blocks, shared):
             sequence = paused.pop()
-            free += len(sequence.blocks)
+            assert sequence.lease is not None
             self._running.remove(sequence)
-            self._kv.release(sequence.blocks)
-            sequence.blocks = ()
+            self._kv.release(sequence.lease)
+            sequence.lease = None
             sequence.preempt()
             self._paused.append(sequence)
             self._counters.preemptions += 1
@@ -308,6 +357,8 @@ class Scheduler:
             elif wants_token:
                 sequence.advance(logits, now_s, bytes_read)
                 self._counters.completion_tokens += 1
+            if sequence.error is None:
+                self._share(sequence)
 
     async def _walk(self, members: list[_Member], batch: Batch) -> Done | None:
         """Run the layers; return None as soon as nobody wants the batch any more."""

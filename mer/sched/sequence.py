@@ -12,6 +12,7 @@ import trio
 
 from mer.errors import MerError
 from mer.sched.events import Completion, Event, FinishReason, PrefillEvent, Timings, TokenEvent, Usage
+from mer.sched.kv import Lease
 from mer.sched.sampling import Sampler
 
 CHANNEL_EVENTS = 64  # events that a slow reader may leave unread before its sequence pauses
@@ -51,18 +52,30 @@ class Sequence:
     status: Status = Status.WAITING
     cancelled: bool = False
     error: MerError | None = None
-    prefilled: int = 0  # tokens whose KV is computed, of the prompt and of what was generated before a preemption
+    kv_tokens: int = 0  # positions whose KV is there, computed by this sequence or taken from others
+    cached_tokens: int = 0  # prompt tokens among them that were taken from others
     tokens: list[int] = attrs.Factory(list)
     texts: list[str] = attrs.Factory(list)
-    blocks: tuple[int, ...] = ()  # KV blocks in order of position
+    lease: Lease | None = None  # KV blocks, while it runs
+    keeps_lease: bool = False  # when it has generated all it should, its reader takes the lease
     started_s: float = 0.0
     first_token_s: float = 0.0
     first_token_bytes: int = 0  # bytes read by the engine when the first token came
 
     @property
-    def total_tokens(self) -> int:
-        """KV positions that the sequence may need."""
-        return len(self.prompt) + self.max_tokens
+    def blocks(self) -> list[int]:
+        """KV blocks in order of position."""
+        return [] if self.lease is None else self.lease.blocks
+
+    @property
+    def n_known(self) -> int:
+        """Tokens that are known: of the prompt, and those drawn."""
+        return len(self.prompt) + len(self.tokens)
+
+    def span(self, first: int, last: int) -> list[int]:
+        """Return the known tokens from position `first` to before `last`."""
+        n_prompt = len(self.prompt)
+        return [*self.prompt[first:last], *self.tokens[max(0, first - n_prompt) : max(0, last - n_prompt)]]
 
     @property
     def has_room(self) -> bool:
@@ -79,29 +92,36 @@ class Sequence:
     def preempt(self) -> None:
         """Forget the KV: it is computed again, from the prompt and the tokens so far, before the next token."""
         self.status = Status.PREEMPTED
-        self.prefilled = 0
+        self.kv_tokens = 0
+
+    def reuse(self, n_tokens: int) -> int:
+        """Note that the KV of the first `n_tokens` positions is there, and return for how many that is news."""
+        gained = max(0, n_tokens - self.kv_tokens)
+        self.kv_tokens += gained
+        if not self.tokens:
+            self.cached_tokens += gained
+        return gained
 
     def next_rows(self, budget: int) -> tuple[list[int], int]:
         """Return the next tokens to compute, at most `budget`, and the position of the first."""
         if self.status is Status.PREFILL:
-            first, last, n_prompt = self.prefilled, self.prefilled + budget, len(self.prompt)
-            return [*self.prompt[first:last], *self.tokens[max(0, first - n_prompt) : max(0, last - n_prompt)]], first
-        return [self.tokens[-1]], len(self.prompt) + len(self.tokens) - 1
+            return self.span(self.kv_tokens, self.kv_tokens + budget), self.kv_tokens
+        return [self.tokens[-1]], self.n_known - 1
 
     def computed(self, n_tokens: int) -> bool:
         """Note that the next `n_tokens` rows were computed and return whether the last one's logits give a token.
 
         Progress through the prompt is reported once: not when it is computed again after a preemption.
         """
+        self.kv_tokens += n_tokens
         if self.status is Status.DECODE:
             return True
-        self.prefilled += n_tokens
         if self.tokens:
-            return self.prefilled == len(self.prompt) + len(self.tokens)
+            return self.kv_tokens == self.n_known
         statistics = self.events.statistics()
         if statistics.current_buffer_used + 1 < statistics.max_buffer_size:  # the last place is for a token
-            self.events.send_nowait(PrefillEvent(done=self.prefilled, total=len(self.prompt)))
-        return self.prefilled == len(self.prompt)
+            self.events.send_nowait(PrefillEvent(done=self.kv_tokens, total=len(self.prompt)))
+        return self.kv_tokens == len(self.prompt)
 
     def advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:
         """Draw the next token from finite logits [V] and send it; the sequence may end with it."""
@@ -142,7 +162,11 @@ class Sequence:
                 text="".join(self.texts),
                 tokens=tuple(self.tokens),
                 finish_reason=reason,
-                usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.tokens)),
+                usage=Usage(
+                    prompt_tokens=len(self.prompt),
+                    completion_tokens=len(self.tokens),
+                    cached_tokens=self.cached_tokens,
+                ),
                 timings=Timings(
                     queue_s=self.started_s - self.submitted_s,
                     prefill_s=self.first_token_s - self.submitted_s,

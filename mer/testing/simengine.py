@@ -19,8 +19,11 @@ from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.pool import BufferPool
 from mer.sched.experts import ExpertCache
+from mer.sched.fingerprint import FINGERPRINT_BYTES
 from mer.sched.kv import KVBlocks
+from mer.sched.kv_file import KVLayout
 from mer.sched.policy import LayerLRU
+from mer.sched.prefix_files import PrefixFiles
 from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
 from mer.sched.store import ExpertStore
@@ -147,7 +150,7 @@ class SimEngine:
         )
         assert (s.running, s.waiting, s.paused) == (0, 0, 0)
         assert s.submitted == s.finished + s.failed + s.cancelled
-        assert kv.free == kv.n_blocks
+        assert kv.available == kv.n_blocks
         assert (pool.pinned, pool.filling, pool.quarantined, pool.tasks_waiting) == (0, 0, 0, 0)
         assert pool.free + pool.ready == pool.n_slots
         assert pool.ready == cache.resident
@@ -169,6 +172,7 @@ async def open_sim_engine(
     max_waiting: int = 8,
     context: int = 64,
     kv_blocks: int = 64,
+    prefix_reuse: bool = True,
     profile: DiskProfile | None = None,
     cost: JobCost | None = None,
     failures: frozenset[int] = frozenset(),
@@ -189,7 +193,7 @@ async def open_sim_engine(
         fetcher = Fetcher(pool, arena, classes, experts, disk, on_done=store.landed)
         store.attach(fetcher)
         worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures)
-        kv = KVBlocks(kv_blocks, worker.block_tokens)
+        kv = KVBlocks(kv_blocks, worker.block_tokens, prefix_reuse=prefix_reuse)
         scheduler = Scheduler(
             n_layers=model.n_layers,
             worker=worker,
@@ -199,6 +203,16 @@ async def open_sim_engine(
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             bytes_read=lambda: disk.statistics().bytes_read,
+        )
+        layout = KVLayout(
+            fingerprint=seed.to_bytes(FINGERPRINT_BYTES),
+            kv_type="simulated",
+            arithmetic="hashes",
+            n_layers=model.n_layers,
+            n_kv_heads=1,
+            head_dim=1,
+            block_tokens=worker.block_tokens,
+            block_bytes=worker.block_bytes,
         )
         stop = trio.CancelScope()
 
@@ -215,6 +229,7 @@ async def open_sim_engine(
             plan=cast(Any, SimpleNamespace(context=context)),
             tokenizer=cast(Any, SimTokenizer()),
             scheduler=scheduler,
+            prefixes=PrefixFiles(kv=kv, layout=layout, transfer=scheduler.transfer, give_back=scheduler.give_back),
             statistics=cast(Any, None),
             stop=stop,
         )

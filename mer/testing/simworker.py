@@ -241,8 +241,9 @@ class SimWorker:
                 done = attrs.evolve(done, kv=tuple(self._read_block(block) for block in blocks))
             case WriteBlocks(blocks, kv):
                 await trio.sleep(self._cost.job_s)
-                for block, content in zip(blocks[: 0 if fails else None], kv, strict=not fails):
-                    self._write_block(block, content)
+                if not fails:
+                    for block, data in zip(blocks, kv, strict=True):
+                        self._write_block(block, data)
         return done
 
     @property

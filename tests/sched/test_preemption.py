@@ -61,13 +61,15 @@ def check(events: list[Event], prompt: tuple[int, ...], tokens: tuple[int, ...])
 
 @pytest.mark.parametrize("places", [1, 4])
 async def test_one_unread_stream_does_not_hold_up_another_request(autojump_clock: MockClock, places: int) -> None:
-    async with open_sim_engine(context=160, kv_blocks=N_BLOCKS, max_sequences=places) as sim:
+    async with open_sim_engine(
+        context=160, kv_blocks=N_BLOCKS, max_sequences=places, prefix_reuse=False
+    ) as sim:  # so that all is computed again
         async with sim.engine.stream((4, 5), max_tokens=LONG, ignore_eos=True) as events:
             first = await read(events, 2)
             await generate(sim, (6, 7), 50)
             statistics = sim.scheduler.statistics()
             assert (statistics.running, statistics.paused, statistics.preemptions) == (0, 1, 1)
-            assert sim.kv.statistics().free == N_BLOCKS
+            assert sim.kv.statistics().available == N_BLOCKS
             check(first + await read(events), (4, 5), sim.expected((4, 5), LONG)[0])
         await sim.check_quiet()
         statistics = sim.scheduler.statistics()
@@ -131,9 +133,9 @@ async def test_the_last_admitted_is_preempted_first(autojump_clock: MockClock) -
                     sim.engine.stream((4 + number,), max_tokens=66 + 4 * number, ignore_eos=True)
                 )
                 await trio.sleep(10)
-            assert sim.kv.statistics().free == N_BLOCKS - 17 - 18
+            assert sim.kv.statistics().available == N_BLOCKS - 17 - 18
             await generate(sim, (9,), 3)
-            assert sim.kv.statistics().free == N_BLOCKS - 17
+            assert sim.kv.statistics().available == N_BLOCKS - 17
         await sim.check_quiet()
 
 
@@ -141,7 +143,9 @@ async def test_the_last_admitted_is_preempted_first(autojump_clock: MockClock) -
 
 
 async def test_those_that_come_back_go_before_newcomers_in_order(autojump_clock: MockClock) -> None:
-    async with open_sim_engine(context=160, kv_blocks=N_BLOCKS, max_sequences=1, cost=SLOW) as sim:
+    async with open_sim_engine(
+        context=160, kv_blocks=N_BLOCKS, max_sequences=1, cost=SLOW, prefix_reuse=False
+    ) as sim:  # so that each begins at position 0
         async with AsyncExitStack() as stack:
             streams = []
             for number in range(3):
@@ -250,7 +254,9 @@ async def test_preemption_at_every_token_changes_none(
 
 @pytest.mark.parametrize("where", ["paused", "in line", "computing again"])
 async def test_leaving_a_preempted_stream_leaves_nothing(autojump_clock: MockClock, where: str) -> None:
-    async with open_sim_engine(context=160, kv_blocks=N_BLOCKS, max_sequences=1, cost=SLOW) as sim:
+    async with open_sim_engine(
+        context=160, kv_blocks=N_BLOCKS, max_sequences=1, cost=SLOW, prefix_reuse=False
+    ) as sim:  # so that all is computed again
         async with trio.open_nursery() as nursery:
             async with sim.engine.stream((4, 5), max_tokens=LONG, ignore_eos=True) as events:
                 await generate(sim, (6, 7))

@@ -299,9 +299,9 @@ async def test_leaving_a_stream_frees_all_it_held_though_nothing_else_happens(
             sim.disk.freeze()
         async with sim.engine.stream((4, 5), max_tokens=150, ignore_eos=True):
             await trio.sleep(10)
-            assert sim.kv.statistics().free == 50 - 152 // 4
+            assert sim.kv.statistics().available == 50 - 152 // 4
         await trio.sleep(10)
-        assert sim.kv.statistics().free == 50
+        assert sim.kv.statistics().available == 50
         assert sim.scheduler.statistics().cancelled == 1
 
 
@@ -311,7 +311,7 @@ async def test_kv_blocks_of_a_cancelled_sequence_are_free_only_after_its_job(aut
         with trio.move_on_after(1):
             await generate(sim, (5, 6, 7, 8, 9))
         await trio.sleep(1)
-        assert sim.kv.statistics().free < sim.kv.n_blocks
+        assert sim.kv.statistics().available < sim.kv.n_blocks
         assert sim.scheduler.statistics().running == 1
         sim.worker.frozen = None
         held.set()
