@@ -217,6 +217,11 @@ class Fetcher:
     ) -> None:
         if pool.n_slots != arena.n_slots:
             raise ConfigError(f"the pool has {pool.n_slots} slots and the arena {arena.n_slots}")
+        for slot in range(arena.n_slots):
+            if pool.kind(slot) != arena.kind(slot):
+                raise ConfigError(
+                    f"slot {slot} has class {pool.kind(slot)} in the pool, {arena.kind(slot)} in the arena"
+                )
         if arena.class_bytes != classes.slot_bytes:
             raise ConfigError(
                 f"the experts need slots of {classes.slot_bytes} bytes, the arena has {arena.class_bytes}"

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
+from mer.errors import ConfigError
+from mer.io.arena import Arena
 from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, aligned_hull, map_experts
+from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.gguf import read_gguf
+from mer.io.pool import BufferPool
+from mer.testing.simdisk import open_sim_disk
 from tests._lib.tiny_models import Type, random_gguf
 
 PAGE = 4096
@@ -163,3 +169,13 @@ def test_layers_of_two_types_have_two_classes(tmp_path: Path, merged: bool) -> N
     for size, n_bytes in zip(classes.slot_bytes, (2 * low + high, 3 * low), strict=True):
         assert n_bytes <= size <= n_bytes + 6 * PAGE
     assert classes.waste((1, 1)) < 0.02
+
+
+async def test_a_pool_and_an_arena_that_class_slots_differently_are_refused(autojump_clock: MockClock) -> None:
+    experts = of_needs([100, 100, 20])
+    classes = experts.slot_classes(PAGE)
+    assert len(classes.slot_bytes) == 2
+    async with open_sim_disk([200 * PAGE]) as disk:
+        with pytest.raises(ConfigError, match="slot 1 has class 1 in the pool, 0 in the arena"):
+            Fetcher(BufferPool((1, 2)), Arena((2, 1), classes.slot_bytes), classes, experts, disk)
+        Fetcher(BufferPool((2, 1)), Arena((2, 1), classes.slot_bytes), classes, experts, disk)
