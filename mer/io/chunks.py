@@ -17,6 +17,7 @@ from mer.io.priority import Priority
 
 DEFAULT_THREADS: Final = 4
 DEFAULT_CHUNK_BYTES: Final = 2 * 1024 * 1024
+_ALL_HANG: Final = "every thread hangs in a read"
 
 
 @attrs.define(eq=False)
@@ -94,6 +95,7 @@ class ChunkQueue:
             raise ConfigError(
                 f"chunks of {chunk_bytes} bytes are not a multiple of {PAGE_BYTES}; try {DEFAULT_CHUNK_BYTES}"
             )
+        self.written_off = 0  # operations whose reads hung
         self.copies = tuple(Copy(n_threads, alone=n_copies == 1) for _ in range(n_copies))
         self._chunk_bytes = chunk_bytes
         self._prefetch_threads = prefetch_threads
@@ -102,9 +104,6 @@ class ChunkQueue:
         self._speculative = 0  # chunks of prefetches being read
         self._number = 0
         self._left: dict[int, tuple[Work, int, float]] = {}  # copy -> the chunk it leaves to the others, since when
-
-    def __contains__(self, operation: ReadOperation) -> bool:
-        return operation in self._works
 
     @property
     def operations(self) -> tuple[ReadOperation, ...]:
@@ -127,7 +126,7 @@ class ChunkQueue:
         self._number += 1
         self._works[operation] = work
         self._lines[operation.priority].append(work)
-        return [] if any(copy.working for copy in self.copies) else self._give_up_all("every thread hangs")
+        return [] if any(copy.working for copy in self.copies) else self._give_up_all(_ALL_HANG)
 
     def promote(self, operation: ReadOperation, priority: Priority, now_s: float) -> None:
         """Move an operation that has not ended to a higher priority, among those started before and after it."""
@@ -166,15 +165,16 @@ class ChunkQueue:
             return [], []
         ended = self.cancel(operation)
         bereft = []
-        for chunk in work.reading:
-            if not chunk.written_off:
-                chunk.written_off = True
-                self._drop_speculation(chunk)
-                copy = self.copies[chunk.copy]
-                copy.leave_alone(now_s)
-                if copy.threads < 2 * copy.n_threads:
-                    copy.threads += 1
-                    bereft.append(chunk.copy)
+        hanging = [chunk for chunk in work.reading if not chunk.written_off]
+        self.written_off += bool(hanging)
+        for chunk in hanging:
+            chunk.written_off = True
+            self._drop_speculation(chunk)
+            copy = self.copies[chunk.copy]
+            copy.leave_alone(now_s)
+            if copy.threads < 2 * copy.n_threads:
+                copy.threads += 1
+                bereft.append(chunk.copy)
         return ended, bereft
 
     def lose_thread(self, copy: int) -> list[Work]:
@@ -185,7 +185,7 @@ class ChunkQueue:
     def end_hopeless(self) -> list[Work]:
         """Give up what no thread is left to read, after a `write_off`; return what has ended."""
         if not any(copy.working for copy in self.copies):
-            return self._give_up_all("every thread hangs in a read")
+            return self._give_up_all(_ALL_HANG)
         ended = []
         for line in self._lines:
             for work in list(line):

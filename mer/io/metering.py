@@ -100,7 +100,6 @@ class ReadMeter:
         self._started = 0
         self._failed = 0
         self._cancelled = 0
-        self._written_off = 0
         self._bytes_read = 0
         self._busy_s = 0.0
         self._busy_since_s = 0.0
@@ -113,10 +112,6 @@ class ReadMeter:
         if not self._in_flight():
             self._busy_since_s = now_s
         self._started += 1
-
-    def write_off(self) -> None:
-        """Count an operation that is written off."""
-        self._written_off += 1
 
     def land(self, n_bytes: int, priority: Priority, started_s: float, wanted_s: float, now_s: float) -> None:
         """Count an operation whose bytes have arrived.
@@ -144,16 +139,16 @@ class ReadMeter:
         self._end(now_s)
 
     def statistics(
-        self, now_s: float, queued_bytes: Sequence[int], copies: tuple[CopyStatistics, ...]
+        self, now_s: float, *, queued_bytes: Sequence[int], written_off: int, copies: tuple[CopyStatistics, ...]
     ) -> ReaderStatistics:
-        """Return a snapshot, completed with what the queue knows: bytes not yet begun by priority, and the copies."""
+        """Return a snapshot, completed with what the queue knows: see the fields of the statistics."""
         in_flight = self._in_flight()
         return ReaderStatistics(
             started=self._started,
             landed=sum(self._landed),
             failed=self._failed,
             cancelled=self._cancelled,
-            written_off=self._written_off,
+            written_off=written_off,
             in_flight=in_flight,
             bytes_read=self._bytes_read,
             busy_s=self._busy_s + (now_s - self._busy_since_s if in_flight else 0.0),

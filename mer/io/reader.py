@@ -183,8 +183,6 @@ class ThreadReader:
     def write_off(self, operation: ReadOperation) -> None:
         """Replace the threads that hang in an operation; see `Reader.write_off`."""
         with self._lock:
-            if operation in self._queue:
-                self._meter.write_off()
             ended, bereft = self._queue.write_off(operation, time.monotonic())
             told = self._note(ended)
         for copy in bereft:
@@ -208,14 +206,14 @@ class ThreadReader:
         """Return a snapshot of what was read so far."""
         now_s = time.monotonic()
         with self._lock:
-            queued_bytes = self._queue.queued_bytes()
+            queued_bytes, written_off = self._queue.queued_bytes(), self._queue.written_off
             copies = tuple(
                 copy.statistics(
                     tuple(str(file.path) for file in drive.files), tuple(file.mode for file in drive.files), now_s
                 )
                 for copy, drive in zip(self._queue.copies, self._drives, strict=True)
             )
-        return self._meter.statistics(now_s, queued_bytes, copies)
+        return self._meter.statistics(now_s, queued_bytes=queued_bytes, written_off=written_off, copies=copies)
 
     def _start_threads(self) -> None:
         wanted = [number for number, copy in enumerate(self._queue.copies) for _ in range(copy.n_threads)]

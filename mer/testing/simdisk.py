@@ -176,8 +176,6 @@ class SimDisk:
 
     def write_off(self, operation: ReadOperation) -> None:
         """Replace the threads that hang in an operation; see `Reader.write_off`."""
-        if operation in self._queue:
-            self._meter.write_off()
         now_s = trio.current_time()
         ended, bereft = self._queue.write_off(operation, now_s)
         for copy in bereft:
@@ -196,7 +194,9 @@ class SimDisk:
             copy.statistics(tuple(f"{path}.{number}" if number else path for path in self.paths), self.modes, now_s)
             for number, copy in enumerate(self._queue.copies)
         )
-        return self._meter.statistics(now_s, self._queue.queued_bytes(), copies)
+        return self._meter.statistics(
+            now_s, queued_bytes=self._queue.queued_bytes(), written_off=self._queue.written_off, copies=copies
+        )
 
     # --- faults ---
 

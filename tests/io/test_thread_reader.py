@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import logging
 import mmap
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,12 @@ import numpy as np
 import pytest
 import trio
 
-from mer.errors import ConfigError, ReadError
-from mer.io.reader import ReadOperation, ThreadReader, read_extent
+from mer.errors import ConfigError, FileChanged, ReadError
+from mer.io.identity import FileIdentity
+from mer.io.operation import ReadOperation, read_extent
+from mer.io.reader import ThreadReader
 from mer.testing.simdisk import content
-from tests.io.test_reader import operation, refuse_direct, write_files
+from tests.io.lab import Landings, assert_right, operation, refuse_direct, write_files
 
 SIZE = 300_000
 
@@ -137,33 +141,28 @@ async def test_short_reads_go_on(
     assert not any(left.values())
 
 
-@pytest.mark.parametrize("number", [errno.EINTR, errno.EAGAIN])
-async def test_a_transient_error_is_tried_again(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    failures = deque([True, False, True, True, False])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EAGAIN, errno.EINTR, errno.EINVAL, errno.ESTALE])
+async def test_an_error_is_reported_at_once_with_its_place(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    offsets: list[int] = []
 
     def fake(fd: int, buffers: list[Any], offset: int) -> int:
-        if failures and failures.popleft():
-            raise OSError(number, os.strerror(number))
-        return real_preadv(fd, buffers, offset)
-
-    with ThreadReader([path], chunk_bytes=65536, n_threads=1) as reader:
-        patch_preadv(monkeypatch, fake)
-        assert (await read_extent(reader, 0, 7, SIZE - 7) == content(0, 0, 7, SIZE - 7)).all()
-    assert not failures
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.EAGAIN, errno.EINVAL, errno.ESTALE])
-async def test_an_error_that_stays_is_reported(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def fake(fd: int, buffers: list[Any], offset: int) -> int:
+        offsets.append(offset)
         if offset == 65536:
             raise OSError(number, os.strerror(number))
         return real_preadv(fd, buffers, offset)
 
     with ThreadReader([path], chunk_bytes=65536) as reader:
         patch_preadv(monkeypatch, fake)
-        with pytest.raises(ReadError, match=os.strerror(number)) as caught:
-            await read_extent(reader, 0, 7, SIZE - 7)
-        assert (caught.value.errno, caught.value.offset, caught.value.path) == (number, 65536, path)
+        landings = Landings()
+        failed = landings.operation(7, SIZE - 7)
+        reader.start(failed)
+        await landings.wait(failed)
+        assert failed.error is not None
+        assert (failed.error.errno, failed.error.offset, failed.error.path) == (number, 65536, path)
+        assert os.strerror(number) in failed.error.reason
+        assert offsets.count(65536) == 1  # trying again is for those who can wait
         assert (await read_extent(reader, 0, 7, 100) == content(0, 0, 7, 100)).all()
 
 
@@ -192,7 +191,7 @@ async def test_a_failed_chunk_spares_the_rest_of_its_operation(path: Path, monke
 
     def fake(fd: int, buffers: list[Any], offset: int) -> int:
         offsets.append(offset)
-        raise OSError(errno.EIO, "broken")
+        raise OSError(errno.ESTALE, "broken")
 
     with ThreadReader([path], chunk_bytes=4096, n_threads=1) as reader:
         patch_preadv(monkeypatch, fake)
@@ -321,36 +320,30 @@ async def test_leaving_ends_threads_and_closes_files(path: Path) -> None:
 
 async def test_close_does_not_wait_for_a_read_that_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging, go_on = threading.Event(), threading.Event()
-    landed: list[ReadOperation] = []
-    both = trio.Event()
 
     def fake(fd: int, buffers: list[Any], offset: int) -> int:
         hanging.set()
         assert go_on.wait(timeout=60)
         return real_preadv(fd, buffers, offset)
 
-    def on_landed(item: ReadOperation) -> None:
-        landed.append(item)
-        if len(landed) == 2:
-            both.set()
-
     before = open_fds()
+    landings = Landings()
     with ThreadReader([path], n_threads=1) as reader:
         threads = io_threads()
         patch_preadv(monkeypatch, fake)
-        first, second = operation(0, 0, 9000, on_landed), operation(0, 9000, 9000, on_landed)
+        first, second = landings.operation(0, 9000), landings.operation(9000, 9000)
         reader.start(first)
         reader.start(second)
         await trio.to_thread.run_sync(hanging.wait)
-    assert landed == []
-    assert open_fds() == before + 1  # the hanging read still needs its file
-    go_on.set()
-    await both.wait()
-    assert landed == [first, second]
-    assert first.error is None
-    assert (first.buffer[:9000] == content(0, 0, 0, 9000)).all()
+    assert landings.seen == []  # never inside a call
+    await landings.wait(second)
     assert second.error is not None
     assert "closed before the read began" in second.error.reason
+    assert landings.seen == [second]
+    assert open_fds() == before + 1  # the hanging read still needs its file
+    go_on.set()
+    await landings.wait(first)
+    assert_right(first)
     join(threads)
     assert open_fds() == before
 
@@ -379,7 +372,110 @@ def test_a_read_may_end_after_the_event_loop(path: Path, monkeypatch: pytest.Mon
     assert open_fds() == before
 
 
+async def test_idle_threads_keep_no_memory_alive(path: Path) -> None:
+    with ThreadReader([path], chunk_bytes=8192) as reader:
+        landings = Landings()
+        read = landings.operation(0, 100_000)
+        reader.start(read)
+        await landings.wait(read)
+        gone = weakref.ref(read)
+        landings.seen.clear()
+        del read
+        await read_extent(reader, 0, 0, 1)  # whoever landed it is idle by now
+        gc.collect()
+        assert gone() is None
+
+
+# --- threads that hang ---
+
+
+async def test_a_replacement_that_the_system_refuses_leaves_the_others_at_work(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def fake(fd: int, buffers: list[Any], offset: int) -> int:
+        if offset == 0:
+            hanging.set()
+            assert go_on.wait(timeout=60)
+        return real_preadv(fd, buffers, offset)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = open_fds()
+    landings = Landings()
+    with caplog.at_level(logging.WARNING, "mer"), ThreadReader([path], n_threads=1) as reader:
+        patch_preadv(monkeypatch, fake)
+        stuck, waiting = landings.operation(0, 9000), landings.operation(9000 + 4096, 9000)
+        reader.start(stuck)
+        await trio.to_thread.run_sync(hanging.wait)
+        reader.start(waiting)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            reader.write_off(stuck)
+        await landings.wait(waiting)
+        assert waiting.error is not None
+        assert "every thread hangs" in waiting.error.reason
+        assert "can't start new thread" in caplog.text
+        assert reader.statistics().copies[0].threads == 1
+        go_on.set()
+        await landings.wait(stuck)
+        assert_right(stuck)
+        assert (await read_extent(reader, 0, 9000, 100) == content(0, 0, 9000, 100)).all()  # by the thread that is back
+        threads = io_threads()
+    join(threads)
+    assert open_fds() == before
+
+
+async def test_a_replaced_thread_ends_when_its_read_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def fake(fd: int, buffers: list[Any], offset: int) -> int:
+        if offset == 0:
+            hanging.set()
+            assert go_on.wait(timeout=60)
+        return real_preadv(fd, buffers, offset)
+
+    landings = Landings()
+    with ThreadReader([path], n_threads=1) as reader:
+        (first,) = io_threads()
+        patch_preadv(monkeypatch, fake)
+        stuck = landings.operation(0, 9000)
+        reader.start(stuck)
+        await trio.to_thread.run_sync(hanging.wait)
+        reader.write_off(stuck)
+        assert len(io_threads()) == 2
+        assert all(thread.daemon for thread in io_threads())
+        go_on.set()
+        await landings.wait(stuck)
+        join([first])
+        assert len(io_threads()) == 1
+        assert (await read_extent(reader, 0, 9000, 100) == content(0, 0, 9000, 100)).all()
+
+
 # --- opening ---
+
+
+async def test_a_file_that_is_not_the_one_whose_header_was_read_is_refused(path: Path) -> None:
+    was = FileIdentity.of(os.stat(path))
+    before = open_fds()
+    with ThreadReader([path], expected=[was]) as reader:
+        await read_extent(reader, 0, 0, 1)
+    join(io_threads())
+    for change, reason in (
+        (lambda: os.utime(path, (1, 1)), "it was written to"),
+        (lambda: os.truncate(path, 10), f"its size went from {SIZE} to 10 bytes"),
+        (
+            lambda: (path.with_name("x").write_bytes(bytes(SIZE)), path.with_name("x").replace(path)),
+            "has taken its name",
+        ),
+    ):
+        change()
+        with pytest.raises(FileChanged, match=f"not as it was when its header was read: .*{reason}"):
+            ThreadReader([path], expected=[was]).__enter__()
+    assert open_fds() == before
+    assert io_threads() == []
 
 
 async def test_a_refused_thread_is_a_typed_error_and_leaves_nothing(
@@ -411,12 +507,10 @@ async def test_files_that_cannot_be_opened(path: Path, tmp_path: Path) -> None:
     assert io_threads() == []
 
 
-def test_settings_out_of_range() -> None:
-    for paths, settings, reason in (
-        ([], {}, "at least one file"),
-        (["x"], {"n_threads": 0}, "at least 1 thread"),
-        (["x"], {"chunk_bytes": 0}, "multiple of 4096"),
-        (["x"], {"chunk_bytes": 5000}, "multiple of 4096"),
+def test_a_reader_needs_files() -> None:
+    for paths, mirrors, reason in (
+        ([], [], "at least one file"),
+        (["x", "y"], [["x2", "y2"], ["x3"]], "mirror of 1 files cannot stand for 2"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            ThreadReader(paths, **settings)  # type: ignore[arg-type]
+            ThreadReader(paths, mirrors=mirrors)
