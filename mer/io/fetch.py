@@ -26,6 +26,7 @@ ExpertKey: TypeAlias = tuple[int, int]
 """(layer, expert)"""
 
 DEFAULT_READ_DEADLINE_S: Final = 30.0
+_ROUNDING_S: Final = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once
 _DOWN: Final = 2  # index of the down projection: gate and up come before it in the order of parts
 
 
@@ -496,7 +497,7 @@ class Fetcher:
             if read in self._written_off or read not in self._outstanding:
                 continue
             stalled_s = self._reader.stalled_s(read)
-            if stalled_s < self._deadline_s:
+            if stalled_s < self._deadline_s - _ROUNDING_S:
                 oldest_s = max(oldest_s, stalled_s)
                 continue
             self._written_off.add(read)
