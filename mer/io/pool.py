@@ -12,14 +12,14 @@ from mer.errors import ConfigError
 from mer.io.priority import Priority
 
 
-class SlotState(enum.Enum):
+class SlotState(enum.IntEnum):
     """What a slot is doing; every slot is in exactly one of these states."""
 
-    FREE = "free"
-    FILLING = "filling"  # leased: reads into it are about to start or under way
-    READY = "ready"  # holds its bytes, used by nobody right now
-    PINNED = "pinned"  # holds its bytes, planned or used by at least one batch
-    QUARANTINED = "quarantined"  # nobody wants the bytes, but the kernel may still write into it
+    FREE = 0
+    FILLING = 1  # leased: reads into it are about to start or under way
+    READY = 2  # holds its bytes, used by nobody right now
+    PINNED = 3  # holds its bytes, planned or used by at least one batch
+    QUARANTINED = 4  # nobody wants the bytes, but the kernel may still write into it
 
 
 @attrs.define(eq=False)
@@ -92,7 +92,7 @@ class BufferPool:
         self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
         self._states = [SlotState.FREE] * self.n_slots
         self._pins = [0] * self.n_slots
-        self._counts = [dict.fromkeys(SlotState, 0) | {SlotState.FREE: count} for count in slot_counts]
+        self._counts = [[count, *[0] * (len(SlotState) - 1)] for count in slot_counts]  # [kind][state]
         self._free: list[list[int]] = [[] for _ in slot_counts]  # stacks: the slot freed last is the warmest
         for slot in reversed(range(self.n_slots)):
             self._free[self._kinds[slot]].append(slot)
@@ -117,7 +117,7 @@ class BufferPool:
     def usable(self, kind: int) -> int:
         """Return how many slots of a kind are not quarantined."""
         counts = self._counts[kind]
-        return sum(counts.values()) - counts[SlotState.QUARANTINED]
+        return sum(counts) - counts[SlotState.QUARANTINED]
 
     def request(self, ticket: Ticket) -> None:
         """Put a ticket in line; it is granted at once if nobody is before it and it can have a slot.

@@ -29,7 +29,7 @@ class WorkerLink:
             EngineClosed: the worker is gone.
         """
         try:
-            await self._jobs.send(Job(operations))
+            self._jobs.send_nowait(Job(operations))  # there is room: the job before has been answered
             done = await self._results.receive()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel):
             raise EngineClosed("the compute worker has stopped") from None
