@@ -74,21 +74,22 @@ class BufferPool:
 
     Args:
         slot_counts: number of slots of each kind, at least 1 each; slots are numbered from 0, kind after kind.
-        reserve: slots of each kind that speculation leaves to demand, at least 1 (a pool with no more slots than
-            that has no speculation).
+        reserve: slots that speculation leaves to demand, of each kind or of all, at least 1 (a kind with no more slots
+            than that has no speculation).
 
     Raises:
         ConfigError: a kind has no slot, or there is no reserve.
     """
 
-    def __init__(self, slot_counts: Sequence[int], *, reserve: int = 1) -> None:
+    def __init__(self, slot_counts: Sequence[int], *, reserve: int | Sequence[int] = 1) -> None:
+        reserves = (reserve,) * len(slot_counts) if isinstance(reserve, int) else tuple(reserve)
         if not slot_counts or min(slot_counts) < 1:
             raise ConfigError(f"a buffer pool needs at least 1 slot of each kind, not {list(slot_counts)}")
-        if reserve < 1:
-            raise ConfigError(f"demand needs a reserve of at least 1 slot, not {reserve}")
+        if len(reserves) != len(slot_counts) or min(reserves) < 1:
+            raise ConfigError(f"demand needs a reserve of at least 1 slot of each kind, not {reserve}")
         self.evict: Callable[[Ticket], int | None] = lambda _: None
         self.n_slots = sum(slot_counts)
-        self.reserve = reserve
+        self._reserves = reserves
         self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
         self._states = [SlotState.FREE] * self.n_slots
         self._pins = [0] * self.n_slots
@@ -167,7 +168,7 @@ class BufferPool:
     def permits(self, kind: int) -> int:
         """Return how many slots of a kind speculation could take now without touching the reserve."""
         counts = self._counts[kind]
-        return max(0, counts[SlotState.FREE] + counts[SlotState.READY] - self.reserve)
+        return max(0, counts[SlotState.FREE] + counts[SlotState.READY] - self._reserves[kind])
 
     def landed(self, slot: int) -> None:
         """Note that all of a slot's bytes have arrived: FILLING becomes READY.
@@ -261,6 +262,6 @@ class BufferPool:
         counts[to] += 1
 
 
-def demand_reserve(slot_counts: Sequence[int], top_k: int) -> int:
+def demand_reserve(slot_counts: Sequence[int], top_k: int) -> tuple[int, ...]:
     """Return the slots of each kind that speculation leaves to demand: a token's experts, at most a quarter of them."""
-    return max(1, min(top_k, min(slot_counts) // 4))
+    return tuple(max(1, min(top_k, count // 4)) for count in slot_counts)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mer.errors import ConfigError
-from mer.io.pool import BufferPool, SlotState, Ticket
+from mer.io.pool import BufferPool, SlotState, Ticket, demand_reserve
 from mer.io.priority import Priority
 
 FREE, FILLING, READY, PINNED, QUARANTINED = SlotState
@@ -61,8 +61,10 @@ class Line:
 # --- single rules ---
 
 
-@pytest.mark.parametrize(("slot_counts", "reserve"), [([], 1), ([0], 1), ([3, 0], 1), ([-1], 1), ([3], 0)])
-def test_refuses_kinds_without_slots_and_no_reserve(slot_counts: list[int], reserve: int) -> None:
+@pytest.mark.parametrize(
+    ("slot_counts", "reserve"), [([], 1), ([0], 1), ([3, 0], 1), ([-1], 1), ([3], 0), ([3, 3], (1, 0)), ([3, 3], (1,))]
+)
+def test_refuses_kinds_without_slots_and_no_reserve(slot_counts: list[int], reserve: int | tuple[int]) -> None:
     with pytest.raises(ConfigError, match="at least 1 slot"):
         BufferPool(slot_counts, reserve=reserve)
 
@@ -119,6 +121,12 @@ def test_speculation_leaves_demand_its_reserve(reserve: int, priority: Priority)
     assert sum(t.slot is not None for t in guesses) == 4 - reserve
     assert line.pool.statistics().permits == 0
     assert all(line.ask().slot is not None for _ in range(reserve))
+
+
+def test_every_kind_has_a_reserve_of_its_own() -> None:
+    assert demand_reserve((100, 9, 3), 4) == (4, 2, 1)
+    pool = BufferPool((100, 9, 3), reserve=(4, 2, 1))
+    assert [pool.permits(kind) for kind in range(3)] == [96, 7, 2]
 
 
 def test_permits_follow_what_is_pinned_and_set_aside() -> None:
