@@ -103,7 +103,8 @@ class ChunkQueue:
         self._works: dict[ReadOperation, Work] = {}  # not yet ended, in the order of the starts
         self._speculative = 0  # chunks of prefetches being read
         self._number = 0
-        self._left: dict[int, tuple[Work, int, float]] = {}  # copy -> the chunk it leaves to the others, since when
+        # of each copy, the chunks that it leaves to the others: where they begin, since when
+        self._left: list[dict[Work, tuple[int, float]]] = [{} for _ in range(n_copies)]
 
     @property
     def operations(self) -> tuple[ReadOperation, ...]:
@@ -288,7 +289,7 @@ class ChunkQueue:
             self._speculative += 1
         work.reading.append(chunk)
         this.begin(now_s)
-        self._left.pop(copy, None)
+        self._left[copy].clear()
         return chunk
 
     def _wait_s(self, copy: int, tried: int, now_s: float) -> float:
@@ -323,10 +324,11 @@ class ChunkQueue:
         mine_s = chunk_bytes * mine
         if rate == 0 or max(chunk_bytes * fastest, sum(self.queued_bytes()) / rate) >= mine_s:
             return 0.0
-        left = self._left.get(copy)
-        if left is None or left[:2] != (work, work.unread):
-            self._left[copy] = left = (work, work.unread, now_s)
-        return max(0.0, left[2] + mine_s - now_s)
+        begin, since_s = self._left[copy].get(work, (-1, 0.0))
+        if begin != work.unread:
+            since_s = now_s
+            self._left[copy][work] = work.unread, now_s
+        return max(0.0, since_s + mine_s - now_s)
 
     def _untried(self, chunk: Chunk) -> bool:
         """Return whether there is a copy, with threads to read it, on which a chunk has not failed."""
@@ -344,6 +346,8 @@ class ChunkQueue:
     def _leave_line(self, work: Work) -> None:
         self._lines[work.operation.priority].remove(work)
         work.queued = False
+        for left in self._left:
+            left.pop(work, None)
 
     def _failure(self, work: Work, reason: str) -> ReadError:
         return ReadError(work.path, work.operation.start, work.operation.needed, reason)

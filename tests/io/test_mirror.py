@@ -179,7 +179,8 @@ async def test_a_slow_drive_leaves_the_last_chunks_to_the_others(autojump_clock:
         assert disk.statistics().copies[1].reads > measured
 
 
-async def test_a_slow_drive_steps_in_when_the_fast_one_hangs(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("n_waiting", [1, 3])
+async def test_a_slow_drive_steps_in_when_the_fast_one_hangs(autojump_clock: MockClock, n_waiting: int) -> None:
     fast, slow = profile(2e8), profile(2e7)
     async with open_sim_disk([SIZE], profile=fast, mirrors=[slow], chunk_bytes=CHUNK, n_threads=2) as disk:
         landings = Landings()
@@ -189,11 +190,12 @@ async def test_a_slow_drive_steps_in_when_the_fast_one_hangs(autojump_clock: Moc
         stuck = [landings.operation(at * CHUNK, CHUNK) for at in (100, 200)]
         for read in stuck:
             disk.start(read)
-        waiting = landings.operation(300 * CHUNK, CHUNK)
-        disk.start(waiting)
+        waiting = [landings.operation((300 + i) * CHUNK, CHUNK) for i in range(n_waiting)]
+        for read in waiting:
+            disk.start(read)
         with trio.fail_after(0.1):
-            await landings.wait(waiting)
-        assert disk.statistics().copies[1].reads == before + 1
+            await landings.wait(*waiting)
+        assert disk.statistics().copies[1].reads == before + n_waiting
         disk.let_return()
         await landings.wait(*stuck)
 
