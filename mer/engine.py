@@ -26,7 +26,7 @@ from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile
-from mer.io.pool import BufferPool
+from mer.io.pool import BufferPool, demand_reserve
 from mer.io.reader import ThreadReader
 from mer.model.spec import ModelSpec
 from mer.plan import MemoryPlan, Model, load_model, plan_memory
@@ -454,7 +454,9 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     kinds = matrix_types(model.dense.values(), model.experts)
     await _compile(kinds, plan.limits.planes, config.on_progress)
     with ExitStack() as stack:
-        reader = stack.enter_context(ThreadReader(model.gguf.paths, n_threads=config.io_threads))
+        reader = stack.enter_context(
+            ThreadReader(model.gguf.paths, expected=model.gguf.identities, n_threads=config.io_threads)
+        )
         weights = DenseWeights(model.dense)
         await weights.load(
             reader, lambda done, total: config.on_progress(Progress("dense weights", done, total, "bytes"))
@@ -463,21 +465,22 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         worker = CPUWorker(Forward(model.spec, plan.limits, weights, model.experts), plan.limits.threads)
         arena = Arena(plan.slot_counts, plan.classes.slot_bytes)
         stack.callback(arena.close)
-        pool = BufferPool(plan.slots)
+        pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
         cache = ExpertCache(LayerLRU(model.spec.n_layers, plan.slots))
-        store = ExpertStore(cache, pool)
-        fetcher = Fetcher(pool, arena, plan.classes, model.experts, reader, on_done=store.landed)
+        store = ExpertStore(cache, pool, plan.classes.kind_of)
+        fetcher = Fetcher(pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.wake)
         store.attach(fetcher)
         kv = KVBlocks(plan.limits.kv_blocks, KV_TILE, prefix_reuse=config.prefix_reuse)
         scheduler = Scheduler(
             n_layers=model.spec.n_layers,
+            n_experts=model.spec.n_experts,
             worker=worker,
             store=store,
             kv=kv,
             batch_tokens=plan.limits.batch_tokens,
             max_sequences=plan.limits.sequences,
             max_waiting=MAX_WAITING,
-            bytes_read=lambda: reader.statistics().bytes_read,
+            bytes_read=lambda: fetcher.bytes_read,
         )
         settings = _settings(config, plan, model, arena, reader, cache)
         load_s = 0.0
@@ -517,6 +520,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                     statistics=statistics,
                     stop=nursery.cancel_scope,
                 )
+                nursery.start_soon(fetcher.run)
                 nursery.start_soon(worker.run)
                 nursery.start_soon(scheduler.run)
                 load_s = time.perf_counter() - begun_s

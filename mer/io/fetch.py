@@ -253,6 +253,11 @@ class Fetcher:
         self._classes = [_ClassCounts() for _ in Priority]
         self._counts = _ReadCounts()
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of experts read so far: the sum of the aligned hulls of the reads that landed."""
+        return self._counts.bytes_read
+
     def in_flight(self, layer: int, expert: int) -> Fetch | None:
         """Return the fetch that is bringing an expert, or None."""
         return self._in_flight.get((layer, expert))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import attrs
 import numpy as np
@@ -16,6 +17,7 @@ from mer.compute.worker import (
     Combine,
     ComputeWorker,
     Done,
+    Int32Array,
     LoadedExpert,
     Operation,
     Project,
@@ -31,6 +33,8 @@ from mer.sched.prefix import PrefixNode
 from mer.sched.sequence import Sequence, Status
 from mer.sched.store import ExpertStore
 from mer.sched.transfers import Transfers
+
+CERTAIN_SHARE = 0.95  # of a layer's experts: a batch that needs as many reads the next layer's ahead
 
 
 @attrs.frozen(kw_only=True)
@@ -93,19 +97,22 @@ class Scheduler:
 
     Args:
         n_layers: of the model.
+        n_experts: of a layer.
         worker: computes.
         store: experts.
         kv: blocks of the worker's KV memory.
         batch_tokens: largest number of rows in a batch.
         max_sequences: largest number of sequences that run at once.
         max_waiting: sequences that may queue before `submit` waits.
-        bytes_read: returns the bytes of the files read so far.
+        bytes_read: returns the bytes of experts read so far.
+        on_routed: told of each layer's union of experts in a batch: layer, rows, numbers of the experts in order.
     """
 
     def __init__(
         self,
         *,
         n_layers: int,
+        n_experts: int,
         worker: ComputeWorker,
         store: ExpertStore,
         kv: KVBlocks,
@@ -113,8 +120,12 @@ class Scheduler:
         max_sequences: int,
         max_waiting: int,
         bytes_read: Callable[[], int],
+        on_routed: Callable[[int, int, Seq[int]], None] | None = None,
     ) -> None:
         self._n_layers = n_layers
+        self._experts = range(n_experts)
+        self._staged_pairs = worker.staged_pairs
+        self._on_routed = on_routed
         self._link = WorkerLink(worker.jobs, worker.results)
         self._store = store
         self._kv = kv
@@ -197,6 +208,7 @@ class Scheduler:
                 self._admit()
                 members, batch = self._compose()
                 if batch is None:
+                    self._store.drop_ahead()
                     await self._wake.wait()
                     self._wake = trio.Event()
                 else:
@@ -207,6 +219,7 @@ class Scheduler:
     def _close(self) -> None:
         """Fail every sequence that is left, and refuse new ones."""
         self._transfers.close()
+        self._store.drop_ahead()
         outside = [*self._paused, *self._resumed, *self._queue.close()]
         self._paused.clear()
         self._resumed.clear()
@@ -296,17 +309,18 @@ class Scheduler:
         return True
 
     def _compose(self) -> tuple[list[_Member], Batch | None]:
-        """Build the next batch: every decoding sequence first, then prompts in order of arrival."""
+        """Build the next batch: a row of every decoding sequence, and what is left shared fairly among the prompts."""
         members: list[_Member] = []
         tokens: list[int] = []
         positions: list[int] = []
         owners: list[int] = []
         by_phase = sorted(self._running, key=lambda s: s.status is Status.PREFILL)
-        for sequence in by_phase:
-            budget = self._batch_tokens - len(tokens)
-            if budget == 0 or not sequence.has_room:
+        active = [sequence for sequence in by_phase if sequence.has_room]
+        shares = share_rows(self._batch_tokens, [sequence.rows_left for sequence in active])
+        for sequence, share in zip(active, shares, strict=True):
+            if not share:
                 continue
-            rows, first = sequence.next_rows(budget)
+            rows, first = sequence.next_rows(share)
             owners += [len(members)] * len(rows)
             members.append(_Member(sequence, slice(len(tokens), len(tokens) + len(rows))))
             tokens += rows
@@ -362,30 +376,36 @@ class Scheduler:
 
     async def _walk(self, members: list[_Member], batch: Batch) -> Done | None:
         """Run the layers; return None as soon as nobody wants the batch any more."""
-        store = self._store
+        store, n_layers = self._store, self._n_layers
         operations: list[Operation] = [Begin(batch)]
         pinned_layer = 0
         pinned: tuple[LoadedExpert, ...] = ()
+        union_share = 1.0
 
         def wanted() -> bool:
             return any(member.alive for member in members)
 
-        for layer in range(self._n_layers + 1):
-            last = Project() if layer == self._n_layers else Attend(layer)
+        for layer in range(n_layers + 1):
+            last = Project() if layer == n_layers else Attend(layer)
             try:
                 done = await self._link.run(*operations, last)
             except BaseException:
                 store.discard(pinned_layer, pinned)
                 raise
             store.unpin(pinned_layer, pinned, used=True)
-            if layer == self._n_layers:
+            if layer == n_layers:
                 return done
             if not wanted():
                 return None
             assert done.expert_ids is not None
             ids = done.expert_ids
-            union = np.unique(np.concatenate([ids[m.rows].ravel() for m in members if m.alive]))
-            result = await LayerRun(store, self._link, layer).run([int(e) for e in union], wanted)
+            union = _union(ids, members)
+            if self._on_routed is not None:
+                self._on_routed(layer, len(ids), union)
+            union_share = len(union) / len(self._experts)
+            ahead = self._certain_next(layer, ids.shape, union_share, members)
+            run = LayerRun(store, self._link, layer, staged=ids.size <= self._staged_pairs)
+            result = await run.run(union, wanted, ahead)
             pinned_layer, pinned = layer, result.pinned
             if not wanted():
                 store.unpin(pinned_layer, pinned, used=False)
@@ -396,3 +416,43 @@ class Scheduler:
                         member.sequence.fail(error)
             operations = [RunExperts(layer, pinned), Combine(layer)]
         return None
+
+    def _certain_next(
+        self, layer: int, shape: tuple[int, ...], union_share: float, members: list[_Member]
+    ) -> tuple[int, Seq[int]] | None:
+        """Return the next layer and its experts if the batch is so large that it will need all of them.
+
+        It will if this layer needed nearly all of its own, and if that many draws leave out hardly any expert even of
+        a uniform router. After the last layer the next batch counts, as far as prompts are left for it.
+        """
+        if union_share < CERTAIN_SHARE or self._n_layers == 1:
+            return None
+        n_rows, top_k = shape
+        if layer + 1 == self._n_layers:
+            left = sum(m.sequence.rows_left - (m.rows.stop - m.rows.start) for m in members if m.alive)
+            n_rows = min(left, self._batch_tokens)
+        if (1 - top_k / len(self._experts)) ** n_rows > 1 - CERTAIN_SHARE:
+            return None
+        return (layer + 1) % self._n_layers, self._experts
+
+
+def _union(ids: Int32Array, members: list[_Member]) -> list[int]:
+    """Return the numbers of the experts that the living members' rows of ids [T, K] name, ascending, each once."""
+    if len(ids) == 1:
+        return sorted(ids[0].tolist())
+    return sorted({expert for m in members if m.alive for expert in ids[m.rows].ravel().tolist()})
+
+
+def share_rows(budget: int, needs: Seq[int]) -> list[int]:
+    """Divide a batch's rows: nobody gets more than it needs, and whoever gets less gets no less than any other.
+
+    If there are fewer rows than sequences, the smallest needs come first, those that decode among them.
+    """
+    shares = [0] * len(needs)
+    left = budget
+    by_need = sorted(range(len(needs)), key=needs.__getitem__)
+    for position, i in enumerate(by_need):
+        fair = max(1, left // (len(needs) - position))
+        shares[i] = min(needs[i], fair, left)
+        left -= shares[i]
+    return shares

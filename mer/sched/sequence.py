@@ -63,6 +63,16 @@ class Sequence:
     first_token_bytes: int = 0  # bytes read by the engine when the first token came
 
     @property
+    def rows_left(self) -> int:
+        """Rows to compute before the next token: 1 while decoding."""
+        return len(self.prompt) + len(self.tokens) - self.kv_tokens if self.status is Status.PREFILL else 1
+
+    @property
+    def total_tokens(self) -> int:
+        """KV positions that the sequence may need."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
     def blocks(self) -> list[int]:
         """KV blocks in order of position."""
         return [] if self.lease is None else self.lease.blocks

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 import attrs
 import trio
@@ -14,10 +15,12 @@ import trio
 from mer.config import Sampling
 from mer.engine import Engine
 from mer.io.arena import Arena
+from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
-from mer.io.fetch import Fetcher
+from mer.io.fetch import DEFAULT_READ_DEADLINE_S, Fetcher
 from mer.io.ggml import GGMLType
-from mer.io.pool import BufferPool
+from mer.io.pool import BufferPool, demand_reserve
+from mer.io.priority import Priority
 from mer.sched.experts import ExpertCache
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 from mer.sched.kv import KVBlocks
@@ -30,7 +33,11 @@ from mer.sched.store import ExpertStore
 from mer.testing.simdisk import DiskProfile, SimDisk, open_sim_disk
 from mer.testing.simworker import JobCost, SimModel, SimWorker, greedy
 
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
+
 END_TOKEN = 1
+THREAD_S = 1e-3  # how long a function takes that would run in a thread
 
 
 def make_experts(model: SimModel, seed: int = 0) -> tuple[ExpertMap, list[int]]:
@@ -70,6 +77,14 @@ class SimTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the letter of a token."""
         return letter(token_id).encode()
+
+
+async def run_here(sync_fn: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Stand in for `trio.to_thread.run_sync`: it takes its time on the simulated clock, and nothing interrupts it."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    with trio.CancelScope(shield=True):
+        await trio.sleep(THREAD_S)
+    return sync_fn(*args)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -120,11 +135,32 @@ class SimEngine:
                 return tuple(tokens), used
         raise AssertionError("a generation has no end of its own")
 
-    def break_expert(self, layer: int, expert: int, *, part: int = 0, times: int | None = None) -> set[tuple[int, int]]:
-        """Let reads of the page in the middle of one of an expert's matrices fail; return all experts that share it."""
+    def break_expert(
+        self,
+        layer: int,
+        expert: int,
+        *,
+        part: int = 0,
+        number: int | None = errno.EIO,
+        times: int | None = None,
+        copy: int | None = None,
+    ) -> set[tuple[int, int]]:
+        """Let reads of the page in the middle of one of an expert's matrices fail; return all experts that share it.
+
+        Args:
+            layer: of the expert.
+            expert: its number.
+            part: 0 gate, 1 up, 2 down.
+            number: of the error; with None such reads never return.
+            times: how often; by default for ever.
+            copy: of the files that is concerned; by default all.
+        """
         matrix = self.experts.experts[layer][expert].parts[part]
         page = (matrix.offset + matrix.n_bytes // 2) // 4096 * 4096
-        self.disk.fail(matrix.file, page, page + 4096, times=times)
+        if number is None:
+            self.disk.hang(matrix.file, page, page + 4096, times=times, copy=copy)
+        else:
+            self.disk.fail(matrix.file, page, page + 4096, number=number, times=times, copy=copy)
         return {
             (extents.layer, extents.expert)
             for row in self.experts.experts
@@ -151,13 +187,18 @@ class SimEngine:
         assert (s.running, s.waiting, s.paused) == (0, 0, 0)
         assert s.submitted == s.finished + s.failed + s.cancelled
         assert kv.available == kv.n_blocks
-        assert (pool.pinned, pool.filling, pool.quarantined, pool.tasks_waiting) == (0, 0, 0, 0)
-        assert pool.free + pool.ready == pool.n_slots
+        assert (pool.pinned, pool.quarantined, sum(pool.waiting)) == (0, 0, 0)
+        assert pool.filling == fetcher.in_flight
+        assert fetcher.in_flight == 0 or self.engine._closed  # waiting for a retry that a closed engine will not make
+        assert pool.free + pool.ready + pool.filling == pool.n_slots
         assert pool.ready == cache.resident
         assert cache.hits + cache.misses == cache.lookups
         assert cache.resident + cache.evictions <= fetcher.landed
-        assert fetcher.started == fetcher.landed + fetcher.failed
-        assert fetcher.started <= cache.misses
+        assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.in_flight
+        speculation = [self.store.speculation(priority) for priority in (Priority.READ_AHEAD, Priority.PREFETCH)]
+        assert fetcher.started <= cache.misses + sum(guesses.issued for guesses in speculation)
+        for guesses in speculation:
+            assert guesses.issued == sum(attrs.astuple(guesses)) - guesses.issued
         assert fetcher.reads_started == 3 * fetcher.started + fetcher.retried == len(self.disk.log)
         assert fetcher.bytes_read == self.disk.statistics().bytes_read
 
@@ -174,35 +215,68 @@ async def open_sim_engine(
     kv_blocks: int = 64,
     prefix_reuse: bool = True,
     profile: DiskProfile | None = None,
+    mirrors: Sequence[DiskProfile] = (),
+    io_threads: int = DEFAULT_THREADS,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    read_deadline_s: float = DEFAULT_READ_DEADLINE_S,
     cost: JobCost | None = None,
     failures: frozenset[int] = frozenset(),
     seed: int = 0,
 ) -> AsyncIterator[SimEngine]:
     """Run an engine during the block; its `close` stops the scheduler and the worker, the disk goes on until the end.
 
-    By default every expert has a slot.
+    Args:
+        model: what is computed.
+        n_slots: by default every expert has one.
+        batch_tokens: as for `mer.open_engine`.
+        max_sequences: likewise.
+        max_waiting: requests that may queue before `generate` waits to be queued.
+        context: as for `mer.open_engine`.
+        kv_blocks: of `SimWorker.block_tokens` positions.
+        prefix_reuse: as for `mer.open_engine`.
+        profile: of the disk.
+        mirrors: of further drives with copies of the files.
+        io_threads: reads that each drive sees at once.
+        chunk_bytes: the largest of them.
+        read_deadline_s: when a read that gives no answer is given up.
+        cost: of jobs.
+        failures: numbers of the jobs, from 0, that fail half-way.
+        seed: of the files' bytes, the layout and the latencies.
     """
     model = model or SimModel()
     experts, sizes = make_experts(model, seed)
     classes = experts.slot_classes(4096)
     n_slots = n_slots or model.n_layers * model.n_experts
-    async with open_sim_disk(sizes, seed=seed, profile=profile) as disk:
+    async with open_sim_disk(
+        sizes, seed=seed, profile=profile, mirrors=mirrors, n_threads=io_threads, chunk_bytes=chunk_bytes
+    ) as disk:
         arena = Arena((n_slots,), classes.slot_bytes)
-        pool, cache = BufferPool(n_slots), ExpertCache(LayerLRU(model.n_layers, n_slots))
-        store = ExpertStore(cache, pool)
-        fetcher = Fetcher(pool, arena, classes, experts, disk, on_done=store.landed)
+        pool = BufferPool((n_slots,), reserve=demand_reserve((n_slots,), model.top_k))
+        cache = ExpertCache(LayerLRU(model.n_layers, n_slots))
+        store = ExpertStore(cache, pool, classes.kind_of)
+        fetcher = Fetcher(
+            pool,
+            arena,
+            classes,
+            experts,
+            disk,
+            on_done=store.landed,
+            on_inner=store.wake,
+            read_deadline_s=read_deadline_s,
+        )
         store.attach(fetcher)
         worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures)
         kv = KVBlocks(kv_blocks, worker.block_tokens, prefix_reuse=prefix_reuse)
         scheduler = Scheduler(
             n_layers=model.n_layers,
+            n_experts=model.n_experts,
             worker=worker,
             store=store,
             kv=kv,
             batch_tokens=batch_tokens,
             max_sequences=max_sequences,
             max_waiting=max_waiting,
-            bytes_read=lambda: disk.statistics().bytes_read,
+            bytes_read=lambda: fetcher.bytes_read,
         )
         layout = KVLayout(
             fingerprint=seed.to_bytes(FINGERPRINT_BYTES),
@@ -229,7 +303,13 @@ async def open_sim_engine(
             plan=cast(Any, SimpleNamespace(context=context)),
             tokenizer=cast(Any, SimTokenizer()),
             scheduler=scheduler,
-            prefixes=PrefixFiles(kv=kv, layout=layout, transfer=scheduler.transfer, give_back=scheduler.give_back),
+            prefixes=PrefixFiles(
+                kv=kv,
+                layout=layout,
+                transfer=scheduler.transfer,
+                give_back=scheduler.give_back,
+                in_thread=run_here,
+            ),
             statistics=cast(Any, None),
             stop=stop,
         )
