@@ -41,17 +41,18 @@ class HeatProfile:
     """Counts of uses, and the fingerprint of the model they belong to."""
 
     fingerprint: bytes
-    counts: npt.NDArray[np.int64]  # [L, E], >= 0
+    counts: npt.NDArray[np.int64]  # [L, E], visits that used an expert
+    visits: npt.NDArray[np.int64]  # [L], of each layer; no count of the layer is larger
 
     @classmethod
     def count(
         cls, fingerprint: bytes, n_layers: int, n_experts: int, events: Iterable[tuple[int, Sequence[int]]]
     ) -> HeatProfile:
         """Return the profile of (layer, experts) events."""
-        counts = np.zeros((n_layers, n_experts), dtype=np.int64)
+        counter = HeatCounter(fingerprint, n_layers, n_experts)
         for layer, experts in events:
-            counts[layer, list(experts)] += 1
-        return cls(fingerprint, counts)
+            counter.use(layer, experts)
+        return counter.profile()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile; the file is there whole or as it was before.
@@ -65,6 +66,7 @@ class HeatProfile:
                 "format": FORMAT,
                 "version": VERSION,
                 "fingerprint": self.fingerprint.hex(),
+                "visits": self.visits.tolist(),
                 "counts": self.counts.tolist(),
             }
         )
@@ -103,11 +105,43 @@ class HeatProfile:
                 f"a heat profile of another model ({_short(document.get('fingerprint'))}, and this model is "
                 f"{fingerprint.hex()[:16]}...); record one with this model",
             )
-        counts = document.get("counts")
+        visits: Any = document.get("visits")
+        counts: Any = document.get("counts")
+        if not _is_row(visits, n_layers, 1 << 53):
+            raise ProfileError(path, f"visits must be {n_layers} integers from 0 to 2**53")
         is_table = isinstance(counts, list) and len(counts) == n_layers
-        if not is_table or not all(_is_row(row, n_experts) for row in counts or ()):
-            raise ProfileError(path, f"counts must be {n_layers} lists of {n_experts} integers from 0 to 2**53")
-        return cls(fingerprint, np.array(counts, dtype=np.int64).reshape(n_layers, n_experts))
+        rows = counts if is_table else []
+        if not is_table or not all(_is_row(row, n_experts, most) for row, most in zip(rows, visits, strict=True)):
+            raise ProfileError(
+                path, f"counts must be {n_layers} lists of {n_experts} integers from 0 to the visits of their layer"
+            )
+        return cls(
+            fingerprint,
+            np.array(counts, dtype=np.int64).reshape(n_layers, n_experts),
+            np.array(visits, dtype=np.int64),
+        )
+
+
+class HeatCounter:
+    """Counts uses while an engine runs."""
+
+    def __init__(self, fingerprint: bytes, n_layers: int, n_experts: int) -> None:
+        self._fingerprint = fingerprint
+        self._counts = [[0] * n_experts for _ in range(n_layers)]
+        self._visits = [0] * n_layers
+
+    def use(self, layer: int, experts: Iterable[int]) -> None:
+        """Count a batch that uses these experts of a layer, each named once."""
+        self._visits[layer] += 1
+        counts = self._counts[layer]
+        for expert in experts:
+            counts[expert] += 1
+
+    def profile(self) -> HeatProfile:
+        """Return what has been counted so far."""
+        return HeatProfile(
+            self._fingerprint, np.array(self._counts, dtype=np.int64), np.array(self._visits, dtype=np.int64)
+        )
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -125,13 +159,9 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return document
 
 
-def _is_row(row: object, n_experts: int) -> bool:
-    """Return whether this is a list of counts."""
-    return (
-        isinstance(row, list)
-        and len(row) == n_experts
-        and all(type(count) is int and 0 <= count <= 1 << 53 for count in row)
-    )
+def _is_row(row: object, n: int, most: int) -> bool:
+    """Return whether this is a list of `n` integers from 0 to `most`."""
+    return isinstance(row, list) and len(row) == n and all(type(count) is int and 0 <= count <= most for count in row)
 
 
 def _short(value: object) -> str:

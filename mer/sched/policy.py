@@ -29,8 +29,14 @@ class Policy(Protocol):
     def remove(self, key: ExpertKey) -> None:
         """Note that an expert is no longer kept."""
 
+    def likelihood(self, key: ExpertKey) -> float:
+        """Return an estimate, from 0 to 1, of the probability that its layer's next visit uses an expert, kept or not.
+
+        Cheap, and the same until the next `use`.
+        """
+
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
     ) -> ExpertKey | None:
         """Return the kept expert that should make room for one of `layer`, or None if none is evictable.
 
@@ -38,4 +44,10 @@ class Policy(Protocol):
         `(layer, newcomer)`: it is worth less than all that could leave. An owner that has a buffer besides the slots
         uses the expert there once and drops it, without inserting it. One that has not asks without `newcomer` and
         inserts it; it is then ranked by what it is worth, so that it is among the first to leave.
+
+        Args:
+            layer: the one that is visited now.
+            evictable: which of the kept experts may leave; asked about none of another class of slots.
+            newcomer: see above.
+            kind: the class of slots that the room is needed in.
         """

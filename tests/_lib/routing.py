@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 from hypothesis import strategies as st
 
@@ -25,8 +27,9 @@ class CheckedCache:
     """A cache of plain sets: every answer of its policy must be one that the protocol allows."""
 
     policy: Policy
-    n_slots: int
+    n_slots: int  # of each class
     bypass: bool
+    kinds: Sequence[Sequence[int]] | None = None  # [L][E], class of slots
     kept: set[ExpertKey] = attrs.Factory(set)
     hits: int = 0
     lookups: int = 0
@@ -41,21 +44,31 @@ class CheckedCache:
         missing = [key for key in keys if key not in self.kept]
         self.hits += len(keys) - len(missing)
         for key in missing:
-            if len(self.kept) < self.n_slots or self._make_room(key, set(keys)):
+            if len(self.rivals(key)) < self.n_slots or self._make_room(key, set(keys)):
                 self.kept.add(key)
                 self.policy.insert(key)
-            assert len(self.kept) <= self.n_slots
+            assert len(self.rivals(key)) <= self.n_slots
+        assert all(0 <= self.policy.likelihood(key) <= 1 for key in [*self.kept, *keys])
+
+    def kind(self, key: ExpertKey) -> int:
+        """Return the class of slots that an expert fits."""
+        return 0 if self.kinds is None else self.kinds[key[0]][key[1]]
+
+    def rivals(self, key: ExpertKey) -> set[ExpertKey]:
+        """Return what is kept in slots of the class that an expert fits."""
+        return {other for other in self.kept if self.kind(other) == self.kind(key)}
 
     def _make_room(self, key: ExpertKey, pinned: set[ExpertKey]) -> bool:
-        for evictable in (self.kept - pinned, set(self.kept)):
+        rivals = self.rivals(key)
+        for evictable in (rivals - pinned, rivals):
             asked: list[ExpertKey] = []
 
             def may_leave(other: ExpertKey, evictable: set[ExpertKey] = evictable, asked: list = asked) -> bool:
                 asked.append(other)
                 return other in evictable
 
-            victim = self.policy.victim(key[0], may_leave, key[1] if self.bypass else None)
-            assert set(asked) <= self.kept, "asked for an expert that is not kept"
+            victim = self.policy.victim(key[0], may_leave, key[1] if self.bypass else None, self.kind(key))
+            assert set(asked) <= rivals, "asked for an expert that is not kept, or not in such a slot"
             assert (victim is None) == (not evictable), "None is for when nothing can leave"
             if victim is None:
                 continue

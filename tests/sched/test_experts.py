@@ -113,7 +113,7 @@ TestCache.settings = settings(max_examples=100, stateful_step_count=30, deadline
 
 @given(st.integers(1, 12), st.integers(1, 60))
 def test_shares_are_equal_and_use_every_slot(n_layers: int, n_slots: int) -> None:
-    shares = LayerLRU(n_layers, n_slots)._shares
+    (shares,) = LayerLRU(n_layers, n_slots)._shares
     assert len(shares) == n_layers
     assert sum(shares) == n_slots
     assert max(shares) - min(shares) <= 1

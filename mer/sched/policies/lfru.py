@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.sched.keys import ExpertKey
-from mer.sched.policies.ranking import Ranking
+from mer.sched.policies.ranking import FloatArray, Ranking
 
 SPANS: Final = (1, 8, 64, 512, 4096)
 """Visits of its layer over which a use of an expert is remembered, from recency alone to frequency alone."""
 
-_FORGETTING = 0.9998  # per event, of what the weights were learnt from
-_EVENTS_PER_FIT = 16
+LESSON_VISITS: Final = 4  # of a layer: the weights are learnt from the last of so many visits
+_LESSONS_PER_FIT = 8
+_FORGETTING = 0.994  # per fit, of what the weights were learnt from
 _SWEEPS = 4  # of coordinate descent, from the weights of the fit before
 
 
@@ -34,19 +35,26 @@ class LFRU:
 
     A newcomer that is worth no more than all that could leave for it is not kept. So the cycle of the layers never
     flushes the cache, whatever its size.
+
+    Args:
+        n_layers: L.
+        n_experts: of a layer, E.
+        kinds: [L, E], the class of slots that each expert fits; by default all fit the same.
+        costs: of a miss, by layer, [L]; by default all alike. What an expert is worth is multiplied by them.
     """
 
     name = "lfru"
 
-    def __init__(self, n_layers: int, n_experts: int) -> None:
+    def __init__(
+        self, n_layers: int, n_experts: int, *, kinds: npt.ArrayLike | None = None, costs: FloatArray | None = None
+    ) -> None:
         n_spans = len(SPANS)
-        self._ranking = Ranking(n_layers, n_experts)
-        self._averages = np.zeros((n_layers, n_spans, n_experts))  # [L, spans, E], of uses: 0 or 1 per visit
-        self._values = np.zeros((n_layers, n_experts))  # [L, E], at the next visit of their layers
-        self._waits = np.arange(1.0, n_layers + 1)[:, None]  # visits until that of each next layer
-        self._rates = 1.0 / np.array(SPANS)[:, None]
+        self._averages = np.zeros((n_layers, n_experts, n_spans))  # [L, E, spans], of uses: 0 or 1 per visit
+        self._likelihoods = np.zeros((n_layers, n_experts))  # [L, E], at the next visit of their layers
+        self._ranking = Ranking(self._likelihoods, kinds=kinds, weights=costs, impatient=True)
+        self._rates = 1.0 / np.array(SPANS)
         self._visits = [0] * n_layers
-        self._events = 0
+        self._lessons = 0
         self._weights = np.full(n_spans, 1.0 / n_spans)
         # Normal equations of the fit; one observation of the first weights keeps them solvable.
         self._products = np.eye(n_spans)
@@ -54,32 +62,39 @@ class LFRU:
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """See `Policy`."""
-        averages, used = self._averages[layer], list(experts)
-        if self._visits[layer]:
-            self._learn(layer, used)
-        self._visits[layer] += 1
-        rates = np.maximum(self._rates, 1.0 / self._visits[layer])
+        averages, used, visits = self._averages[layer], np.array(experts), self._visits[layer]
+        if visits and (visits + layer) % LESSON_VISITS == 0:
+            self._learn(averages, used)
+        self._visits[layer] = visits = visits + 1
+        rates = self._rates if visits >= SPANS[-1] else np.maximum(self._rates, 1.0 / visits)
         averages *= 1.0 - rates
-        averages[:, used] += rates
-        self._values[layer] = self._value(layer, self._weights @ averages)
+        averages[used] += rates
+        np.matmul(averages, self._weights, out=self._likelihoods[layer])
+        self._ranking.changed(layer)
 
-    def _learn(self, layer: int, used: list[int]) -> None:
-        """Add what the averages of a layer said about this event, and fit the weights from time to time."""
-        averages = self._averages[layer]
+    def _learn(self, averages: FloatArray, used: npt.NDArray[np.int64]) -> None:
+        """Add what the averages of a layer, [E, spans], said about this event, and fit the weights now and then."""
+        self._products += averages.T @ averages
+        self._targets += averages[used].sum(axis=0)
+        self._lessons += 1
+        if self._lessons % _LESSONS_PER_FIT == 0:
+            self._fit()
+
+    def _fit(self) -> None:
+        """Move the weights towards least squared error."""
+        targets, weights = self._targets.tolist(), self._weights.tolist()
+        products = self._products.tolist()
+        for _ in range(_SWEEPS):
+            for i, row in enumerate(products):
+                error = targets[i] - sum(product * weight for product, weight in zip(row, weights, strict=True))
+                weights[i] = max(0.0, weights[i] + error / row[i])
+        self._weights[:] = weights
         self._products *= _FORGETTING
-        self._products += averages @ averages.T
         self._targets *= _FORGETTING
-        self._targets += averages[:, used].sum(axis=1)
-        self._events += 1
-        if self._events % _EVENTS_PER_FIT == 0:
-            for _ in range(_SWEEPS):
-                for i, row in enumerate(self._products):
-                    step = (self._targets[i] - row @ self._weights) / row[i]
-                    self._weights[i] = max(0.0, self._weights[i] + step)
 
-    def _value(self, layer: int, likelihoods: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Return what the experts of a layer are worth, [E], from the likelihoods of their next use."""
-        return likelihoods
+    def likelihood(self, key: ExpertKey) -> float:
+        """See `Policy`."""
+        return min(1.0, float(self._likelihoods[key]))
 
     def insert(self, key: ExpertKey) -> None:
         """See `Policy`."""
@@ -90,11 +105,11 @@ class LFRU:
         self._ranking.remove(key)
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
     ) -> ExpertKey | None:
         """See `Policy`."""
-        values = self._values / np.roll(self._waits, layer + 1, axis=0)
-        lowest = self._ranking.lowest(values, layer, evictable)
-        if lowest is None or newcomer is None or values[layer, newcomer] > values[lowest]:
+        lowest = self._ranking.lowest(layer, evictable, kind)
+        if lowest is None or newcomer is None:
             return lowest
-        return layer, newcomer
+        kept = self._ranking.worth((layer, newcomer), layer) > self._ranking.worth(lowest, layer)
+        return lowest if kept else (layer, newcomer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from mer.errors import ConfigError
 from mer.sched.keys import ExpertKey
@@ -15,15 +16,27 @@ class LFU:
     """Least frequently used: uses are counted, and every count halves in `half_life` visits of its layer.
 
     Counts are compared over all layers, which are visited equally often. Every newcomer is kept.
+
+    Args:
+        n_layers: L.
+        n_experts: of a layer, E.
+        half_life: in visits of a layer.
+        kinds: [L, E], the class of slots that each expert fits; by default all fit the same.
+
+    Raises:
+        ConfigError: the half-life is not above 0.
     """
 
     name = "lfu"
 
-    def __init__(self, n_layers: int, n_experts: int, *, half_life: float = 512.0) -> None:
+    def __init__(
+        self, n_layers: int, n_experts: int, *, half_life: float = 512.0, kinds: npt.ArrayLike | None = None
+    ) -> None:
         if not half_life > 0:
             raise ConfigError(f"the half-life of counts must be above 0 visits, not {half_life}")
-        self._ranking = Ranking(n_layers, n_experts)
         self._counts = np.zeros((n_layers, n_experts))  # [L, E]
+        self._visits = [0.0] * n_layers  # decayed as the counts are
+        self._ranking = Ranking(self._counts, kinds=kinds)
         self._decay = 0.5 ** (1 / half_life)
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
@@ -31,6 +44,13 @@ class LFU:
         counts = self._counts[layer]
         counts *= self._decay
         counts[list(experts)] += 1.0
+        self._visits[layer] = self._visits[layer] * self._decay + 1.0
+        self._ranking.changed(layer)
+
+    def likelihood(self, key: ExpertKey) -> float:
+        """See `Policy`: the share of the layer's visits that used it, with the decay of the counts."""
+        visits = self._visits[key[0]]
+        return float(self._counts[key]) / visits if visits else 0.0
 
     def insert(self, key: ExpertKey) -> None:
         """See `Policy`."""
@@ -41,7 +61,7 @@ class LFU:
         self._ranking.remove(key)
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
     ) -> ExpertKey | None:
         """See `Policy`."""
-        return self._ranking.lowest(self._counts, layer, evictable)
+        return self._ranking.lowest(layer, evictable, kind)

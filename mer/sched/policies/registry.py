@@ -25,27 +25,35 @@ class CacheShape:
     n_layers: int
     n_experts: int  # per layer
     n_slots: int
+    kinds: tuple[tuple[int, ...], ...] | None = None  # [L][E], class of slots that each expert fits; None: all the same
+    slot_counts: tuple[int, ...] | None = None  # slots of each class; None: one class
     expert_bytes: tuple[int, ...] = ()  # of one expert, by layer; empty where unknown
     profile: HeatProfile | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if (self.kinds is None) != (self.slot_counts is None):
+            raise ValueError("kinds and slot_counts belong together")
 
 
 def _static(shape: CacheShape) -> Policy:
     if shape.profile is None:
         raise ConfigError("the policy 'static' needs a heat profile")
-    return StaticHotSet(shape.profile)
+    return StaticHotSet(shape.profile, kinds=shape.kinds)
 
 
 def _cost(shape: CacheShape) -> Policy:
     if not shape.expert_bytes or not all(shape.expert_bytes):
         raise ConfigError("the policy 'cost' needs the sizes of the experts")
-    return CostAware(shape.expert_bytes, shape.n_experts)
+    return CostAware(shape.expert_bytes, shape.n_experts, kinds=shape.kinds)
 
 
 POLICIES: Final[Mapping[str, Callable[[CacheShape], Policy]]] = MappingProxyType(
     {
-        "lfru": lambda shape: LFRU(shape.n_layers, shape.n_experts),
-        "layer-lru": lambda shape: LayerLRU(shape.n_layers, shape.n_slots),
-        "lfu": lambda shape: LFU(shape.n_layers, shape.n_experts),
+        "lfru": lambda shape: LFRU(shape.n_layers, shape.n_experts, kinds=shape.kinds),
+        "layer-lru": lambda shape: LayerLRU(
+            shape.n_layers, shape.n_slots if shape.slot_counts is None else shape.slot_counts, kinds=shape.kinds
+        ),
+        "lfu": lambda shape: LFU(shape.n_layers, shape.n_experts, kinds=shape.kinds),
         "static": _static,
         "cost": _cost,
     }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from mer.sched.heat import HeatProfile
 from mer.sched.keys import ExpertKey
 from mer.sched.policies.ranking import Ranking
@@ -13,16 +16,25 @@ class StaticHotSet:
     """Keeps the experts that a heat profile has counted most, whatever is used now.
 
     Until they have all been used once, colder ones fill the slots, the hottest of them first.
+
+    Args:
+        profile: what is hot.
+        kinds: [L, E], the class of slots that each expert fits; by default all fit the same.
     """
 
     name = "static"
 
-    def __init__(self, profile: HeatProfile) -> None:
-        self._heat = profile.counts.astype(float)  # [L, E]
-        self._ranking = Ranking(*self._heat.shape)
+    def __init__(self, profile: HeatProfile, *, kinds: npt.ArrayLike | None = None) -> None:
+        # [L, E], uses per visit: profiles of several runs may have counted layers unequally often
+        self._heat = profile.counts / np.maximum(profile.visits, 1)[:, None]
+        self._ranking = Ranking(self._heat, kinds=kinds)
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """See `Policy`: nothing changes."""
+
+    def likelihood(self, key: ExpertKey) -> float:
+        """See `Policy`: the share of the layer's visits that used it when the profile was made."""
+        return float(self._heat[key])
 
     def insert(self, key: ExpertKey) -> None:
         """See `Policy`."""
@@ -33,10 +45,10 @@ class StaticHotSet:
         self._ranking.remove(key)
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
     ) -> ExpertKey | None:
         """See `Policy`."""
-        lowest = self._ranking.lowest(self._heat, layer, evictable)
+        lowest = self._ranking.lowest(layer, evictable, kind)
         if lowest is None or newcomer is None or self._heat[layer, newcomer] > self._heat[lowest]:
             return lowest
         return layer, newcomer

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mer.bench.streams.chains import mixtral_chains
 from mer.errors import ConfigError
 from mer.sched.heat import HeatProfile
 from mer.sched.policies.cost_aware import CostAware
+from mer.sched.policies.layer_lru import LayerLRU
 from mer.sched.policies.lfru import LFRU, SPANS
 from mer.sched.policies.lfu import LFU
 from mer.sched.policies.static import StaticHotSet
@@ -37,7 +41,10 @@ def test_lfu_counts_halve_with_the_visits_of_their_layer(
         visits = [experts for visited, experts in events if visited == layer]
         for expert in range(n_experts):
             ages = [len(visits) - 1 - at for at, experts in enumerate(visits) if expert in experts]
-            assert policy._counts[layer, expert] == pytest.approx(sum(0.5 ** (age / half_life) for age in ages))
+            count = sum(0.5 ** (age / half_life) for age in ages)
+            assert policy._counts[layer, expert] == pytest.approx(count)
+            decayed_visits = sum(0.5 ** (age / half_life) for age in range(len(visits)))
+            assert policy.likelihood((layer, expert)) == pytest.approx(count / decayed_visits if visits else 0.0)
 
 
 @pytest.mark.parametrize("half_life", [0.0, -1.0, float("nan")])
@@ -52,7 +59,7 @@ def test_lfru_likelihoods_are_weighted_averages_of_past_uses(routing: tuple[int,
     n_layers, n_experts, events = routing
     policy = LFRU(n_layers, n_experts)
     weights = np.ones(len(SPANS)) / len(SPANS)
-    policy._learn = lambda layer, used: None  # type: ignore[method-assign]
+    policy._learn = lambda averages, used: None  # type: ignore[method-assign]
     for layer, experts in events:
         policy.use(layer, experts)
     for layer in range(n_layers):
@@ -63,27 +70,28 @@ def test_lfru_likelihoods_are_weighted_averages_of_past_uses(routing: tuple[int,
                 for i, span in enumerate(SPANS):
                     window = min(span, at)
                     averages[i] += ((expert in experts) - averages[i]) / window
-            assert policy._values[layer, expert] == pytest.approx(float(weights @ averages), abs=1e-12)
+            assert policy.likelihood((layer, expert)) == pytest.approx(float(weights @ averages), abs=1e-12)
 
 
 def test_lfru_learns_weights_of_least_squared_error() -> None:
-    """Against a search for the non-negative weights by projected gradient descent over all samples at once."""
+    """Against a search for the non-negative weights by projected gradient descent over all lessons at once."""
     rng = np.random.default_rng(1)
     policy = LFRU(1, 6)
-    features, targets, ages = [], [], []
+    products, moments = np.eye(5), np.full(5, 0.2)
     used = rng.choice(6, 2, replace=False)
-    for at in range(16 * 60 + 1):
+    lessons = 0
+    for at in range(4 * 8 * 60 + 1):  # a lesson every 4 visits, a fit every 8 lessons
         if rng.random() > 0.6:
             used = rng.choice(6, 2, replace=False, p=np.array([6, 5, 4, 3, 2, 1]) / 21)
-        if at:
-            features.append(policy._averages[0].copy())
-            targets.append(np.isin(np.arange(6), used).astype(float))
-            ages.append(at)
+        if at and at % 4 == 0:
+            if lessons and lessons % 8 == 0:  # what a fit was made from counts less from then on
+                products, moments = products * 0.994, moments * 0.994
+            seen = policy._averages[0].T
+            products = products + seen @ seen.T
+            moments = moments + seen @ np.isin(np.arange(6), used)
+            lessons += 1
         policy.use(0, used.tolist())
-    fade = 0.9998 ** (len(ages) - np.arange(1, len(ages) + 1))
-    products = np.eye(5) * 0.9998 ** len(ages) + sum(f * (x @ x.T) for f, x in zip(fade, features, strict=True))
-    moments = np.full(5, 0.2) * 0.9998 ** len(ages)
-    moments = moments + sum(f * (x @ y) for f, x, y in zip(fade, features, targets, strict=True))
+    assert lessons == 8 * 60
     best = np.full(5, 0.2)
     rate = 1 / np.linalg.eigvalsh(products)[-1]
     for _ in range(200_000):
@@ -97,14 +105,59 @@ def test_lfru_learns_weights_of_least_squared_error() -> None:
     assert policy._weights[0] > 0.4  # the set repeats in 60 % of the visits
 
 
+def test_lfru_learns_from_every_layer_alike() -> None:
+    policy = LFRU(7, 4)
+    lessons: Counter[int] = Counter()
+    starts = {policy._averages[layer].ctypes.data: layer for layer in range(7)}
+    policy._learn = lambda averages, used: lessons.update([starts[averages.ctypes.data]])  # type: ignore[method-assign]
+    for _ in range(41):
+        for layer in range(7):
+            policy.use(layer, [0])
+    assert set(lessons.values()) == {10}
+
+
+def test_lfru_likelihoods_are_kept_promises() -> None:
+    """Of the experts that are said to be used with some likelihood, about that share is."""
+    policy = LFRU(32, 8)
+    said: dict[int, list[float]] = {}
+    came: dict[int, list[bool]] = {}
+    for at, (layer, experts) in enumerate(mixtral_chains(1500)):
+        if at >= 300 * 32:
+            for expert in range(8):
+                likelihood = policy.likelihood((layer, expert))
+                said.setdefault(int(likelihood * 10), []).append(likelihood)
+                came.setdefault(int(likelihood * 10), []).append(expert in experts)
+        policy.use(layer, experts)
+    checked = [tenth for tenth in said if len(said[tenth]) > 2000]
+    assert len(checked) >= 3
+    for tenth in checked:
+        assert np.mean(came[tenth]) == pytest.approx(np.mean(said[tenth]), abs=0.03)
+
+
+def test_estimates_of_layer_lru_and_of_a_profile() -> None:
+    lru = LayerLRU(2, 4)
+    for experts in ([0, 1], [1], [1]):
+        lru.use(1, experts)
+    assert [lru.likelihood((1, expert)) for expert in range(3)] == [2 / 5, 2 / 3, 1 / 5]
+    assert lru.likelihood((0, 0)) == 1 / 2
+    static = StaticHotSet(HeatProfile(bytes(32), np.array([[1, 4], [0, 0]]), np.array([4, 0])))
+    assert [static.likelihood((layer, expert)) for layer in range(2) for expert in range(2)] == [0.25, 1.0, 0.0, 0.0]
+
+
+def test_layer_lru_shares_each_class_of_slots_among_its_layers() -> None:
+    kinds = ((0, 0), (1, 1), (0, 1), (0, 0))
+    policy = LayerLRU(4, (7, 3), kinds=kinds)
+    assert policy._shares == [[3, 0, 2, 2], [0, 2, 1, 0]]
+
+
 def test_lfru_prefers_what_has_its_chance_sooner() -> None:
     """Equally likely experts of two layers: the one of the layer that comes next stays."""
     policy = LFRU(4, 2)
     for _ in range(4):
         for layer in range(4):
             policy.use(layer, [0])
-            if (layer, 0) not in {(0, 0), (1, 0)}:
-                policy.insert((layer, 0)) if not policy._ranking._kept[layer, 0] else None
+    policy.insert((2, 0))
+    policy.insert((3, 0))
     assert policy.victim(3, lambda _: True) == (3, 0)
     assert policy.victim(2, lambda _: True) == (2, 0)
     assert policy.victim(1, lambda _: True) == (3, 0)  # waits two visits, (2, 0) only one
@@ -123,9 +176,7 @@ def test_lfru_uses_a_cold_expert_and_drops_it() -> None:
 
 @given(routing=routings(), n_slots=st.integers(1, 12), bypass=st.booleans(), cost=st.floats(1e-3, 1e9))
 @settings(max_examples=60, deadline=None)
-def test_equal_costs_are_lfru(
-    routing: tuple[int, int, list[Event]], n_slots: int, bypass: bool, cost: float
-) -> None:
+def test_equal_costs_are_lfru(routing: tuple[int, int, list[Event]], n_slots: int, bypass: bool, cost: float) -> None:
     """Up to the rounding of ties, which a power of two keeps exactly."""
     n_layers, n_experts, events = routing
     cost = 2.0 ** round(np.log2(cost))
@@ -159,7 +210,7 @@ def test_the_hot_set_stays(routing: tuple[int, int, list[Event]], n_slots: int, 
     """With bypass, the experts kept are always the hottest of those used so far."""
     n_layers, n_experts, events = routing
     heat = np.array(data.draw(st.permutations(range(n_layers * n_experts)))).reshape(n_layers, n_experts)
-    cache = CheckedCache(StaticHotSet(HeatProfile(bytes(32), heat)), n_slots, bypass=True)
+    cache = CheckedCache(StaticHotSet(HeatProfile(bytes(32), heat, np.full(n_layers, heat.size))), n_slots, bypass=True)
     used: set[tuple[int, int]] = set()
     for layer, experts in events:
         one = tuple(experts)[:1]  # events of one expert, which is never pinned by its neighbours
