@@ -23,6 +23,7 @@ from mer.io.operation import ReadOperation, check_operation, check_promotion
 from mer.io.priority import Priority
 
 ALIGNMENT = 4096
+_LEAST_WAIT_S = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once, for ever
 
 
 def content(seed: int, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
@@ -274,7 +275,7 @@ class SimDisk:
             while self._idle[copy]:
                 found = self._queue.take(copy, now_s)
                 if not isinstance(found, Chunk):
-                    self._look_again_s = min(self._look_again_s, now_s + found)
+                    self._look_again_s = min(self._look_again_s, now_s + max(found, _LEAST_WAIT_S))
                     break
                 self._idle[copy] -= 1
                 self._begin_read(found, now_s)
