@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import attrs
 
@@ -38,6 +39,10 @@ class Lease:
     def n_own(self) -> int:
         """Blocks that nobody else can see."""
         return len(self.blocks) - len(self.nodes)
+
+
+NextBlock: TypeAlias = tuple[PrefixNode | None, bytes]
+"""A block that is not shared yet, by the one before it and its own tokens."""
 
 
 class KVBlocks:
@@ -121,6 +126,13 @@ class KVBlocks:
                 break
             self._replace(lease, node)
         return len(lease.nodes) * self.block_tokens
+
+    def next_block(self, lease: Lease, span: Span, n_tokens: int) -> NextBlock | None:
+        """Return what is the same for all whose next block to share, within `n_tokens` positions, will be the same."""
+        index = len(lease.nodes)
+        if not self.prefix_reuse or (index + 1) * self.block_tokens > n_tokens:
+            return None
+        return self._end(lease), self._tree.key_at(index, span)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back: its own blocks become free, shared ones cached if nobody else holds them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Protocol, TypeVar, TypeVarTuple
 
 import attrs
 import trio
@@ -14,7 +15,17 @@ from mer.errors import ConfigError
 from mer.sched.kv import KVBlocks, Lease
 from mer.sched.kv_file import KVLayout, PrefixFileError, PrefixReader, PrefixWriter
 
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
+
 PIECE_BYTES = 4 << 20  # blocks that are on their way at once, or a single one if it is larger
+
+
+class InThread(Protocol):
+    """Runs a function where it may block; checks for cancellation before and then waits for the end of it."""
+
+    async def __call__(self, sync_fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Return what `sync_fn(*args)` returns."""
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +39,7 @@ class PrefixFiles:
     layout: KVLayout
     transfer: Callable[[ReadBlocks | WriteBlocks], Awaitable[Done]]  # between batches
     give_back: Callable[[Lease], None]
+    in_thread: InThread = trio.to_thread.run_sync
     _turn: trio.Lock = attrs.field(factory=trio.Lock, init=False)
 
     @property
@@ -55,7 +67,7 @@ class PrefixFiles:
             OSError: the file cannot be written.
             EngineClosed: the engine was closed.
         """
-        in_thread = trio.to_thread.run_sync
+        in_thread = self.in_thread
         n_blocks = len(tokens) // self.kv.block_tokens
         async with self._turn:
             with PrefixWriter(path, self.layout, tokens) as writer:
@@ -82,7 +94,7 @@ class PrefixFiles:
         """
         if not self.kv.prefix_reuse:
             raise ConfigError("prefix_reuse is off, so that nothing restored would be used; open the engine with it on")
-        in_thread = trio.to_thread.run_sync
+        in_thread = self.in_thread
         async with self._turn:
             with PrefixReader(path, self.layout, self.kv.n_blocks) as reader:
                 await in_thread(reader.begin)
@@ -91,7 +103,7 @@ class PrefixFiles:
                 try:
                     for first in range(len(lease.nodes), reader.n_blocks, self._piece):
                         numbers = range(first, min(first + self._piece, reader.n_blocks))
-                        data = tuple([await in_thread(partial(reader.read, number)) for number in numbers])
+                        data = tuple([await in_thread(reader.read, number) for number in numbers])
                         await self.transfer(WriteBlocks(tuple(lease.blocks[n] for n in numbers), data))
                     self.kv.share(lease, partial(_slice, reader.tokens), len(reader.tokens))
                 finally:
