@@ -1,34 +1,203 @@
-"""KV accounting against a model made of sets."""
+"""KV accounting against plain dictionaries: prefixes as tuples of tokens, and when each was used last."""
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+from itertools import count
+
+import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mer.sched.kv import KVBlocks
+from mer.sched.kv import KVBlocks, Lease
+
+Tokens = tuple[int, ...]
 
 
-@given(st.integers(1, 12), st.lists(st.integers(0, 6) | st.just(None), max_size=40), st.randoms())
-def test_blocks_are_in_one_hand_each(n_blocks: int, steps: list[int | None], random: object) -> None:
-    kv = KVBlocks(n_blocks, 4)
-    held: list[tuple[int, ...]] = []
-    for step in steps:
-        free = n_blocks - sum(map(len, held))
-        if step is not None:
-            blocks = kv.reserve(step)
-            assert (blocks is None) == (step > free)
-            if blocks is not None:
-                assert len(blocks) == step
-                held.append(blocks)
-        elif held:
-            kv.release(held.pop(random.randrange(len(held))))  # type: ignore[attr-defined]
-        everything = [block for blocks in held for block in blocks]
-        assert len(set(everything)) == len(everything)
-        assert set(everything) <= set(range(n_blocks))
-        statistics = kv.statistics()
-        assert (statistics.n_blocks, statistics.block_tokens) == (n_blocks, 4)
-        assert statistics.free == n_blocks - len(everything)
+def span(tokens: list[int] | Tokens, first: int, last: int) -> list[int]:
+    assert 0 <= first < last <= len(tokens)
+    return list(tokens[first:last])
+
+
+@attrs.define(eq=False)
+class Holder:
+    """What the model knows of a lease."""
+
+    lease: Lease
+    tokens: list[int]
+    n_blocks: int
+    computed: int  # positions
+    shared: int  # leading blocks that are known to all
+    own: list[int]  # the others
+
+
+class KVMachine(RuleBasedStateMachine):
+    """Leases as sequences use them: reserved with known tokens, computed, continued, released."""
+
+    @initialize(n_blocks=st.integers(2, 9), block_tokens=st.integers(1, 3))
+    def start(self, n_blocks: int, block_tokens: int) -> None:
+        self.kv = KVBlocks(n_blocks, block_tokens)
+        self.n, self.b = n_blocks, block_tokens
+        self.holders: list[Holder] = []
+        self.released: list[Lease] = []
+        self.block_of: dict[Tokens, int] = {}  # {prefix of whole blocks: its last block}
+        self.used_at: dict[Tokens, int] = {}  # when a prefix was let go last
+        self.evicted = 0
+        self.clock = count()
+
+    # --- the model ---
+
+    def chain(self, holder: Holder) -> list[Tokens]:
+        return [tuple(holder.tokens[: (i + 1) * self.b]) for i in range(holder.shared)]
+
+    def refs(self, holders: list[Holder]) -> Counter[Tokens]:
+        return Counter(prefix for holder in holders for prefix in self.chain(holder))
+
+    def in_use(self, holders: list[Holder]) -> int:
+        return len(self.refs(holders)) + sum(len(holder.own) for holder in holders)
+
+    def free(self) -> set[int]:
+        held = {*self.block_of.values(), *(block for holder in self.holders for block in holder.own)}
+        return set(range(self.n)) - held
+
+    def longest(self, tokens: Tokens, n_tokens: int) -> int:
+        """Return how many leading blocks within the first `n_tokens` tokens are known."""
+        known = 0
+        while (known + 1) * self.b <= n_tokens and tokens[: (known + 1) * self.b] in self.block_of:
+            known += 1
+        return known
+
+    def evict(self) -> None:
+        """Forget, of all prefixes that nobody uses and that nothing known follows, the least recently used."""
+        refs = self.refs(self.holders)
+        unused = [p for p in self.block_of if not refs[p]]
+        ends = [p for p in unused if not any(q[: len(p)] == p and len(q) > len(p) for q in self.block_of)]
+        del self.block_of[min(ends, key=self.used_at.__getitem__)]
+        self.evicted += 1
+
+    # --- rules ---
+
+    prompts = st.lists(st.integers(0, 1), min_size=1, max_size=10)
+
+    @rule(tokens=prompts, more=st.integers(0, 3))
+    def reserve(self, tokens: list[int], more: int) -> None:
+        needed = min(self.n, self.kv.needed(len(tokens) + more))
+        tokens = tokens[: needed * self.b]
+        shared = self.longest(tuple(tokens), len(tokens) - 1)
+        found = self.kv.find(partial(span, tokens), len(tokens) - 1)
+        assert [node.block for node in found] == [
+            self.block_of[tuple(tokens[: (i + 1) * self.b])] for i in range(shared)
+        ]
+        held = self.refs(self.holders)
+        new = needed - sum(tuple(tokens[: (i + 1) * self.b]) in held for i in range(shared))
+        fits = self.in_use(self.holders) + new <= self.n
+        assert self.kv.fits(needed, found) == fits
+        lease = self.kv.reserve(needed, found)
+        assert (lease is not None) == fits
+        if lease is None:
+            return
+        holder = Holder(lease, tokens, needed, shared * self.b, shared, [])
+        self.holders.append(holder)
+        free = self.free()
+        while len(free) < needed - shared:
+            self.evict()
+            free = self.free()
+        holder.own = lease.blocks[shared:]
+        assert set(holder.own) <= free
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), n=st.integers(1, 8))
+    def compute(self, data: st.DataObject, n: int) -> None:
+        """Compute rows, and draw tokens where the known ones end; then share."""
+        holder = data.draw(st.sampled_from(self.holders))
+        holder.computed = min(holder.computed + n, holder.n_blocks * self.b)
+        while len(holder.tokens) < holder.computed:
+            holder.tokens.append(data.draw(st.integers(0, 1)))
+        self.kv.share(holder.lease, partial(span, holder.tokens), holder.computed)
+        while (holder.shared + 1) * self.b <= holder.computed:
+            prefix, own = tuple(holder.tokens[: (holder.shared + 1) * self.b]), holder.own.pop(0)
+            self.block_of.setdefault(prefix, own)
+            holder.shared += 1
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.holders))
+        shared = self.longest(tuple(holder.tokens), len(holder.tokens) - 1)
+        there = self.kv.adopt(holder.lease, partial(span, holder.tokens), len(holder.tokens) - 1)
+        holder.own = holder.own[max(0, shared - holder.shared) :]
+        holder.shared = max(holder.shared, shared)
+        holder.computed = max(holder.computed, holder.shared * self.b)
+        assert there == holder.shared * self.b
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.holders))
+        self.kv.release(holder.lease)
+        self.holders.remove(holder)
+        self.released.append(holder.lease)
+        now = next(self.clock)
+        still = self.refs(self.holders)
+        self.used_at |= {prefix: now for prefix in self.chain(holder) if not still[prefix]}
+
+    @precondition(lambda self: self.released)
+    @rule(data=st.data())
+    def release_again(self, data: st.DataObject) -> None:
+        with pytest.raises(RuntimeError, match="twice"):
+            self.kv.release(data.draw(st.sampled_from(self.released)))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), tokens=prompts, n_blocks=st.integers(1, 9))
+    def fits_without(self, data: st.DataObject, tokens: list[int], n_blocks: int) -> None:
+        """What would fit if some were released is what fits once they are."""
+        going = data.draw(st.lists(st.sampled_from(self.holders), unique_by=id))
+        staying = [holder for holder in self.holders if holder not in going]
+        found = self.kv.find(partial(span, tokens), len(tokens) - 1)[:n_blocks]
+        held = self.refs(staying)
+        new = n_blocks - sum(tuple(tokens[: (i + 1) * self.b]) in held for i in range(len(found)))
+        fits = self.in_use(staying) + new <= self.n
+        assert self.kv.fits(n_blocks, found, [holder.lease for holder in going]) == fits
+
+    # --- what always holds ---
+
+    @invariant()
+    def nobody_has_what_is_anothers(self) -> None:
+        own = [block for holder in self.holders for block in holder.own]
+        known = list(self.block_of.values())
+        assert len({*own, *known}) == len(own) + len(known)
+        for holder in self.holders:
+            assert holder.lease.blocks == [*(self.block_of[prefix] for prefix in self.chain(holder)), *holder.own]
+            assert len(holder.lease.blocks) == holder.n_blocks
+
+    @invariant()
+    def every_block_is_free_cached_or_used(self) -> None:
+        statistics = self.kv.statistics()
+        assert statistics.free == len(self.free())
+        assert statistics.cached == len(self.block_of) - len(self.refs(self.holders))
+        assert statistics.evictions == self.evicted
+        assert statistics.available + self.in_use(self.holders) == self.n == statistics.n_blocks
+
+    @invariant()
+    def a_prefix_is_known_whole(self) -> None:
+        assert all(prefix[: -self.b] in self.block_of for prefix in self.block_of if len(prefix) > self.b)
+
+    def teardown(self) -> None:
+        for holder in self.holders:
+            self.kv.release(holder.lease)
+        statistics = self.kv.statistics()
+        assert statistics.available == self.n
+        everything = self.kv.reserve(self.n)
+        assert everything is not None
+        assert sorted(everything.blocks) == list(range(self.n))
+        assert self.kv.find(partial(span, [0] * 9), 9) == self.kv.find(partial(span, [1] * 9), 9) == ()
+
+
+KVMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestKVMachine = KVMachine.TestCase
 
 
 @given(st.integers(0, 1000), st.integers(1, 70))
@@ -37,15 +206,32 @@ def test_needed_is_the_smallest_number_that_holds_them(n_tokens: int, block_toke
     assert needed * block_tokens >= n_tokens > (needed - 1) * block_tokens
 
 
-def test_giving_back_twice_is_an_error_and_changes_nothing() -> None:
+def test_without_reuse_nothing_is_shared_or_kept() -> None:
+    kv = KVBlocks(4, 2, prefix_reuse=False)
+    tokens = [1, 2, 3, 4]
+    lease = kv.reserve(2)
+    assert lease is not None
+    kv.share(lease, partial(span, tokens), 4)
+    assert kv.find(partial(span, tokens), 4) == ()
+    kv.release(lease)
+    assert (kv.statistics().free, kv.statistics().cached) == (4, 0)
+
+
+def test_equal_tokens_behind_different_ones_are_another_prefix() -> None:
+    kv = KVBlocks(8, 2)
+    leases = []
+    for tokens in ([1, 2, 7, 7], [3, 4, 7, 7]):
+        lease = kv.reserve(2, kv.find(partial(span, tokens), 3))
+        assert lease is not None
+        kv.share(lease, partial(span, tokens), 4)
+        leases.append(lease)
+    assert not set(leases[0].blocks) & set(leases[1].blocks)
+    assert kv.find(partial(span, [7, 7]), 2) == ()
+
+
+def test_tokens_that_hash_alike_are_not_taken_for_each_other() -> None:
     kv = KVBlocks(4, 1)
-    blocks = kv.reserve(3)
-    assert blocks is not None
-    kv.release(blocks[:1])
-    for twice in (blocks, blocks[:1], (blocks[1], blocks[1])):
-        with pytest.raises(RuntimeError, match="twice"):
-            kv.release(twice)
-    assert kv.statistics().free == 2
-    kv.release(())
-    kv.release(blocks[1:])
-    assert sorted(kv.reserve(4) or ()) == [0, 1, 2, 3]
+    lease = kv.reserve(1)
+    assert lease is not None
+    kv.share(lease, lambda first, last: [-1], 1)  # hash(-1) == hash(-2)
+    assert kv.find(lambda first, last: [-2], 1) == ()
