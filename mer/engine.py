@@ -27,6 +27,7 @@ from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile
 from mer.io.pool import BufferPool, demand_reserve
+from mer.io.priority import Priority
 from mer.io.reader import ThreadReader
 from mer.model.spec import ModelSpec
 from mer.plan import MemoryPlan, Model, load_model, plan_memory
@@ -495,6 +496,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 settings=settings,
                 scheduler=scheduler.statistics(),
                 cache=cache.statistics(),
+                read_ahead=store.speculation(Priority.READ_AHEAD),
+                prefetch=store.speculation(Priority.PREFETCH),
                 pool=pool.statistics(),
                 fetcher=fetcher.statistics(),
                 reader=reader.statistics(),

@@ -14,6 +14,7 @@ from mer.io.pool import PoolStatistics
 from mer.sched.experts import CacheStatistics
 from mer.sched.kv import KVStatistics
 from mer.sched.scheduler import SchedulerStatistics
+from mer.sched.speculation import SpeculationStatistics
 
 
 @attrs.frozen(kw_only=True)
@@ -54,6 +55,8 @@ class Statistics:
     settings: Settings
     scheduler: SchedulerStatistics
     cache: CacheStatistics
+    read_ahead: SpeculationStatistics  # experts read because a layer to come is certain to need them
+    prefetch: SpeculationStatistics  # experts read on a guess
     pool: PoolStatistics
     fetcher: FetcherStatistics
     reader: ReaderStatistics

@@ -191,18 +191,17 @@ async def test_a_file_cut_short_fails_the_calls_that_miss_bytes_and_not_the_engi
     path = tiny_model(tmp_path / "m.gguf").path
     whole = path.read_bytes()
     async with mer.open_engine(path, memory=MEMORY, slots=1) as engine:
-        want = await engine.generate("the cat", max_tokens=4)
+        want = await engine.generate([7], max_tokens=4)
         starts = [part.offset for e in mer.load_model(engine_config(path)).experts.experts[0] for part in e.parts]
         os.truncate(path, min(starts))
-        for _ in range(2):
-            with pytest.raises(mer.ReadError, match=r"m\.gguf.* failed"):
-                await engine.generate("the cat", max_tokens=4)
-        async with engine.stream("the cat", max_tokens=4) as events:
+        with pytest.raises(mer.ReadError, match=r"m\.gguf.* failed"):
+            await engine.generate([7], max_tokens=4)
+        async with engine.stream([7], max_tokens=4) as events:
             with pytest.raises(mer.ReadError):
                 await events.receive()
         path.write_bytes(whole)
-        assert (await engine.generate("the cat", max_tokens=4)).tokens == want.tokens
-        assert engine.statistics().scheduler.failed == 3
+        assert (await engine.generate([7], max_tokens=4)).tokens == want.tokens
+        assert engine.statistics().scheduler.failed == 2
         assert engine.statistics().pool.pinned == 0
 
 
