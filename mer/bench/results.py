@@ -116,10 +116,14 @@ def describe(measured: Measured, task: Task, bound: Bounds) -> dict[str, Any]:
 
 
 def ratios(results: Sequence[Measured]) -> dict[str, float]:
-    """Return {"first/other": ratio of iterations per second at the median times} for every other policy."""
+    """Return {"first/other": ratio of iterations per second at the median times} for every policy but the first.
+
+    Policies that have run other numbers of iterations, because they were interrupted, are left out.
+    """
     first = results[0]
     return {
         f"{first.policy}/{other.policy}": first.iterations_per_s / other.iterations_per_s
         for other in results[1:]
         if first.iterations_per_s and other.iterations_per_s
+        if first.tallies[0].iterations == other.tallies[0].iterations
     }

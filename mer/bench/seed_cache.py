@@ -128,7 +128,7 @@ class SeedCache:
         self._lru: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._predictor = SeedPredictor(n_experts)
         self._landing: int | None = None
-        self._unproven: set[int] = set()  # brought by a prefetch and not yet hit
+        self._unproven: set[int] = set()  # brought by a prefetch and not yet hit; perhaps evicted since
         self.totals = SeedTotals()
 
     def __contains__(self, expert: int) -> bool:
@@ -145,7 +145,7 @@ class SeedCache:
         self._unproven.difference_update(hits)
         evicted = []
         while lru and len(lru) + len(misses) > self._n_slots:
-            evicted.append(self._evict())
+            evicted.append(lru.popitem(last=False)[0])
         if self._landing is not None:
             self._insert(self._landing)
             self._unproven.add(self._landing)
@@ -162,14 +162,9 @@ class SeedCache:
 
     def _insert(self, expert: int) -> None:
         if expert not in self._lru and len(self._lru) >= self._n_slots:
-            self._evict()
+            self._lru.popitem(last=False)
         self._lru[expert] = None
         self._lru.move_to_end(expert)
-
-    def _evict(self) -> int:
-        expert, _ = self._lru.popitem(last=False)
-        self._unproven.discard(expert)
-        return expert
 
 
 def simulate_seed(iterations: Iterable[tuple[int, ...]], *, n_experts: int, n_slots: int = N_SLOTS) -> SeedTotals:

@@ -15,7 +15,7 @@ import trio
 from mer.bench.datafile import DataFile, DataPlan, make_data, open_data, plan_data
 from mer.bench.geometry import parse_geometry
 from mer.bench.probe import disk_bytes_per_s
-from mer.bench.results import Bounds, Measured, bounds, describe, ratios
+from mer.bench.results import Measured, bounds, describe, ratios
 from mer.bench.stream import StreamRun, Task, check_task, count, reading
 from mer.bench.workload import load_workload
 from mer.cli.console import Bars, load_reporter, note
@@ -67,7 +67,7 @@ def bench_stream(options: StreamOptions) -> Exit:
     task = Task(workload=workload, data=plan, n_slots=options.slots, threads=threads)
     if options.simulate:
         results = [Measured(policy=name, tallies=[count(task, name)], in_force=None) for name in policies]
-        _print(results, task, bounds(workload, task.n_slots), as_json=options.as_json, interrupted=False)
+        _print(results, task, as_json=options.as_json, several=len(policies) > 1, interrupted=False)
         return Exit.OK
     with Bars() as bars:
         data = open_data(plan) or _make(plan, bars)
@@ -93,7 +93,9 @@ def bench_stream(options: StreamOptions) -> Exit:
             rates = tuple(probe[name] for probe in (before, after) if name in probe)
             results.append(Measured(policy=name, tallies=tallies, in_force=in_force, disk_bytes_per_s=rates))
     if results:
-        _print(results, task, bounds(workload, task.n_slots), as_json=options.as_json, interrupted=interrupted)
+        _print(results, task, as_json=options.as_json, several=len(policies) > 1, interrupted=interrupted)
+    else:
+        note("interrupted before the first iteration")
     return Exit.INTERRUPTED if interrupted else Exit.OK
 
 
@@ -148,13 +150,13 @@ def _show(bars: Bars, stage: str, total: int, done: int) -> None:
     bars.show(stage, done, total, "iterations")
 
 
-def _print(results: Sequence[Measured], task: Task, bound: Bounds, *, as_json: bool, interrupted: bool) -> None:
-    """Print one object or one table."""
+def _print(results: Sequence[Measured], task: Task, *, as_json: bool, several: bool, interrupted: bool) -> None:
+    """Print a table or JSON: of one policy its object, of several {"results": [...], "iterations_per_s_ratios"}."""
+    bound = bounds(task.workload, task.n_slots)
     described = [describe(result, task, bound) | {"interrupted": interrupted} for result in results]
     compared = ratios(results)
     if as_json:
-        several = {"results": described, "iterations_per_s_ratios": compared}
-        print(json.dumps(described[0] if len(described) == 1 else several))
+        print(json.dumps({"results": described, "iterations_per_s_ratios": compared} if several else described[0]))
         return
     workload, geometry = task.workload, task.data.geometry
     print(f"{workload.name}: {len(workload.events)} iterations, {workload.lookups} lookups of ", end="")
