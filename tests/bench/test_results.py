@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mer.bench import probe
+from mer.bench.datafile import plan_data
+from mer.bench.geometry import parse_geometry
 from mer.bench.results import bounds
+from mer.bench.stream import Task, count
 from mer.bench.tally import quantile
-from mer.bench.workload import Workload
+from mer.bench.workload import Workload, load_workload
 from mer.errors import ReadError
 
 
@@ -60,3 +63,18 @@ def test_a_probe_of_a_real_file(tmp_path: Path) -> None:
     assert probe.disk_bytes_per_s(path, [(0, 200_000), (200_000, 100_000)], chunk_bytes=16384, depth=3) > 0
     with pytest.raises(ReadError, match="truncated"):
         probe.disk_bytes_per_s(path, [(0, 400_000)], chunk_bytes=16384, depth=3)
+
+
+@pytest.mark.parametrize(("stream", "table"), [("article", "| article, slots |"), ("skewed", "| skewed, slots |")])
+def test_the_documented_hits_are_those_of_this_release(stream: str, table: str) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "bench-stream.md").read_text()
+    names = [cell.strip() for cell in document[document.index(table) :].splitlines()[0].split("|")[2:-1]]
+    row = next(line for line in document[document.index(table) :].splitlines() if line.startswith("| 16 |"))
+    documented = dict(zip(names, (cell.strip() for cell in row.split("|")[2:-1]), strict=True))
+    workload = load_workload(stream, 10_000)
+    plan = plan_data(Path(), parse_geometry("64x32", "q4_0"), 1, 256)
+    task = Task(workload=workload, data=plan, n_slots=16, threads=1)
+    bound = bounds(workload, 16)
+    rates = {"lfru": count(task, "lfru").hit_rate, "seed": count(task, "seed").hit_rate}
+    rates |= {"LRU": bound.lru, "Belady": bound.belady}
+    assert documented == {name: f"{100 * rate:.2f}" for name, rate in rates.items()}
