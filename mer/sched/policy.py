@@ -36,7 +36,7 @@ class Policy(Protocol):
         """
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
         """Return the kept expert that should make room for one of `layer`, or None if none is evictable.
 
@@ -46,7 +46,7 @@ class Policy(Protocol):
         inserts it; it is then ranked by what it is worth, so that it is among the first to leave.
 
         Args:
-            layer: the one that is visited now.
+            layer: of the expert that needs the room: the one that `use` was told last, or one that is read ahead.
             evictable: which of the kept experts may leave; asked about none of another class of slots.
             newcomer: see above.
             kind: the class of slots that the room is needed in.

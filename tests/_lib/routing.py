@@ -67,7 +67,7 @@ class CheckedCache:
                 asked.append(other)
                 return other in evictable
 
-            victim = self.policy.victim(key[0], may_leave, key[1] if self.bypass else None, self.kind(key))
+            victim = self.policy.victim(key[0], may_leave, key[1] if self.bypass else None, kind=self.kind(key))
             assert set(asked) <= rivals, "asked for an expert that is not kept, or not in such a slot"
             assert (victim is None) == (not evictable), "None is for when nothing can leave"
             if victim is None:

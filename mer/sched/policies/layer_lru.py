@@ -63,7 +63,7 @@ class LayerLRU:
         del self._kept[self._kind(key)][key[0]][key[1]]
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
         """See `Policy`."""
         layers, shares = self._kept[kind], self._shares[kind]

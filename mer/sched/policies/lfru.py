@@ -70,7 +70,7 @@ class LFRU:
         averages *= 1.0 - rates
         averages[used] += rates
         np.matmul(averages, self._weights, out=self._likelihoods[layer])
-        self._ranking.changed(layer)
+        self._ranking.visited(layer)
 
     def _learn(self, averages: FloatArray, used: npt.NDArray[np.int64]) -> None:
         """Add what the averages of a layer, [E, spans], said about this event, and fit the weights now and then."""
@@ -105,11 +105,11 @@ class LFRU:
         self._ranking.remove(key)
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
         """See `Policy`."""
-        lowest = self._ranking.lowest(layer, evictable, kind)
+        lowest = self._ranking.lowest(evictable, kind)
         if lowest is None or newcomer is None:
             return lowest
-        kept = self._ranking.worth((layer, newcomer), layer) > self._ranking.worth(lowest, layer)
+        kept = self._ranking.worth((layer, newcomer)) > self._ranking.worth(lowest)
         return lowest if kept else (layer, newcomer)

@@ -35,7 +35,7 @@ class LFU:
         if not half_life > 0:
             raise ConfigError(f"the half-life of counts must be above 0 visits, not {half_life}")
         self._counts = np.zeros((n_layers, n_experts))  # [L, E]
-        self._visits = [0.0] * n_layers  # decayed as the counts are
+        self._visits = np.zeros(n_layers)  # decayed as the counts are
         self._ranking = Ranking(self._counts, kinds=kinds)
         self._decay = 0.5 ** (1 / half_life)
 
@@ -45,12 +45,11 @@ class LFU:
         counts *= self._decay
         counts[list(experts)] += 1.0
         self._visits[layer] = self._visits[layer] * self._decay + 1.0
-        self._ranking.changed(layer)
+        self._ranking.visited(layer)
 
     def likelihood(self, key: ExpertKey) -> float:
         """See `Policy`: the share of the layer's visits that used it, with the decay of the counts."""
-        visits = self._visits[key[0]]
-        return float(self._counts[key]) / visits if visits else 0.0
+        return float(self._counts[key] / max(1.0, self._visits[key[0]]))
 
     def insert(self, key: ExpertKey) -> None:
         """See `Policy`."""
@@ -61,7 +60,7 @@ class LFU:
         self._ranking.remove(key)
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
         """See `Policy`."""
-        return self._ranking.lowest(layer, evictable, kind)
+        return self._ranking.lowest(evictable, kind)

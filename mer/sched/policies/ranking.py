@@ -20,7 +20,7 @@ class Ranking:
     something has changed since the search before.
 
     Args:
-        values: [L, E], finite and not below 0; its owner changes it in place and says so with `changed`.
+        values: [L, E], finite and not below 0; its owner changes rows in place and says so with `visited`.
         kinds: [L, E], the class of slots that each expert fits; by default all fit the same.
         weights: [L], what a value of each layer is worth; by default 1.
         impatient: divide values by how many layers' visits they have to wait for their layer's next one.
@@ -41,6 +41,7 @@ class Ranking:
         self._kept = np.full(values.shape, -1)  # [L, E], the kind of an expert, or -1 if it is not kept
         self._least = np.full((n_kinds, n_layers), np.inf)  # of the kept experts of each kind
         self._stale: list[set[int]] = [set() for _ in range(n_kinds)]  # layers where that is to be found anew
+        self._now = 0  # the layer visited last
         self._weights = np.ones(n_layers) if weights is None else weights
         places = np.arange(n_layers)
         self._layers_at = (places[:, None] - places) % n_layers  # [L, L]: this layer, the one visited before it, ...
@@ -57,33 +58,33 @@ class Ranking:
         self._kept[key] = -1
         self._stale[self._kinds[key]].add(key[0])
 
-    def changed(self, layer: int) -> None:
-        """Note that values of a layer have changed."""
+    def visited(self, layer: int) -> None:
+        """Note that a layer is visited now, and that its values may have changed."""
+        self._now = layer
         for stale in self._stale:
             stale.add(layer)
 
-    def worth(self, key: ExpertKey, layer: int) -> float:
-        """Return what an expert, kept or not, is worth while `layer` is visited."""
-        place = (layer - key[0]) % len(self._weights)
+    def worth(self, key: ExpertKey) -> float:
+        """Return what an expert, kept or not, is worth now."""
+        place = (self._now - key[0]) % len(self._weights)
         return float(self._values[key] * self._weights[key[0]] * self._patience[place])
 
-    def lowest(self, layer: int, evictable: Callable[[ExpertKey], bool], kind: int = 0) -> ExpertKey | None:
+    def lowest(self, evictable: Callable[[ExpertKey], bool], kind: int = 0) -> ExpertKey | None:
         """Return the evictable kept expert of a kind that is worth least, or None if none is evictable.
 
         Among equals, the one whose layer has been visited most recently leaves: in the cycle of the layers its next
         use is the furthest away.
 
         Args:
-            layer: the one that is visited now.
             evictable: which of the kept experts may leave.
             kind: the class of slots.
         """
         least = self._least[kind]
         for changed in self._stale[kind]:
-            least[changed] = self._row(changed, kind).min() * self._weights[changed]
+            least[changed] = self._row(changed, kind).min()
         self._stale[kind].clear()
-        layers = self._layers_at[layer]
-        worths = least[layers] * self._patience
+        layers = self._layers_at[self._now]
+        worths = (least * self._weights)[layers] * self._patience
         rows: dict[int, FloatArray] = {}  # {place in the order of the layers: what is left of its values}
         while worths[place := int(worths.argmin())] < np.inf:
             at = int(layers[place])

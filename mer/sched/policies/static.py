@@ -30,7 +30,8 @@ class StaticHotSet:
         self._ranking = Ranking(self._heat, kinds=kinds)
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
-        """See `Policy`: nothing changes."""
+        """See `Policy`: nothing changes, but whose turn it is."""
+        self._ranking.visited(layer)
 
     def likelihood(self, key: ExpertKey) -> float:
         """See `Policy`: the share of the layer's visits that used it when the profile was made."""
@@ -45,10 +46,10 @@ class StaticHotSet:
         self._ranking.remove(key)
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
         """See `Policy`."""
-        lowest = self._ranking.lowest(layer, evictable, kind)
+        lowest = self._ranking.lowest(evictable, kind)
         if lowest is None or newcomer is None or self._heat[layer, newcomer] > self._heat[lowest]:
             return lowest
         return layer, newcomer

@@ -97,16 +97,16 @@ def test_a_class_of_slots_is_ranked_as_if_the_others_could_not_leave(
         of_kind = {key for key in keys if shape.kinds[key[0]][key[1]] == kind}
         layer = data.draw(st.integers(0, n_layers - 1))
         newcomer = data.draw(st.none() | st.integers(0, n_experts - 1))
-        assert apart.victim(layer, lambda _: True, newcomer, kind) == mixed.victim(
+        assert apart.victim(layer, lambda _: True, newcomer, kind=kind) == mixed.victim(
             layer, of_kind.__contains__, newcomer
         )
 
 
 class GivesUpPinned(LayerLRU):
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
-        return super().victim(layer, lambda _: True, newcomer, kind)
+        return super().victim(layer, lambda _: True, newcomer, kind=kind)
 
 
 class ForgetsToRemove(LFRU):
@@ -116,18 +116,18 @@ class ForgetsToRemove(LFRU):
 
 class RefusesUnasked(LFRU):
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
-        return super().victim(layer, evictable, 0, kind)
+        return super().victim(layer, evictable, 0, kind=kind)
 
 
 class GivesUpTooEarly(LFRU):
     """Takes the lowest only, and None if that one must stay."""
 
     def victim(
-        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, kind: int = 0
+        self, layer: int, evictable: Callable[[ExpertKey], bool], newcomer: int | None = None, *, kind: int = 0
     ) -> ExpertKey | None:
-        lowest = super().victim(layer, lambda _: True, newcomer, kind)
+        lowest = super().victim(layer, lambda _: True, newcomer, kind=kind)
         return lowest if lowest is None or lowest == (layer, newcomer) or evictable(lowest) else None
 
 
@@ -184,26 +184,28 @@ def test_the_lowest_is_that_of_a_search_through_all(
     ranking = Ranking(values, kinds=kinds[:n_layers], weights=prices, impatient=impatient)
     keys = [(layer, expert) for layer in range(n_layers) for expert in range(3)]
     kept: set[ExpertKey] = set()
+    now = 0
     for _ in range(data.draw(st.integers(1, 12))):
         layer, _ = key = data.draw(st.sampled_from(keys))
         match data.draw(st.sampled_from(["change", "keep or drop", "keep or drop", "search"])):
             case "change":
                 values[layer] = data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=3, max_size=3))
-                ranking.changed(layer)
+                ranking.visited(layer)
+                now = layer
             case "keep or drop":
                 (ranking.remove if key in kept else ranking.insert)(key)
                 kept ^= {key}
             case "search":
                 allowed = data.draw(st.sets(st.sampled_from(keys)))
                 kind = data.draw(st.sampled_from(sorted({k for row in kinds[:n_layers] for k in row})))
-                got = ranking.lowest(layer, allowed.__contains__, kind)
+                got = ranking.lowest(allowed.__contains__, kind)
 
-                def rank(key: ExpertKey, layer: int = layer) -> tuple[float, int, int]:
-                    ago = (layer - key[0]) % n_layers  # layers visited since that of the expert
+                def rank(key: ExpertKey, now: int = now) -> tuple[float, int, int]:
+                    ago = (now - key[0]) % n_layers  # layers visited since that of the expert
                     worth = values[key] * (1.0 if prices is None else prices[key[0]])
                     if impatient:
                         worth /= n_layers - ago
-                    assert ranking.worth(key, layer) == pytest.approx(worth)
+                    assert ranking.worth(key) == pytest.approx(worth)
                     return round(worth, 9), ago, key[1]
 
                 rivals = [key for key in kept & allowed if kinds[key[0]][key[1]] == kind]

@@ -158,9 +158,12 @@ def test_lfru_prefers_what_has_its_chance_sooner() -> None:
             policy.use(layer, [0])
     policy.insert((2, 0))
     policy.insert((3, 0))
-    assert policy.victim(3, lambda _: True) == (3, 0)
-    assert policy.victim(2, lambda _: True) == (2, 0)
+    assert policy.victim(0, lambda _: True) == (3, 0)  # the one visited last waits longest, whoever needs the room
+    policy.use(0, [0])
+    policy.use(1, [0])
     assert policy.victim(1, lambda _: True) == (3, 0)  # waits two visits, (2, 0) only one
+    policy.use(2, [0])
+    assert policy.victim(2, lambda _: True) == (2, 0)
 
 
 def test_lfru_uses_a_cold_expert_and_drops_it() -> None:
