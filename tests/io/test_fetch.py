@@ -365,8 +365,8 @@ async def swarm(seed: int) -> None:
             await trio.sleep(delay_s)
             fetch, held = None, False
             with trio.move_on_after(patience_s):
+                slot = await wait_for_slot(rig.pool)
                 try:
-                    slot = await wait_for_slot(rig.pool)
                     fetch = rig.fetcher.in_flight(*key)
                     if fetch is None:
                         try:
