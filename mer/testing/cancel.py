@@ -7,7 +7,8 @@ from typing import TypeAlias
 
 import attrs
 import trio
-from trio.testing import MockClock
+
+from mer.testing.deterministic import run_seeded
 
 MOST_STEPS = 1000
 
@@ -67,12 +68,17 @@ class Subject:
 Scenario: TypeAlias = Callable[[Subject], Awaitable[None]]
 
 
-def cancel_at_every_step(scenario: Scenario) -> int:
+def cancel_at_every_step(scenario: Scenario, *, seed: int = 0) -> int:
     """Run `scenario` once for every step of the body it gives its subject, and once more uncancelled.
 
-    Each round is a `trio.run` of its own on an autojumping clock, so a scenario builds a fresh world, runs its body
-    with `await subject.run(body)`, and asserts that nothing was lost. A task that waits for ever shows as a
-    deadlock: a scenario must bound its waits with `trio.fail_after`.
+    Each round is a `trio.run` of its own on an autojumping clock, and all have the same order of tasks up to the
+    cancellation. So a scenario builds a fresh world, runs its body with `await subject.run(body)`, and asserts that
+    nothing was lost. A task that waits for ever shows as a deadlock: a scenario must bound its waits with
+    `trio.fail_after`.
+
+    Args:
+        scenario: one round.
+        seed: of the order of tasks.
 
     Returns:
         The number of rounds in which the body was cancelled.
@@ -80,7 +86,7 @@ def cancel_at_every_step(scenario: Scenario) -> int:
     for step in range(MOST_STEPS):
         subject = Subject(step)
         try:
-            trio.run(scenario, subject, clock=MockClock(autojump_threshold=0))
+            run_seeded(scenario, subject, seed=seed)
         except BaseException as error:
             error.add_note(f"cancelled at step {step}")
             raise

@@ -12,7 +12,7 @@ import attrs
 from mer.config import Sampling
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simworker import JobCost, SimModel
-from mer.testing.world import Feature, ReadFault, SimRequest, SimWorld, WorkerFaults
+from mer.testing.world import FAULTS, Feature, ReadFault, SimRequest, SimWorld, WorkerFaults
 
 T = TypeVar("T")
 
@@ -50,8 +50,13 @@ class RandomSource:
 
 
 def draw_features(source: Source, among: Collection[Feature] = tuple(Feature)) -> frozenset[Feature]:
-    """Return some features, each one as likely as not."""
-    return frozenset(feature for feature in Feature if feature in among and source.choice([False, True]))
+    """Return some features, each one as likely as not; half of the time no faults, else about a third of them."""
+    odds = {True: [False, False, True], False: [False]}[source.choice([False, True])]
+    return frozenset(
+        feature
+        for feature in Feature
+        if feature in among and source.choice(odds if feature in FAULTS else [False, True])
+    )
 
 
 def draw_model(source: Source) -> SimModel:
@@ -79,7 +84,7 @@ def draw_request(source: Source, features: Collection[Feature] = (), *, max_prom
         prompt = tuple(2 + i * i % (VOCAB_SIZE - 2) for i in range(source.integer(0, max_prompt - 1)))
     n_more = source.integer(1, max_prompt - len(prompt) if not prompt else min(4, max_prompt - len(prompt)))
     prompt += tuple(source.integer(0, VOCAB_SIZE - 1) for _ in range(n_more))
-    sampling = Sampling()
+    sampling = Sampling(seed=0)
     if Feature.SAMPLING in features:
         sampling = Sampling(
             temperature=source.choice([0.0, 0.5, 1.0, 3.0]),
@@ -101,7 +106,9 @@ def draw_request(source: Source, features: Collection[Feature] = (), *, max_prom
         sampling=sampling,
         stop=stop,
         reads_every_s=source.choice(PAUSES_S) if Feature.SLOW_READERS in features else 0.0,
-        cancelled_after_s=source.choice([None, *DELAYS_S]) if Feature.CANCELLATIONS in features else None,
+        cancelled_after_s=source.choice([*[None] * len(DELAYS_S), *DELAYS_S])
+        if Feature.CANCELLATIONS in features
+        else None,
     )
 
 
@@ -194,7 +201,7 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
         read_faults=draw_read_faults(source, model, features, 1 + len(mirrors)),
         freezes=((source.choice(DELAYS_S), source.choice(DELAYS_S)),) if Feature.FREEZES in features else (),
         worker_faults=worker_faults,
-        closed_after_s=source.choice(DELAYS_S) if Feature.CLOSING in features else None,
+        closed_after_s=source.choice([1.0, 0.1, 0.01, 1e-3]) if Feature.CLOSING in features else None,
         requests=requests,
         seed=source.integer(0, 3),
     )

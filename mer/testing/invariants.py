@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import attrs
 import trio
 
 from mer.io.pool import SlotState
+from mer.io.priority import Priority
 from mer.testing.simengine import SimEngine
 
 
@@ -34,13 +36,25 @@ def check_now(sim: SimEngine) -> None:
                 resident = sim.cache[layer, expert]
                 assert resident.slot not in holders, f"slot {resident.slot} holds two experts"
                 holders[resident.slot] = resident
-                expected = SlotState.PINNED if resident.pins else SlotState.READY
-                assert states[resident.slot] is expected, "the pool and the cache disagree about a pin"
+                assert states[resident.slot] in (SlotState.READY, SlotState.PINNED), "a resident's slot was given away"
     assert pool.ready + pool.pinned == cache.resident, "a slot has bytes that nobody knows"
     assert pool.filling == fetcher.in_flight, "a slot waits for a read that nobody has started"
+    demand = pool.waiting[Priority.DEMAND]
+    assert not (demand and pool.free + pool.ready), "somebody waits for a slot that is there"
+    assert not (sum(pool.waiting) and pool.free and pool.permits), "speculation waits for a slot that is there"
     assert cache.hits + cache.misses == cache.lookups
     assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.abandoned + fetcher.in_flight
-    assert 0 <= kv.free <= kv.n_blocks
+    assert fetcher.reads_started == (
+        fetcher.reads_landed + fetcher.reads_failed + fetcher.reads_cancelled + fetcher.reads_in_flight
+    )
+    for counts in fetcher.by_priority:
+        assert counts.started + counts.promoted_in == (
+            counts.promoted_out + counts.landed + counts.failed + counts.abandoned + counts.in_flight
+        )
+    for priority in (Priority.READ_AHEAD, Priority.PREFETCH):
+        guesses = sim.store.speculation(priority)
+        assert guesses.issued == sum(attrs.astuple(guesses)) - guesses.issued, "the fate of a guess is not known"
+    assert 0 <= kv.free <= kv.free + kv.cached <= kv.n_blocks
     assert scheduler.submitted == (
         scheduler.finished
         + scheduler.failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from functools import partial
 
 import attrs
 
@@ -66,7 +67,7 @@ class SimRequest:
     prompt: tuple[int, ...] = (2,)
     max_tokens: int = 4
     ignore_eos: bool = True
-    sampling: Sampling = attrs.Factory(Sampling)
+    sampling: Sampling = attrs.Factory(partial(Sampling, seed=0))
     stop: tuple[str, ...] = ()
     reads_every_s: float = 0.0  # how long it takes over each event
     cancelled_after_s: float | None = None  # counted from its arrival

@@ -1,0 +1,89 @@
+"""Seeds: they pass, they are what they say, and a failing one is printed as the command that replays it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from mer.testing import swarm
+from mer.testing.seeds import make_world, run_seed
+from mer.testing.world import FAULTS, Feature
+
+N_SEEDS = 150
+
+
+@pytest.mark.parametrize("first", range(0, N_SEEDS, 50))
+def test_seeds(first: int) -> None:
+    for seed in range(first, first + 50):
+        try:
+            run_seed(seed)
+        except BaseException as error:
+            error.add_note(f"python -m mer.testing.swarm --seed {seed}")
+            raise
+
+
+def test_a_seed_is_the_same_in_every_process() -> None:
+    code = "from mer.testing.seeds import run_seed; print([run_seed(seed) for seed in range(0, 60, 5)])"
+    digests = set()
+    for hash_seed in ("0", "1", "12345"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+        )
+        digests.add(run.stdout.strip())
+    assert digests == {str([run_seed(seed) for seed in range(0, 60, 5)])}
+    assert len(set(eval(digests.pop()))) == 12
+
+
+def test_another_seed_is_another_world() -> None:
+    worlds = [make_world(seed) for seed in range(200)]
+    assert len(set(map(repr, worlds))) == 200
+    times = Counter(feature for world in worlds for feature in world.features)
+    assert set(times) == set(Feature)
+    assert all(60 < n < 140 for n in times.values())
+
+
+def test_features_can_be_left_out() -> None:
+    sound = set(Feature) - FAULTS
+    for seed in range(50):
+        world = make_world(seed, sound)
+        assert world.features <= sound
+        assert not world.read_faults
+        assert not world.worker_faults.failing_jobs
+        assert world.closed_after_s is None
+
+
+def test_the_command_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert swarm.main(["--seeds", "3:6"]) == 0
+    assert capsys.readouterr().out == "3 seeds passed\n"
+    assert swarm.main(["--seed", "4"]) == 0
+    assert capsys.readouterr().out == f"seed 4: {run_seed(4)}\n"
+    assert swarm.main(["--seconds", "0"]) == 0
+    assert capsys.readouterr().out == "0 seeds passed\n"
+
+
+def test_a_failing_seed_is_printed_as_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(seed: int) -> str:
+        assert seed != 1234, "a bug"
+        return ""
+
+    monkeypatch.setattr(swarm, "run_seed", fail)
+    assert swarm.main(["--seeds", "1230:"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "4 seeds passed, seed 1234 failed\n"
+    assert "a bug" in err
+    assert err.splitlines()[-1] == "python -m mer.testing.swarm --seed 1234"
+
+
+@pytest.mark.parametrize("seeds", ["7", "a:b", "1:2:3"])
+def test_nonsense_is_refused(seeds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        swarm.main(["--seeds", seeds])
+    assert caught.value.code == 2
+    assert "--seeds" in capsys.readouterr().err
