@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -70,7 +70,8 @@ class HeatProfile:
                 "counts": self.counts.tolist(),
             }
         )
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        name = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with open(descriptor, "w", encoding="ascii") as stream:
                 stream.write(text + "\n")

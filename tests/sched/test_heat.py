@@ -1,0 +1,260 @@
+"""Heat profiles: counted, kept whole through failures, and refused when they are another model's or malformed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mer.sched import heat
+from mer.sched.heat import HeatCounter, HeatProfile, ProfileError
+from mer.sched.simulate import Event
+from tests._lib.routing import routings
+
+MODEL = bytes(range(32))
+
+
+def profile(counts: list[list[int]] | None = None, visits: list[int] | None = None) -> HeatProfile:
+    table = np.array([[1, 2, 0], [0, 5, 4]] if counts is None else counts, dtype=np.int64)
+    return HeatProfile(MODEL, table, np.array([3, 5] if visits is None else visits, dtype=np.int64))
+
+
+def load(path: Path, fingerprint: bytes = MODEL, n_layers: int = 2, n_experts: int = 3) -> HeatProfile:
+    return HeatProfile.load(path, fingerprint=fingerprint, n_layers=n_layers, n_experts=n_experts)
+
+
+@given(routing=routings())
+@settings(max_examples=50, deadline=None)
+def test_counts_uses_and_visits(routing: tuple[int, int, list[Event]]) -> None:
+    n_layers, n_experts, events = routing
+    counted = HeatProfile.count(MODEL, n_layers, n_experts, events)
+    uses = Counter((layer, expert) for layer, experts in events for expert in experts)
+    assert counted.counts.tolist() == [[uses[layer, e] for e in range(n_experts)] for layer in range(n_layers)]
+    assert counted.visits.tolist() == [sum(visited == layer for visited, _ in events) for layer in range(n_layers)]
+    assert counted.fingerprint == MODEL
+
+
+def test_a_profile_is_a_snapshot_of_its_counter() -> None:
+    counter = HeatCounter(MODEL, 1, 2)
+    counter.use(0, [1])
+    before = counter.profile()
+    counter.use(0, [0, 1])
+    assert before.counts.tolist() == [[0, 1]]
+    assert counter.profile().counts.tolist() == [[1, 2]]
+
+
+@given(data=st.data(), n_layers=st.integers(1, 4), n_experts=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_comes_back_as_it_was_saved(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, n_layers: int, n_experts: int
+) -> None:
+    path = tmp_path_factory.mktemp("heat") / "profile.json"
+    visits = data.draw(st.lists(st.integers(0, 1 << 53), min_size=n_layers, max_size=n_layers))
+    counts = [data.draw(st.lists(st.integers(0, most), min_size=n_experts, max_size=n_experts)) for most in visits]
+    profile(counts, visits).save(path)
+    back = load(path, n_layers=n_layers, n_experts=n_experts)
+    assert (back.fingerprint, back.counts.tolist(), back.visits.tolist()) == (MODEL, counts, visits)
+    assert back.counts.dtype == back.visits.dtype == np.int64
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile().save(path)
+    with pytest.raises(ProfileError, match=r"of another model .*; record one with this model"):
+        load(path, fingerprint=bytes(32))
+    with pytest.raises(ProfileError, match="visits must be 3 integers"):
+        load(path, n_layers=3)
+    with pytest.raises(ProfileError, match="2 lists of 4 integers"):
+        load(path, n_experts=4)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", True, None, 1.0, 10**30])
+def test_another_version_is_refused(version: object, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile().save(path)
+    document = json.loads(path.read_text())
+    document["version"] = version
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=re.escape("a heat profile of version")):
+        load(path)
+
+
+NO_PROFILES: dict[str, bytes] = {
+    "empty": b"",
+    "zeros": bytes(100),
+    "no json": b"{",
+    "a list": b"[]",
+    "a number": b"1",
+    "another object": b'{"format": "something else", "version": 1}',
+    "no utf-8": b'{"format": "\xff"}',
+    "deep": b"[" * 100_000,
+    "a long number": b'{"format": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", NO_PROFILES)
+def test_what_is_no_profile_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_bytes(NO_PROFILES[name])
+    with pytest.raises(ProfileError, match="no heat profile"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("counts", None),
+        ("counts", {}),
+        ("counts", []),
+        ("counts", [[1, 2, 0]]),
+        ("counts", [[1, 2, 0], [0, 5]]),
+        ("counts", [[1, 2, 0], [0, 5, 6]]),  # more uses than visits
+        ("counts", [[1, 2, 0], [0, 5, -1]]),
+        ("counts", [[1, 2, 0], [0, 5, True]]),
+        ("counts", [[1, 2, 0], [0, 5, 1.0]]),
+        ("counts", [[1, 2, 0], [0, 5, float("nan")]]),
+        ("counts", [[1, 2, 0], "abc"]),
+        ("visits", None),
+        ("visits", [3]),
+        ("visits", [3, 5, 5]),
+        ("visits", [3, -5]),
+        ("visits", [3, 2**53 + 1]),
+        ("visits", [3, 10**400]),
+        ("visits", "35"),
+        ("fingerprint", None),
+        ("fingerprint", MODEL.hex().upper()),
+        ("fingerprint", MODEL.hex()[:-2]),
+        ("fingerprint", ["x"] * 1000),
+    ],
+)
+def test_hostile_fields_are_refused(field: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile().save(path)
+    document = json.loads(path.read_text())
+    document[field] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError) as caught:
+        load(path)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_changed_byte_is_an_error_or_a_valid_profile(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("heat") / "profile.json"
+    profile().save(path)
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        back = load(path)
+    except ProfileError:
+        return
+    assert back.fingerprint == MODEL
+    assert back.counts.shape == (2, 3)
+    assert (back.counts >= 0).all()
+    assert (back.counts <= back.visits[:, None]).all()
+
+
+def test_a_large_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heat, "MAX_BYTES", 100)
+    path = tmp_path / "profile.json"
+    profile().save(path)
+    with pytest.raises(ProfileError, match="larger than 100 bytes"):
+        load(path)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none.json")
+    with pytest.raises(IsADirectoryError):
+        load(tmp_path)
+
+
+# --- the file is there whole, or as it was before ---
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failure_leaves_what_was_there(
+    step: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "profile.json"
+    if existing:
+        profile().save(path)
+    before = path.read_bytes() if existing else None
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step == "write":
+        monkeypatch.setattr(heat, "open", Full, raising=False)
+    else:
+        monkeypatch.setattr(heat.os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        profile([[9, 9, 9], [9, 9, 9]], [9, 9]).save(path)
+    assert (path.read_bytes() if existing else None) == before
+    assert sorted(os.listdir(tmp_path)) == (["profile.json"] if existing else [])
+
+
+class Full:
+    """Stands for `open`: the file takes some characters, then the disk is full."""
+
+    def __init__(self, descriptor: int, _mode: str, **_: object) -> None:
+        self.descriptor = descriptor
+
+    def write(self, text: str) -> None:
+        os.write(self.descriptor, text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        profile().save(tmp_path / "no such folder" / "profile.json")
+
+
+def test_a_killed_process_leaves_the_old_profile(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile().save(path)
+    before = path.read_bytes()
+    script = """
+import os, signal, sys, numpy as np
+from mer.sched import heat
+heat.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+heat.HeatProfile(bytes(range(32)), np.full((2, 3), 9), np.full(2, 9)).save(sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert done.returncode == -9
+    assert path.read_bytes() == before
+    assert load(path).visits.tolist() == [3, 5]
+    profile([[9, 9, 9], [9, 9, 9]], [9, 9]).save(path)
+    assert load(path).visits.tolist() == [9, 9]
+
+
+def test_a_profile_may_be_read_by_whom_files_usually_may(tmp_path: Path) -> None:
+    """As any file that a program writes: what the umask allows."""
+    path, plain = tmp_path / "profile.json", tmp_path / "plain"
+    plain.touch()
+    profile().save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
