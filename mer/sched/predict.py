@@ -1,0 +1,103 @@
+"""Which experts a layer to come is likely to need, and when a guess is good enough to be one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mer.sched.keys import ExpertKey
+
+MIN_VISITS: Final = 16
+"""Visits of a layer before anything is predicted for it."""
+MIN_USES: Final = 2
+"""Uses of an expert before it is predicted."""
+_DEVIATIONS: Final = 3.5  # standard deviations above uniform that no more than about one in 4000 experts has by chance
+
+
+class Prediction(NamedTuple):
+    """An expert that a layer to come may need."""
+
+    key: ExpertKey
+    probability: float  # that the layer uses it at its next visit
+
+
+class Predictor(Protocol):
+    """Says what layers that are still ahead are likely to use; pure bookkeeping.
+
+    Its owner reports every event, a layer's union of experts over a batch, with `observe`, in the order of the layers.
+    A pass may end early: the next one then begins at layer 0 all the same.
+    """
+
+    name: str
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        """Note that the running pass uses these experts of a layer, at least one, each named once."""
+
+    def predict(self, layer: int) -> list[Prediction]:
+        """Return the experts that a layer is likely to use at its next visit, likeliest first.
+
+        All of them pass `bar`. The list is empty where `distance` is 0.
+        """
+
+
+def distance(layer: int, last: int | None, n_layers: int) -> int:
+    """Return how many layers ahead of the one observed last a layer is in the running pass; 0 if it is not ahead.
+
+    When the last layer runs, the layers of the next pass are ahead. Before the first event nothing is.
+    """
+    if last is None or not 0 <= layer < n_layers:
+        return 0
+    if last == n_layers - 1:
+        return layer + 1
+    return max(0, layer - last)
+
+
+def threshold(share: float) -> float:
+    """Return the probability from which on an expert is worth a guess: halfway from uniform to twice uniform.
+
+    Args:
+        share: the probability of an expert under uniform routing, 0 to 1: experts used by experts of the target
+            layer, which are all that can be reached.
+
+    For any number of experts this is below what a successor with twice its uniform share has, and for shares above one
+    half below certainty, by as much as it is above uniform; so an estimate that is drawn to the uniform share by
+    smoothing, by less than half, reaches it.
+    """
+    return (share + min(1.0, 2.0 * share)) / 2.0
+
+
+def bar(share: float, n_visits: int) -> float:
+    """Return the probability that a prediction must reach after so many visits of its layer.
+
+    `threshold`, and as long as there are few observations so much above the share that uniform routing would rarely
+    look like that: 3.5 standard deviations of a frequency over these visits.
+    """
+    if n_visits < MIN_VISITS:
+        return math.inf
+    return max(threshold(share), share + _DEVIATIONS * math.sqrt(share * (1.0 - share) / n_visits))
+
+
+def passing(layer: int, probabilities: npt.NDArray[np.float64], lowest: float, uses: Sequence[int]) -> list[Prediction]:
+    """Return the experts of a layer whose probability is at least `lowest` and whose use was seen, likeliest first.
+
+    Args:
+        layer: the target.
+        probabilities: [E].
+        lowest: see `bar`.
+        uses: [E], how often each has been used so far.
+    """
+    experts = (probabilities >= lowest).nonzero()[0]
+    if not len(experts):
+        return []
+    pairs = zip(experts.tolist(), probabilities[experts].tolist(), strict=True)
+    found = [Prediction((layer, expert), value) for expert, value in pairs if uses[expert] >= MIN_USES]
+    found.sort(key=_unlikely)
+    return found
+
+
+def _unlikely(prediction: Prediction) -> float:
+    return -prediction.probability

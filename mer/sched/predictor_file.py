@@ -1,0 +1,255 @@
+"""What a Markov predictor has learnt of a model, kept between runs; the format is described in docs/prefetch.md."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from mer.errors import MerError
+from mer.sched.fingerprint import FINGERPRINT_BYTES
+from mer.sched.predictors.markov import FIRST_BYTES, N_FEATURES, SECOND_BYTES, SPANS, MarkovPredictor
+from mer.sched.predictors.successors import MAX_VISITS
+
+MAGIC: Final = b"MERMARKV"
+VERSION: Final = 1
+MAX_COUNT_BYTES: Final = 32 << 20
+"""Bound of the counts in a file before compression; the contexts that were visited most often are saved."""
+_HEADER: Final = struct.Struct(f"<8sHHIIII{FINGERPRINT_BYTES}sII")
+"""Magic, version, 0, L, E, K, contexts, fingerprint, compressed bytes, CRC-32 of them; CRC-32 of the header follows."""
+_CHECKSUM: Final = struct.Struct("<I")
+_MOST: Final = 1 << 53  # visits of a layer
+_LARGEST: Final = 1e9  # weight, or sum of squares, of a feature
+
+
+class PredictorFileError(MerError):
+    """A predictor file cannot be used: malformed, damaged, of another version, or of another model.
+
+    Args:
+        path: the file.
+        offset: byte offset of what is wrong, or None where no single place is to blame.
+        reason: what is wrong, and what would work.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
+        self.path = Path(path)
+        self.offset = offset
+        self.reason = reason
+        where = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{self.path}{where}: {reason}")
+
+
+def _fields(n_layers: int, n_experts: int, n_contexts: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return {name: (type, shape)} of the arrays in a file, in their order."""
+    return {
+        "visits": ("<i8", (n_layers,)),
+        "uses": ("<i8", (n_layers, n_experts)),
+        "averages": ("<f8", (n_layers, len(SPANS) + 1, n_experts)),
+        "sizes": ("<f8", (n_layers,)),
+        "weights": ("<f8", (n_layers, N_FEATURES)),
+        "squares": ("<f8", (n_layers, N_FEATURES)),
+        "contexts": ("<i8", (n_contexts,)),
+        "counts": ("<u2", (n_contexts, n_experts + 1)),
+    }
+
+
+def _n_bytes(fields: dict[str, tuple[str, tuple[int, ...]]]) -> int:
+    total = 0
+    for kind, shape in fields.values():
+        size = int(kind[-1])
+        for n in shape:
+            size *= n
+        total += size
+    return total
+
+
+def _most_contexts(n_experts: int) -> int:
+    return MAX_COUNT_BYTES // (2 * (n_experts + 1) + 8)
+
+
+def save_predictor(path: str | os.PathLike[str], predictor: MarkovPredictor, fingerprint: bytes) -> None:
+    """Write what a predictor has learnt; the file is there whole or as it was before. Blocking: some 0.1 s per 10 MB.
+
+    Args:
+        path: the file; one that is there is replaced.
+        predictor: not used by another thread meanwhile.
+        fingerprint: of the model, see `model_fingerprint`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    n_layers, n_experts = predictor.n_layers, predictor.n_experts
+    contexts, counts = predictor.table.rows(_most_contexts(n_experts))
+    values = {
+        "visits": predictor.visits,
+        "uses": predictor.uses,
+        "averages": predictor.averages,
+        "sizes": predictor.sizes,
+        "weights": [regression.weights() for regression in predictor.regressions],
+        "squares": [regression.moments.diagonal()[:-1] for regression in predictor.regressions],
+        "contexts": contexts,
+        "counts": counts,
+    }
+    compressor = zlib.compressobj(level=1)
+    payload = bytearray()
+    for name, (kind, shape) in _fields(n_layers, n_experts, len(contexts)).items():
+        payload += compressor.compress(np.ascontiguousarray(values[name], dtype=kind).reshape(shape).data.cast("B"))
+    payload += compressor.flush()
+    header = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        0,
+        n_layers,
+        n_experts,
+        predictor.top_k,
+        len(contexts),
+        fingerprint,
+        len(payload),
+        zlib.crc32(payload),
+    )
+    _write(Path(path), header + _CHECKSUM.pack(zlib.crc32(header)) + payload)
+
+
+def _write(target: Path, data: bytes) -> None:
+    """Write a file that is there whole or as it was before."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_predictor(
+    path: str | os.PathLike[str],
+    *,
+    fingerprint: bytes,
+    n_layers: int,
+    n_experts: int,
+    top_k: int,
+    first_bytes: int = FIRST_BYTES,
+    second_bytes: int = SECOND_BYTES,
+) -> MarkovPredictor:
+    """Return a predictor that goes on from what was learnt in earlier runs.
+
+    Nothing in the file is believed before it is checked: sizes before anything is allocated for them, checksums, and
+    every number's range.
+
+    Raises:
+        PredictorFileError: the file is malformed, damaged, of another version, or of another model.
+        OSError: it cannot be read.
+    """
+    header, payload = _read(path)
+    if header[:4] != (n_layers, n_experts, top_k, fingerprint):
+        raise PredictorFileError(path, None, "predictions for another model; delete the file, or choose another one")
+    n_contexts = header[4]
+    if n_contexts > _most_contexts(n_experts):
+        raise PredictorFileError(
+            path, 24, f"{n_contexts} contexts are more than the {_most_contexts(n_experts)} that are ever saved"
+        )
+    fields = _fields(n_layers, n_experts, n_contexts)
+    values: dict[str, npt.NDArray[np.int64 | np.float64 | np.uint16]] = {}
+    content, at = _inflated(path, payload, _n_bytes(fields)), 0
+    for name, (kind, shape) in fields.items():
+        n_bytes = _n_bytes({name: (kind, shape)})
+        values[name] = np.frombuffer(content[at : at + n_bytes], dtype=kind).reshape(shape)
+        at += n_bytes
+    predictor = MarkovPredictor(n_layers, n_experts, top_k, first_bytes=first_bytes, second_bytes=second_bytes)
+    wrong = _wrong(values, n_experts, sum(predictor.table.n_contexts))
+    if wrong is not None:
+        raise PredictorFileError(path, None, f"no saved predictor: {wrong}; delete the file")
+    predictor.visits = values["visits"].tolist()
+    predictor.uses = values["uses"].tolist()
+    predictor.averages[...] = values["averages"]
+    predictor.shares = predictor.averages[:, -1].mean(axis=1).tolist()
+    predictor.sizes = values["sizes"].tolist()
+    for regression, weights, squares in zip(predictor.regressions, values["weights"], values["squares"], strict=True):
+        regression.resume(weights.astype(np.float64), squares.astype(np.float64))
+    predictor.table.fill(values["contexts"].astype(np.int64), values["counts"].astype(np.uint16))
+    return predictor
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int, bytes, int], bytes]:
+    """Return the numbers of the header (L, E, K, fingerprint, contexts), and the compressed payload."""
+    # without waiting for what is no regular file
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise PredictorFileError(path, None, "no regular file; choose another one")
+        header = stream.read(_HEADER.size + _CHECKSUM.size)
+        if header[: len(MAGIC)] != MAGIC:
+            raise PredictorFileError(path, 0, f"no saved predictor: it does not begin with {MAGIC!r}")
+        if len(header) < _HEADER.size + _CHECKSUM.size:
+            raise PredictorFileError(path, len(header), "the header of this saved predictor is cut off")
+        _, version, flags, n_layers, n_experts, top_k, n_contexts, fingerprint, n_bytes, checksum = _HEADER.unpack(
+            header[: _HEADER.size]
+        )
+        if version != VERSION or flags:
+            raise PredictorFileError(
+                path, 8, f"a predictor of version {version}, flags {flags}; this release reads {VERSION} without flags"
+            )
+        if zlib.crc32(header[: _HEADER.size]) != _CHECKSUM.unpack(header[_HEADER.size :])[0]:
+            raise PredictorFileError(path, _HEADER.size, "the header of this saved predictor is damaged: delete it")
+        expected = len(header) + n_bytes
+        if status.st_size != expected:
+            raise PredictorFileError(
+                path, min(expected, status.st_size), f"it has {status.st_size} bytes instead of {expected}: delete it"
+            )
+        payload = stream.read(n_bytes)
+    if zlib.crc32(payload) != checksum:
+        raise PredictorFileError(path, len(header), "the counts of this saved predictor are damaged: delete it")
+    return (n_layers, n_experts, top_k, fingerprint, n_contexts), payload
+
+
+def _inflated(path: str | os.PathLike[str], payload: bytes, n_bytes: int) -> memoryview:
+    """Return the payload decompressed, which must give exactly so many bytes."""
+    decompressor = zlib.decompressobj()
+    try:
+        content = decompressor.decompress(payload, n_bytes)
+        exact = len(content) == n_bytes and not decompressor.decompress(decompressor.unconsumed_tail, 1)
+    except zlib.error:
+        exact = False
+    if not exact or not decompressor.eof or decompressor.unused_data:
+        raise PredictorFileError(path, None, f"no saved predictor: its counts are not {n_bytes} bytes; delete it")
+    return memoryview(content)
+
+
+def _wrong(values: dict[str, npt.NDArray[np.int64 | np.float64 | np.uint16]], n_experts: int, most: int) -> str | None:
+    """Return what is wrong with numbers that a predictor cannot have, None if nothing is."""
+    visits, uses, counts, contexts = values["visits"], values["uses"], values["counts"], values["contexts"]
+    sizes, averages = values["sizes"], values["averages"]
+    if not ((visits >= 0) & (visits <= _MOST)).all():
+        return "a layer has been visited less than never, or too often"
+    if not ((uses >= 0) & (uses <= visits[:, None])).all():
+        return "an expert has been used more often than its layer was visited"
+    if not ((averages >= 0) & (averages <= 1)).all():
+        return "an average is no probability"
+    if not ((sizes > 0) & (sizes <= n_experts)).all():
+        return "events use more experts than there are, or none"
+    for name in ("weights", "squares"):
+        if not ((values[name] >= 0) & (values[name] <= _LARGEST)).all():
+            return f"{name} must be from 0 to {_LARGEST}"
+    if not ((contexts >= 0) & (contexts < most)).all() or not (np.diff(contexts) > 0).all():
+        return f"contexts must be ascending numbers below {most}"
+    if not ((counts <= counts[:, -1:]) & (counts[:, -1:] > 0) & (counts[:, -1:] <= MAX_VISITS)).all():
+        return f"a context has been visited less often than what follows it, or more than {MAX_VISITS} times"
+    return None
