@@ -29,6 +29,9 @@ Activations: TypeAlias = Literal["auto", "int8", "int15"]
 """How activations that meet quantized weights are rounded: int8 per block as ggml does, or 15 bits, whose error is 128
 times smaller and whose prefill takes about twice the arithmetic. auto: 15 bits for models with d_model below 2048."""
 
+PrefetchSetting: TypeAlias = Literal["off", "markov", "gate", "auto"]
+"""Which guesses are read: those of Markov chains, of the next layer's router, or of the better one where it pays."""
+
 SMALL_MODEL = 2048  # d_model from which auto means int8
 
 
@@ -64,6 +67,18 @@ def _path(value: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"path is {value!r}; it must be the path of a GGUF file") from None
 
 
+def _optional_path(value: str | os.PathLike[str] | None) -> Path | None:
+    try:
+        return None if value is None else Path(value)
+    except TypeError:
+        raise ConfigError(f"{value!r} is given as a file; it must be a path") from None
+
+
+def _text(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{attribute.name} is {value!r}; it must be a name")
+
+
 def _callable(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
     if not callable(value):
         raise ConfigError(f"{attribute.name} is {value!r}; it must be a function")
@@ -96,7 +111,11 @@ class EngineConfig:
         default=None, validator=optional(_at_least(1))
     )  # rows of a batch: the prefill chunk
     activations: Activations = attrs.field(default="auto", validator=_one_of("auto", "int8", "int15"))
+    policy: str | None = attrs.field(default=None, validator=optional(_text))  # which experts stay, by name
+    heat: Path | None = attrs.field(default=None, converter=_optional_path)  # a heat profile, for the policy "static"
+    trace: Path | None = attrs.field(default=None, converter=_optional_path)  # a routing trace to make or continue
     prefix_reuse: bool = attrs.field(default=True, validator=_bool)  # of what was computed for the same tokens before
+    prefetch: PrefetchSetting = attrs.field(default="auto", validator=_one_of("off", "markov", "gate", "auto"))
     on_progress: Callable[[Progress], None] = attrs.field(default=_ignore, validator=_callable)
 
 

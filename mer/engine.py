@@ -20,7 +20,7 @@ from mer.compute.kernels.step import cache_failure
 from mer.compute.kernels.target import FORM, KERNEL_CACHE, WIDE_VECTORS
 from mer.compute.scratch import kv_block_bytes
 from mer.compute.weights import DenseWeights
-from mer.config import Activations, EngineConfig, Progress, Sampling
+from mer.config import Activations, EngineConfig, PrefetchSetting, Progress, Sampling
 from mer.errors import ContextOverflow, EngineClosed, RequestError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
@@ -31,12 +31,14 @@ from mer.io.priority import Priority
 from mer.io.reader import ThreadReader
 from mer.model.spec import ModelSpec
 from mer.plan import MemoryPlan, Model, load_model, plan_memory
+from mer.prefetching import open_guessing, prefetch_mode
+from mer.residency import open_residency
 from mer.sched.events import Completion, Event, TokenEvent
 from mer.sched.experts import ExpertCache
 from mer.sched.fingerprint import model_fingerprint
+from mer.sched.heat import HeatCounter, HeatProfile
 from mer.sched.kv import KVBlocks, Lease
 from mer.sched.kv_file import KVLayout
-from mer.sched.policy import LayerLRU
 from mer.sched.prefix_files import PrefixFiles
 from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
@@ -125,6 +127,7 @@ class Engine:
         tokenizer: Tokenizer,
         scheduler: Scheduler,
         prefixes: PrefixFiles,
+        heat: HeatCounter,
         statistics: Callable[[], Statistics],
         stop: trio.CancelScope,
     ) -> None:
@@ -133,6 +136,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._prefixes = prefixes
+        self._heat = heat
         self._statistics = statistics
         self._stop = stop
         self._template: ChatTemplate | None = None
@@ -162,6 +166,10 @@ class Engine:
     def statistics(self) -> Statistics:
         """Return a frozen snapshot of every actor and of the settings in force."""
         return self._statistics()
+
+    def heat_profile(self) -> HeatProfile:
+        """Return how often each expert has been used so far; its `save` writes it for the policy "static"."""
+        return self._heat.profile()
 
     def close(self) -> None:
         """Stop the engine: generations under way raise EngineClosed. Closing twice is allowed."""
@@ -392,7 +400,11 @@ async def open_engine(
     max_sequences: int | None = None,
     batch_tokens: int | None = None,
     activations: Activations = "auto",
+    prefetch: PrefetchSetting = "auto",
     prefix_reuse: bool = True,
+    policy: str | None = None,
+    heat: str | os.PathLike[str] | None = None,
+    trace: str | os.PathLike[str] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> AsyncIterator[Engine]:
     """Open a model and close it when the block is left.
@@ -412,6 +424,12 @@ async def open_engine(
         activations: precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model's
             size.
         prefix_reuse: whether prompts use what was computed for the same tokens before.
+        policy: which experts stay in memory: "lfru", "layer-lru", "lfu", "static" or "cost"; by default "lfru".
+        heat: a heat profile of this model, which the policy "static" needs.
+        trace: a file that the routing is recorded in, made or appended to; see docs/traces.md. If it cannot be
+            written any more, it ends with a warning in the log, and the engine goes on.
+        prefetch: which guesses at what the next layer needs are read while the disk is idle: "off", "markov", "gate" or
+            "auto", which reads what is worth it and tries out whether it pays; see docs/prefetch.md.
         on_progress: called in the trio thread as kernels are compiled and weights are read.
 
     Raises:
@@ -419,6 +437,8 @@ async def open_engine(
         NotEnoughMemory: the budget is too small; the text carries the arithmetic.
         ConfigError: a setting is out of range.
         ReadError: bytes could not be read.
+        ProfileError: the heat profile is malformed or of another model.
+        TraceError: the trace exists and is malformed or of another model.
     """
     config = EngineConfig(
         path=path,
@@ -430,7 +450,11 @@ async def open_engine(
         max_sequences=max_sequences,
         batch_tokens=batch_tokens,
         activations=activations,
+        prefetch=prefetch,
         prefix_reuse=prefix_reuse,
+        policy=policy,
+        heat=heat,
+        trace=trace,
         **({} if on_progress is None else {"on_progress": on_progress}),
     )
     with _Unwrapped():
@@ -453,8 +477,11 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     plan = plan_memory(model, config)
     tokenizer = Tokenizer.from_gguf(model.gguf)
     kinds = matrix_types(model.dense.values(), model.experts)
-    await _compile(kinds, plan.limits.planes, config.on_progress)
     with ExitStack() as stack:
+        residency = await open_residency(config, model, plan)
+        if residency.recorder is not None:
+            stack.callback(residency.recorder.close)
+        await _compile(kinds, plan.limits.planes, config.on_progress)
         reader = stack.enter_context(
             ThreadReader(model.gguf.paths, expected=model.gguf.identities, n_threads=config.io_threads)
         )
@@ -467,10 +494,13 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         arena = Arena(plan.slot_counts, plan.classes.slot_bytes)
         stack.callback(arena.close)
         pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
-        cache = ExpertCache(LayerLRU(model.spec.n_layers, plan.slots))
+        cache = ExpertCache(residency.policy)
         store = ExpertStore(cache, pool, plan.classes.kind_of)
         fetcher = Fetcher(pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.wake)
         store.attach(fetcher)
+        guessing = await open_guessing(config, model, plan, store, reader)
+        if guessing is not None:
+            stack.callback(guessing.save)
         kv = KVBlocks(plan.limits.kv_blocks, KV_TILE, prefix_reuse=config.prefix_reuse)
         scheduler = Scheduler(
             n_layers=model.spec.n_layers,
@@ -482,6 +512,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             max_sequences=plan.limits.sequences,
             max_waiting=MAX_WAITING,
             bytes_read=lambda: fetcher.bytes_read,
+            prefetcher=None if guessing is None else guessing.prefetcher,
+            on_routed=residency.routed,
         )
         settings = _settings(config, plan, model, arena, reader, cache)
         load_s = 0.0
@@ -498,11 +530,13 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 cache=cache.statistics(),
                 read_ahead=store.speculation(Priority.READ_AHEAD),
                 prefetch=store.speculation(Priority.PREFETCH),
+                predictors=None if guessing is None else guessing.prefetcher.statistics(),
                 pool=pool.statistics(),
                 fetcher=fetcher.statistics(),
                 reader=reader.statistics(),
                 worker=worker.statistics(),
                 kv=kv.statistics(),
+                trace=None if residency.recorder is None else residency.recorder.statistics(),
             )
 
         worker.start_threads()
@@ -520,11 +554,14 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                         transfer=scheduler.transfer,
                         give_back=scheduler.give_back,
                     ),
+                    heat=residency.heat,
                     statistics=statistics,
                     stop=nursery.cancel_scope,
                 )
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(worker.run)
+                if residency.recorder is not None:
+                    nursery.start_soon(residency.recorder.run)
                 nursery.start_soon(scheduler.run)
                 load_s = time.perf_counter() - begun_s
                 task_status.started(engine)
@@ -585,6 +622,9 @@ def _settings(
         kernel_cache=cache_failure() or str(KERNEL_CACHE),
         activations=_activations(model, plan),
         policy=cache.statistics().policy,
+        prefetch=prefetch_mode(config, plan),
+        heat=None if config.heat is None else str(config.heat),
+        trace=None if config.trace is None else str(config.trace),
         io_modes=reader.modes,
         huge_pages=arena.huge_pages,
         types=types,

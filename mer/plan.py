@@ -20,6 +20,7 @@ from mer.io.gguf import GGUFFile, TensorInfo
 from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
+from mer.sched.predictors.markov import MarkovPredictor
 from mer.system import default_budget, private_bytes
 from mer.units import format_bytes
 
@@ -165,6 +166,7 @@ class _Planner:
             "interpreter and libraries": max(INTERPRETER_BYTES, private_bytes()),
             "kernel compiler": COMPILER_BYTES + len(self._kinds) * COMPILER_BYTES_PER_TYPE,
             "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
+            "prefetch predictor": _predictor_bytes(spec) if config.prefetch in ("markov", "auto") else 0,
             "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
             "thread stacks": (self._threads + config.io_threads + 2) * STACK_BYTES,
             "dense weights": dense_bytes(model.dense),
@@ -287,6 +289,11 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _predictor_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of the Markov chains' counts; memory is taken only as they fill."""
+    return MarkovPredictor(spec.n_layers, spec.n_experts, spec.top_k).n_bytes
 
 
 def _refusal(budget: int, source: str, floor: int, parts: Mapping[str, int]) -> str:

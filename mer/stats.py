@@ -13,6 +13,8 @@ from mer.io.metering import ReaderStatistics
 from mer.io.pool import PoolStatistics
 from mer.sched.experts import CacheStatistics
 from mer.sched.kv import KVStatistics
+from mer.sched.prefetch import PrefetchStatistics
+from mer.sched.recorder import TraceStatistics
 from mer.sched.scheduler import SchedulerStatistics
 from mer.sched.speculation import SpeculationStatistics
 
@@ -38,6 +40,9 @@ class Settings:
     kernel_cache: str  # folder, or why compiled kernels are not kept
     activations: str  # precision of activations that meet the weights: int8, int15, or float32 for float weights
     policy: str
+    prefetch: str  # mode in force
+    heat: str | None  # path of the heat profile in use
+    trace: str | None  # path of the routing trace that is being written
     io_modes: tuple[IoMode, ...]  # per file
     huge_pages: bool
     types: Mapping[str, int]  # weight type -> bytes in the file
@@ -57,8 +62,10 @@ class Statistics:
     cache: CacheStatistics
     read_ahead: SpeculationStatistics  # experts read because a layer to come is certain to need them
     prefetch: SpeculationStatistics  # experts read on a guess
+    predictors: PrefetchStatistics | None  # None where prefetching is off
     pool: PoolStatistics
     fetcher: FetcherStatistics
     reader: ReaderStatistics
     worker: WorkerStatistics
     kv: KVStatistics
+    trace: TraceStatistics | None

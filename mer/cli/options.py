@@ -41,6 +41,11 @@ class EngineOptions:
         Parameter(help="Precision of activations that meet quantized weights; int15 doubles a prefill's arithmetic."),
     ] = "auto"
 
+    prefetch: Annotated[
+        Literal["off", "markov", "gate", "auto"],
+        Parameter(help="Which guesses at what the next layer needs are read while the disk is idle."),
+    ] = "auto"
+
     def arguments(self) -> dict[str, Any]:
         """Return them as keyword arguments of `open_engine` and `plan_memory`."""
         return attrs.asdict(self)

@@ -170,6 +170,10 @@ class BufferPool:
         counts = self._counts[kind]
         return max(0, counts[SlotState.FREE] + counts[SlotState.READY] - self._reserves[kind])
 
+    def has_free(self, kind: int) -> bool:
+        """Return whether a slot of a kind is free, so that nothing must be given up for it."""
+        return bool(self._free[kind])
+
     def landed(self, slot: int) -> None:
         """Note that all of a slot's bytes have arrived: FILLING becomes READY.
 

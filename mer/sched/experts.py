@@ -69,13 +69,27 @@ class ExpertCache:
         self._resident[key] = resident
         self._policy.insert(key)
 
-    def evict_for(self, layer: int, evictable: Callable[[ExpertKey], bool]) -> Resident | None:
-        """Drop the evictable expert that the policy gives up for one of `layer` and return it, or None."""
-        key = self._policy.victim(layer, evictable)
+    def victim_for(self, layer: int, evictable: Callable[[ExpertKey], bool], *, kind: int = 0) -> ExpertKey | None:
+        """Return the evictable expert that the policy would give up for one of `layer`, or None.
+
+        Args:
+            layer: of the expert that needs the room.
+            evictable: which residents may leave.
+            kind: the class of slots that is needed.
+        """
+        return self._policy.victim(layer, evictable, kind=kind)
+
+    def evict_for(self, layer: int, evictable: Callable[[ExpertKey], bool], *, kind: int = 0) -> Resident | None:
+        """Drop the expert that `victim_for` returns and return what it was, or None."""
+        key = self.victim_for(layer, evictable, kind=kind)
         if key is None:
             return None
         self._evictions += 1
         return self.drop(key)
+
+    def likelihood(self, key: ExpertKey) -> float:
+        """Return the policy's estimate of the probability that an expert is used at its layer's next visit."""
+        return self._policy.likelihood(key)
 
     def drop(self, key: ExpertKey) -> Resident:
         """Forget a resident expert and return what it was."""

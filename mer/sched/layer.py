@@ -46,6 +46,10 @@ class LayerResult:
     failed: dict[int, MerError]  # {expert: why its bytes could not be had}
 
 
+def _nothing() -> None:
+    pass
+
+
 class LayerRun:
     """The experts of one layer for one batch.
 
@@ -63,7 +67,7 @@ class LayerRun:
         self._failed: dict[int, MerError] = {}
 
     async def run(
-        self, experts: Sequence[int], wanted: Callable[[], bool], ahead: tuple[int, Sequence[int]] | None = None
+        self, experts: Sequence[int], wanted: Callable[[], bool], claimed: Callable[[], None] = _nothing
     ) -> LayerResult:
         """Compute the given experts, all but those that are ready last.
 
@@ -72,7 +76,7 @@ class LayerRun:
         Args:
             experts: numbers of the routed experts, each once.
             wanted: looked at between jobs and when something changes in the store; false gives the layer up.
-            ahead: layer and experts that are certain to be needed next: they are read behind this layer's.
+            claimed: called once, when all missing experts have been asked for: what is asked for now comes behind them.
 
         Raises:
             MerError: a job failed; the experts it ran on are dropped.
@@ -80,8 +84,7 @@ class LayerRun:
         store = self._store
         self._ready, self._claims = store.claim(self._layer, experts)
         try:
-            if ahead is not None:
-                store.read_ahead(*ahead)
+            claimed()
             while self._claims and wanted():
                 self._collect()
                 if self._inner or (self._ready and self._claims):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import attrs
 import numpy as np
@@ -29,6 +30,7 @@ from mer.errors import EngineClosed, MerError, NumericsError
 from mer.sched.admission import AdmissionQueue
 from mer.sched.kv import KVBlocks, Lease, NextBlock
 from mer.sched.layer import LayerRun, WorkerLink
+from mer.sched.prefetch import Prefetcher
 from mer.sched.prefix import PrefixNode
 from mer.sched.sequence import Sequence, Status
 from mer.sched.store import ExpertStore
@@ -105,6 +107,7 @@ class Scheduler:
         max_sequences: largest number of sequences that run at once.
         max_waiting: sequences that may queue before `submit` waits.
         bytes_read: returns the bytes of experts read so far.
+        prefetcher: guesses what layers to come need, or None.
         on_routed: told of each layer's union of experts in a batch: layer, rows, numbers of the experts in order.
     """
 
@@ -120,11 +123,13 @@ class Scheduler:
         max_sequences: int,
         max_waiting: int,
         bytes_read: Callable[[], int],
+        prefetcher: Prefetcher | None = None,
         on_routed: Callable[[int, int, Seq[int]], None] | None = None,
     ) -> None:
         self._n_layers = n_layers
         self._experts = range(n_experts)
         self._staged_pairs = worker.staged_pairs
+        self._prefetcher = prefetcher
         self._on_routed = on_routed
         self._link = WorkerLink(worker.jobs, worker.results)
         self._store = store
@@ -208,7 +213,7 @@ class Scheduler:
                 self._admit()
                 members, batch = self._compose()
                 if batch is None:
-                    self._store.drop_ahead()
+                    self._drop_speculation()
                     await self._wake.wait()
                     self._wake = trio.Event()
                 else:
@@ -216,10 +221,16 @@ class Scheduler:
         finally:
             self._close()
 
+    def _drop_speculation(self) -> None:
+        """Ask for nothing more ahead of time: no batch is to come."""
+        self._store.drop_ahead()
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+
     def _close(self) -> None:
         """Fail every sequence that is left, and refuse new ones."""
         self._transfers.close()
-        self._store.drop_ahead()
+        self._drop_speculation()
         outside = [*self._paused, *self._resumed, *self._queue.close()]
         self._paused.clear()
         self._resumed.clear()
@@ -401,13 +412,13 @@ class Scheduler:
         operations: list[Operation] = [Begin(batch)]
         pinned_layer = 0
         pinned: tuple[LoadedExpert, ...] = ()
-        union_share = 1.0
+        asks_gate = self._prefetcher is not None and self._prefetcher.asks_gate
 
         def wanted() -> bool:
             return any(member.alive for member in members)
 
         for layer in range(n_layers + 1):
-            last = Project() if layer == n_layers else Attend(layer)
+            last = Project() if layer == n_layers else Attend(layer, predict=asks_gate)
             try:
                 done = await self._link.run(*operations, last)
             except BaseException:
@@ -415,6 +426,8 @@ class Scheduler:
                 raise
             store.unpin(pinned_layer, pinned, used=True)
             if layer == n_layers:
+                if self._prefetcher is not None:
+                    self._prefetcher.end_pass(comparable=len(batch.tokens) == len(members))
                 return done
             if not wanted():
                 return None
@@ -423,10 +436,9 @@ class Scheduler:
             union = _union(ids, members)
             if self._on_routed is not None:
                 self._on_routed(layer, len(ids), union)
-            union_share = len(union) / len(self._experts)
-            ahead = self._certain_next(layer, ids.shape, union_share, members)
+            look_ahead = partial(self._look_ahead, layer, union, done, members)
             run = LayerRun(store, self._link, layer, staged=ids.size <= self._staged_pairs)
-            result = await run.run(union, wanted, ahead)
+            result = await run.run(union, wanted, look_ahead)
             pinned_layer, pinned = layer, result.pinned
             if not wanted():
                 store.unpin(pinned_layer, pinned, used=False)
@@ -438,23 +450,28 @@ class Scheduler:
             operations = [RunExperts(layer, pinned), Combine(layer)]
         return None
 
-    def _certain_next(
-        self, layer: int, shape: tuple[int, ...], union_share: float, members: list[_Member]
-    ) -> tuple[int, Seq[int]] | None:
-        """Return the next layer and its experts if the batch is so large that it will need all of them.
+    def _look_ahead(self, layer: int, union: list[int], done: Done, members: list[_Member]) -> None:
+        """Ask for what the next layer needs, as far as that can be known or guessed."""
+        assert done.expert_ids is not None
+        certain = self._is_next_certain(layer, done.expert_ids.shape, len(union) / len(self._experts), members)
+        if certain:
+            self._store.read_ahead((layer + 1) % self._n_layers, self._experts)
+        if self._prefetcher is not None:
+            self._prefetcher.routed(layer, union, done.predicted_ids, guess=not certain)
+
+    def _is_next_certain(self, layer: int, shape: tuple[int, ...], union_share: float, members: list[_Member]) -> bool:
+        """Return whether the batch is so large that it will need every expert of the next layer.
 
         It will if this layer needed nearly all of its own, and if that many draws leave out hardly any expert even of
         a uniform router. After the last layer the next batch counts, as far as prompts are left for it.
         """
         if union_share < CERTAIN_SHARE or self._n_layers == 1:
-            return None
+            return False
         n_rows, top_k = shape
         if layer + 1 == self._n_layers:
             left = sum(m.sequence.rows_left - (m.rows.stop - m.rows.start) for m in members if m.alive)
             n_rows = min(left, self._batch_tokens)
-        if (1 - top_k / len(self._experts)) ** n_rows > 1 - CERTAIN_SHARE:
-            return None
-        return (layer + 1) % self._n_layers, self._experts
+        return bool((1 - top_k / len(self._experts)) ** n_rows <= 1 - CERTAIN_SHARE)
 
 
 def _union(ids: Int32Array, members: list[_Member]) -> list[int]:

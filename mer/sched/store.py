@@ -41,6 +41,10 @@ class Claim:
 class ExpertStore:
     """Pins the experts that a layer needs, and brings missing ones into slots that the cache gives up.
 
+    Attributes:
+        on_idle: called when nothing is being read any more that a layer waits for.
+        stalled_s: time spent in `wait_for_change` so far: the worker had nothing to do.
+
     Used by one task, the scheduler, and by the callbacks of pool and fetcher; all but `wait_for_change` is synchronous.
     What was started for a batch that was given up lands all the same and stays in the cache.
 
@@ -64,6 +68,8 @@ class ExpertStore:
         self._spoiled: set[Fetch] = set()  # in flight, with gate and up half re-arranged
         self._guesses: set[Fetch] = set()  # in flight, started before a layer asked for the expert
         self._speculation = {priority: SpeculationCounts() for priority in Priority if priority}
+        self.stalled_s = 0.0
+        self.on_idle: Callable[[], None] = lambda: None
         self._last_error: ReadError | None = None
         self._changed = trio.Event()
 
@@ -82,12 +88,18 @@ class ExpertStore:
         """How many claims have neither landed nor failed: with 0 the disk does nothing that is waited for."""
         return self._loading
 
+    @property
+    def guessing(self) -> int:
+        """How many experts are being read ahead or on a guess."""
+        return len(self._guesses)
+
     # What a layer needs
 
     def claim(self, layer: int, experts: Iterable[int]) -> tuple[list[LoadedExpert], list[Claim]]:
         """Pin the resident ones of a layer's experts and get the others on their way, all of them at once.
 
-        What was read ahead or prefetched for the layer becomes demand; what was asked for in vain is withdrawn.
+        What was read ahead or prefetched for the layer becomes demand; what was asked for in vain is withdrawn, and
+        wrong guesses that are still being read are abandoned.
         """
         hits, misses = self.cache.lookup(layer, experts)
         loaded = [self._pin((layer, expert)) for expert in hits]
@@ -97,6 +109,7 @@ class ExpertStore:
             self._loading += 1
             self._start(claim)
         self.drop_ahead()
+        self._cancel_prefetches()
         return loaded, claims
 
     def _start(self, claim: Claim) -> None:
@@ -212,15 +225,31 @@ class ExpertStore:
             _, ticket = self._ahead_tickets.popitem()
             self.pool.withdraw(ticket)
 
-    def prefetch(self, key: ExpertKey) -> bool:
-        """Start reading an expert that a layer to come may need; false if it is there, on its way, or gets no slot."""
-        if not self._absent(key):
+    def price(self, key: ExpertKey) -> float | None:
+        """Return what reading an expert on a guess would cost the cache.
+
+        Returns:
+            The probability that the expert which would leave for it is used at its layer's next visit, 0 for a free
+            slot; None if it is there, on its way, or gets no slot.
+        """
+        kind = self._kind_of(*key)
+        if not self._absent(key) or not self.pool.permits(kind):
+            return None
+        if self.pool.has_free(kind):
+            return 0.0
+        victim = self.cache.victim_for(key[0], self._evictable(kind), kind=kind)
+        return None if victim is None else self.cache.likelihood(victim)
+
+    def prefetch(self, key: ExpertKey, probability: float) -> bool:
+        """Start reading an expert that a layer to come uses with this probability.
+
+        Returns:
+            False if `price` is None or not below the probability.
+        """
+        price = self.price(key)
+        if price is None or price >= probability:
             return False
-        ticket = self._ticket(key, Priority.PREFETCH)
-        self.pool.request(ticket)
-        if ticket.slot is None:
-            self.pool.withdraw(ticket)
-            return False
+        self.pool.request(self._ticket(key, Priority.PREFETCH))
         return True
 
     def _absent(self, key: ExpertKey) -> bool:
@@ -228,10 +257,10 @@ class ExpertStore:
         known = key in self.cache or key in self._claims or self.fetcher.in_flight(*key) is not None
         return not known and self.fetcher.refusal(*key) is None
 
-    def cancel_prefetches(self, layer: int) -> None:
-        """Abandon prefetches under way for a layer whose experts are known now and claimed."""
+    def _cancel_prefetches(self) -> None:
+        """Abandon the guesses that are still being read: what a layer needs is known now and claimed."""
         for fetch in list(self._guesses):
-            if fetch.priority is Priority.PREFETCH and fetch.layer == layer:
+            if fetch.priority is Priority.PREFETCH:
                 self._guesses.discard(fetch)
                 self._speculation[Priority.PREFETCH].cancelled += 1
                 self.fetcher.abandon(fetch)
@@ -266,6 +295,8 @@ class ExpertStore:
                 self._loading -= 1
             else:
                 self.pool.serve()
+        if not self._loading:
+            self.on_idle()
         self.wake()
 
     def _granted(self, ticket: Ticket) -> None:
@@ -288,20 +319,25 @@ class ExpertStore:
 
     def _evict(self, ticket: Ticket) -> int | None:
         """Give up a resident expert for a ticket; called by the pool."""
-        pool, cache = self.pool, self.cache
-
-        def ready(key: ExpertKey) -> bool:
-            slot = cache[key].slot
-            return pool.state(slot) is SlotState.READY and pool.kind(slot) == ticket.kind
-
-        victim = cache.evict_for(ticket.key[0], lambda key: key not in self._ahead and ready(key))
+        layer, kind = ticket.key[0], ticket.kind
+        victim = self.cache.evict_for(layer, self._evictable(kind), kind=kind)
         if victim is None and ticket.priority is Priority.DEMAND and self._ahead:
-            victim = cache.evict_for(ticket.key[0], ready)
+            victim = self.cache.evict_for(layer, self._evictable(kind, spare_ahead=False), kind=kind)
         if victim is None:
             return None
         if victim.speculation is not None:
             self._speculation[victim.speculation].evicted_unused += 1
         return victim.slot
+
+    def _evictable(self, kind: int, *, spare_ahead: bool = True) -> Callable[[ExpertKey], bool]:
+        """Return whether an expert's slot is of a kind, unpinned, and, with `spare_ahead`, not what is read ahead."""
+        pool, cache, spared = self.pool, self.cache, self._ahead if spare_ahead else ()
+
+        def evictable(key: ExpertKey) -> bool:
+            slot = cache[key].slot
+            return pool.state(slot) is SlotState.READY and pool.kind(slot) == kind and key not in spared
+
+        return evictable
 
     def _fail(self, claim: Claim, error: MerError) -> None:
         claim.error = error
@@ -319,7 +355,11 @@ class ExpertStore:
 
     async def wait_for_change(self) -> None:
         """Wait until a part of a fetch or a fetch ends, or for the next `wake`; changes nothing if cancelled."""
-        await self._changed.wait()
+        began_s = trio.current_time()
+        try:
+            await self._changed.wait()
+        finally:
+            self.stalled_s += trio.current_time() - began_s
 
     def fail_starved(self) -> None:
         """Fail the claims that no slot can serve: all of their kind wait for reads that did not return in time."""

@@ -5,6 +5,7 @@ The format is described in docs/traces.md.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -25,7 +26,7 @@ VERSION: Final = 1
 MAX_LAYERS: Final = 1 << 12
 MAX_EXPERTS: Final = 1 << 16
 MAX_BLOCK_BYTES: Final = 1 << 20  # of payload; a larger one is damage
-FLUSH_BYTES: Final = 1 << 16  # the writer ends a block of its own accord here
+BLOCK_BYTES: Final = 1 << 16  # from which a writer ends a block of its own accord
 _PREAMBLE: Final = struct.Struct("<8sHHIII")  # magic, version, 0, L, E, K
 _BLOCK: Final = struct.Struct("<II")  # payload bytes, CRC-32 of the payload
 _U64_MAX: Final = (1 << 64) - 1
@@ -96,6 +97,7 @@ class TraceWriter:
     def __init__(self, path: str | os.PathLike[str], header: TraceHeader) -> None:
         self.path, self.header = Path(path), header
         self._payload = bytearray()
+        self._end = 0  # of what has been written whole
         self._file: BinaryIO = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)  # noqa: SIM115
         try:
             self._begin()
@@ -110,22 +112,35 @@ class TraceWriter:
         except BlockingIOError:
             raise TraceError(self.path, None, "another process writes this trace; choose another file") from None
         if not os.fstat(self._file.fileno()).st_size:
-            self._write(self.header.encode())
+            self.write(self.header.encode())
             return
         with TraceReader(self.path) as reader:
             if reader.header != self.header:
                 raise TraceError(self.path, None, "a trace of another model; choose another file")
-            for _ in reader:
-                pass
-            self._file.truncate(reader.offset)
-        self._file.seek(0, os.SEEK_END)
+            reader.skip()
+            self._end = reader.offset
+        self._file.truncate(self._end)
 
     def append(self, layer: int, n_tokens: int, experts: Sequence[int]) -> None:
-        """Add an event; `experts` in any order, each once. It is in the file after the next `flush`.
+        """Add an event as `add` does, and flush when there are enough for a block.
 
         Raises:
-            ValueError: it does not fit the header.
+            ValueError: the event does not fit the header.
             OSError: the file cannot be written.
+        """
+        if self.add(layer, n_tokens, experts) >= BLOCK_BYTES:
+            self.flush()
+
+    def add(self, layer: int, n_tokens: int, experts: Sequence[int]) -> int:
+        """Add an event to the next block, without writing anything, and return how many bytes that has now.
+
+        Args:
+            layer: which one.
+            n_tokens: of the batch, 0 if it is not known.
+            experts: used by the batch, at least one, in any order, each once.
+
+        Raises:
+            ValueError: the event does not fit the header.
         """
         ordered = sorted(experts)
         strictly = all(a < b for a, b in pairwise(ordered))
@@ -138,31 +153,51 @@ class TraceWriter:
             _put(event, number)
         for before, expert in pairwise(ordered):
             _put(event, expert - before - 1)
-        if len(self._payload) + len(event) > FLUSH_BYTES:
-            self.flush()
         self._payload += event
+        return len(self._payload)
+
+    def take(self) -> bytes:
+        """Return the block of all events added since the last one, for `write`; without any it is empty."""
+        if not self._payload:
+            return b""
+        payload, self._payload = bytes(self._payload), bytearray()
+        return _BLOCK.pack(len(payload), zlib.crc32(payload)) + payload
 
     def flush(self) -> None:
         """Hand everything to the operating system, as one block.
 
         Raises:
-            OSError: the file cannot be written; it then ends with an unfinished block, which readers leave out.
+            OSError: the file cannot be written; the events of this block are lost, those before are not.
         """
-        if self._payload:
-            payload, self._payload = bytes(self._payload), bytearray()
-            self._write(_BLOCK.pack(len(payload), zlib.crc32(payload)) + payload)
+        self.write(self.take())
 
-    def _write(self, data: bytes) -> None:
-        """Write all of `data`."""
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+    def write(self, data: bytes) -> None:
+        """Write a block that `take` has made, and all of it; may be called in another thread than `add` and `take`.
 
-    def close(self) -> None:
-        """Flush and close the file."""
+        Raises:
+            OSError: as for `flush`.
+        """
+        view, end = memoryview(data), self._end
+        try:
+            while view:
+                n_bytes = os.pwrite(self._file.fileno(), view, end)
+                view, end = view[n_bytes:], end + n_bytes
+        except BaseException:
+            with contextlib.suppress(OSError):  # readers leave it out if it stays, and the next block replaces it
+                self._file.truncate(self._end)
+            raise
+        self._end = end
+
+    def close(self, *, flush: bool = True) -> None:
+        """Flush, unless told otherwise, and close the file; closing twice is allowed.
+
+        Raises:
+            OSError: as for `flush`; the file is closed all the same.
+        """
         if not self._file.closed:
             try:
-                self.flush()
+                if flush:
+                    self.flush()
             finally:
                 self._file.close()
 
@@ -195,7 +230,7 @@ class TraceReader:
         except BaseException:
             self._file.close()
             raise
-        self.offset = self._file.tell()  # end of the last whole block that was read
+        self.offset = len(self.header.encode())  # end of the last whole block that was read
 
     def _error(self, offset: int | None, reason: str) -> TraceError:
         return TraceError(self.path, offset, reason)
@@ -225,9 +260,18 @@ class TraceReader:
 
     def __iter__(self) -> Iterator[TraceEvent]:
         while (payload := self._next_block()) is not None:
-            begin = self._file.tell() - len(payload)
-            yield from self._events(payload, begin)
-            self.offset = begin + len(payload)
+            yield from self._events(payload, self.offset + _BLOCK.size)
+            self.offset += _BLOCK.size + len(payload)
+
+    def skip(self) -> None:
+        """Go to the end, checking the blocks but not the events in them.
+
+        Raises:
+            TraceError: a block is damaged.
+            OSError: the file cannot be read.
+        """
+        while (payload := self._next_block()) is not None:
+            self.offset += _BLOCK.size + len(payload)
 
     def _next_block(self) -> bytes | None:
         """Return the payload of the next whole block, or None at the end."""

@@ -23,9 +23,12 @@ from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
 from mer.sched.experts import ExpertCache
 from mer.sched.fingerprint import FINGERPRINT_BYTES
+from mer.sched.governor import PrefetchMode
+from mer.sched.heat import HeatCounter, HeatProfile
 from mer.sched.kv import KVBlocks
 from mer.sched.kv_file import KVLayout
-from mer.sched.policy import LayerLRU
+from mer.sched.policies.registry import DEFAULT_POLICY, CacheShape, make_policy
+from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.prefix_files import PrefixFiles
 from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
@@ -103,6 +106,7 @@ class SimEngine:
     store: ExpertStore
     fetcher: Fetcher
     kv: KVBlocks
+    prefetcher: Prefetcher | None
 
     def expected(
         self,
@@ -194,7 +198,7 @@ class SimEngine:
         assert pool.ready == cache.resident
         assert cache.hits + cache.misses == cache.lookups
         assert cache.resident + cache.evictions <= fetcher.landed
-        assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.in_flight
+        assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.abandoned + fetcher.in_flight
         speculation = [self.store.speculation(priority) for priority in (Priority.READ_AHEAD, Priority.PREFETCH)]
         assert fetcher.started <= cache.misses + sum(guesses.issued for guesses in speculation)
         for guesses in speculation:
@@ -208,12 +212,14 @@ async def open_sim_engine(
     *,
     model: SimModel | None = None,
     n_slots: int | None = None,
+    policy: str = DEFAULT_POLICY,
     batch_tokens: int = 8,
     max_sequences: int = 4,
     max_waiting: int = 8,
     context: int = 64,
     kv_blocks: int = 64,
     prefix_reuse: bool = True,
+    prefetch: PrefetchMode = "off",
     profile: DiskProfile | None = None,
     mirrors: Sequence[DiskProfile] = (),
     io_threads: int = DEFAULT_THREADS,
@@ -228,12 +234,14 @@ async def open_sim_engine(
     Args:
         model: what is computed.
         n_slots: by default every expert has one.
+        policy: of the cache, by name; the heat profile of "static" has every expert used in every visit.
         batch_tokens: as for `mer.open_engine`.
         max_sequences: likewise.
         max_waiting: requests that may queue before `generate` waits to be queued.
         context: as for `mer.open_engine`.
         kv_blocks: of `SimWorker.block_tokens` positions.
         prefix_reuse: as for `mer.open_engine`.
+        prefetch: likewise.
         profile: of the disk.
         mirrors: of further drives with copies of the files.
         io_threads: reads that each drive sees at once.
@@ -252,7 +260,20 @@ async def open_sim_engine(
     ) as disk:
         arena = Arena((n_slots,), classes.slot_bytes)
         pool = BufferPool((n_slots,), reserve=demand_reserve((n_slots,), model.top_k))
-        cache = ExpertCache(LayerLRU(model.n_layers, n_slots))
+        ranks = CacheShape(
+            n_layers=model.n_layers,
+            n_experts=model.n_experts,
+            n_slots=n_slots,
+            expert_bytes=tuple(max(extents.n_bytes for extents in layer) for layer in experts.experts),
+            profile=HeatProfile.count(
+                bytes(FINGERPRINT_BYTES),
+                model.n_layers,
+                model.n_experts,
+                [(layer, range(model.n_experts)) for layer in range(model.n_layers)],
+            ),
+        )
+        cache = ExpertCache(make_policy(policy, ranks))
+        heat = HeatCounter(bytes(FINGERPRINT_BYTES), model.n_layers, model.n_experts)
         store = ExpertStore(cache, pool, classes.kind_of)
         fetcher = Fetcher(
             pool,
@@ -266,6 +287,16 @@ async def open_sim_engine(
         )
         store.attach(fetcher)
         worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures)
+        prefetcher = None
+        if prefetch != "off":
+            facts = DiskFacts(
+                expert_bytes=lambda key: experts.experts[key[0]][key[1]].n_bytes,
+                bytes_per_s=lambda: (profile or DiskProfile()).bytes_per_s,
+                chunk_bytes=chunk_bytes,
+            )
+            prefetcher = Prefetcher(
+                prefetch, store, facts, n_layers=model.n_layers, n_experts=model.n_experts, top_k=model.top_k
+            )
         kv = KVBlocks(kv_blocks, worker.block_tokens, prefix_reuse=prefix_reuse)
         scheduler = Scheduler(
             n_layers=model.n_layers,
@@ -277,6 +308,8 @@ async def open_sim_engine(
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             bytes_read=lambda: fetcher.bytes_read,
+            prefetcher=prefetcher,
+            on_routed=lambda layer, _n_tokens, used: heat.use(layer, used),
         )
         layout = KVLayout(
             fingerprint=seed.to_bytes(FINGERPRINT_BYTES),
@@ -310,6 +343,7 @@ async def open_sim_engine(
                 give_back=scheduler.give_back,
                 in_thread=run_here,
             ),
+            heat=heat,
             statistics=cast(Any, None),
             stop=stop,
         )
@@ -328,6 +362,7 @@ async def open_sim_engine(
                 store=store,
                 fetcher=fetcher,
                 kv=kv,
+                prefetcher=prefetcher,
             )
             engine.close()
         arena.close()

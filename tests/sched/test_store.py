@@ -178,11 +178,11 @@ async def test_speculation_takes_nothing_that_is_read_ahead_but_demand_does_if_i
         await rig.settle()
         await rig.use(0, 0)
         rig.store.read_ahead(1, (0, 1))
-        assert rig.store.prefetch((2, 0))  # takes the slot of (0, 0)
+        assert rig.store.prefetch((2, 0), 1.0)  # takes the slot of (0, 0)
         await rig.settle()
         rig.store.read_ahead(1, (0, 1))
         assert rig.resident() == {(1, 0), (1, 1), (2, 0)}
-        assert rig.store.prefetch((2, 1))
+        assert rig.store.prefetch((2, 1), 1.0)
         await rig.settle()
         assert rig.resident() == {(1, 0), (1, 1), (2, 1)}
         _, claims = rig.store.claim(0, (2, 3, 4))
@@ -192,15 +192,14 @@ async def test_speculation_takes_nothing_that_is_read_ahead_but_demand_does_if_i
 
 async def test_prefetches_are_used_promoted_or_cancelled(autojump_clock: MockClock) -> None:
     async with open_rig(6) as rig:
-        assert rig.store.prefetch((1, 0))
-        assert not rig.store.prefetch((1, 0)), "it is on its way"
+        assert rig.store.prefetch((1, 0), 1.0)
+        assert not rig.store.prefetch((1, 0), 1.0), "it is on its way"
         await rig.settle()
-        assert not rig.store.prefetch((1, 0)), "it is there"
+        assert not rig.store.prefetch((1, 0), 1.0), "it is there"
         rig.disk.freeze()
-        assert rig.store.prefetch((1, 1))
-        assert rig.store.prefetch((1, 2))
+        assert rig.store.prefetch((1, 1), 1.0)
+        assert rig.store.prefetch((1, 2), 1.0)
         loaded, claims = rig.store.claim(1, (0, 1))
-        rig.store.cancel_prefetches(1)
         assert [one.expert for one in loaded] == [0]
         rig.disk.thaw()
         await rig.settle()
@@ -214,7 +213,7 @@ async def test_a_failed_read_fails_its_claim_and_counts_as_a_failed_guess_otherw
     async with open_rig(6) as rig:
         rig.disk.fail(0, 0, 1 << 40)
         rig.disk.fail(1, 0, 1 << 40)
-        assert rig.store.prefetch((0, 0))
+        assert rig.store.prefetch((0, 0), 1.0)
         await rig.settle()
         assert counts(rig, PREFETCH) == {"issued": 1, "failed": 1}
         claims = await rig.use(0, 0, 1)
@@ -287,7 +286,6 @@ def test_every_layer_gets_its_experts_and_nothing_is_lost(
     async def run_layer(rig: Rig, layer: int, union: list[int], gives_up: bool) -> None:
         """Do as LayerRun does: take what has landed, let it go, and wait for the rest."""
         loaded, claims = rig.store.claim(layer, union)
-        rig.store.cancel_prefetches(layer)
         seen = {one.expert for one in loaded}
         while claims and not gives_up:
             for claim in [c for c in claims if c.landed]:
@@ -316,7 +314,7 @@ def test_every_layer_gets_its_experts_and_nothing_is_lost(
                 elif name == "ahead":
                     rig.store.read_ahead(a, b)
                 elif name == "prefetch":
-                    rig.store.prefetch(a)
+                    rig.store.prefetch(a, 1.0)
                 else:
                     await trio.sleep(a)
                 rig.check_conservation()

@@ -1,0 +1,158 @@
+"""Reading what the next layer may need while the disk does nothing that is waited for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from mer.sched.governor import Candidate, Conditions, Governor, GovernorStatistics, PrefetchMode
+from mer.sched.keys import ExpertKey
+from mer.sched.predict import Prediction, Predictor
+from mer.sched.predictors.best import BestPredictor, PredictionScore
+from mer.sched.predictors.gate import GatePredictor
+from mer.sched.predictors.markov import MarkovPredictor
+from mer.sched.store import ExpertStore
+
+_GUESSES_AT_ONCE: Final = 2  # one is read, and one is ready to be read next
+_SMOOTHING: Final = 1 / 32  # of the time between a layer's last read and the next layer's first
+
+
+@attrs.frozen(kw_only=True)
+class PrefetchStatistics:
+    """A snapshot of a Prefetcher."""
+
+    governor: GovernorStatistics
+    predictors: dict[str, PredictionScore]  # how good the predictions were, whether or not they were acted on
+
+
+@attrs.frozen(kw_only=True)
+class DiskFacts:
+    """What a guess costs."""
+
+    expert_bytes: Callable[[ExpertKey], int]
+    bytes_per_s: Callable[[], float]  # measured rate while something is read; 0 while it is unknown
+    chunk_bytes: int  # the largest single read
+
+
+class Prefetcher:
+    """Turns predictions for the next layer into reads.
+
+    A guess is read only while no layer waits for a read, one at a time, and only into a slot that is free or
+    whose expert is less likely to be used than the guess. When the next layer asks, what it needs becomes demand and
+    the rest is given up. Synchronous; used by the scheduler's task and by the store's callbacks.
+
+    Args:
+        mode: which predictions, and whether they must pay; anything but "off".
+        store: reads the guesses; its `on_idle` becomes this one's.
+        disk: what a guess costs.
+        n_layers: L.
+        n_experts: E, of a layer.
+        top_k: experts that a token uses.
+        markov: goes on learning, where the mode has use for one; by default a new one.
+    """
+
+    def __init__(
+        self,
+        mode: PrefetchMode,
+        store: ExpertStore,
+        disk: DiskFacts,
+        *,
+        n_layers: int,
+        n_experts: int,
+        top_k: int,
+        markov: MarkovPredictor | None = None,
+    ) -> None:
+        self._store, self._disk, self._n_layers = store, disk, n_layers
+        self.governor = Governor(mode)
+        self.markov = None if mode == "gate" else markov or MarkovPredictor(n_layers, n_experts, top_k)
+        self._gate = None if mode == "markov" else GatePredictor(n_layers, n_experts, top_k)
+        chosen: list[Predictor] = [predictor for predictor in (self.markov, self._gate) if predictor is not None]
+        self._predictor = BestPredictor(chosen, n_layers)
+        self._guesses: deque[Prediction] = deque()
+        self._bytes_per_s = 0.0
+        self._lookups = 0  # of the running pass
+        self._stalled_s = 0.0  # of the store, when the pass began
+        self._idle_since_s: float | None = None
+        self._idle_s = 0.0  # usual time from there to the next layer's claims
+        store.on_idle = self.idle
+
+    @property
+    def asks_gate(self) -> bool:
+        """Whether `routed` can use what the next layer's router says in advance."""
+        return self._gate is not None and self.governor.allowed
+
+    def routed(
+        self, layer: int, experts: Sequence[int], predicted_ids: npt.NDArray[np.int32] | None, *, guess: bool
+    ) -> None:
+        """Note what a layer uses, and guess what the next one will; to be called when the layer's experts are claimed.
+
+        Args:
+            layer: the one that runs.
+            experts: its union over the batch.
+            predicted_ids: [T, K], what the next layer's router says in advance.
+            guess: false where there is no need to, because the next layer is read ahead.
+        """
+        if self._idle_since_s is not None:
+            self._idle_s += _SMOOTHING * (trio.current_time() - self._idle_since_s - self._idle_s)
+            self._idle_since_s = None
+        self._lookups += len(experts)
+        self.governor.observe(layer, experts)
+        self._predictor.observe(layer, experts)
+        target = (layer + 1) % self._n_layers
+        if self._gate is not None and predicted_ids is not None:
+            self._gate.offer(target, predicted_ids)
+        self._guesses.clear()
+        if guess and self.governor.allowed:
+            self._guesses.extend(self._predictor.predict(target))
+        if not self._store.loading:
+            self.idle()
+
+    def end_pass(self, *, comparable: bool) -> None:
+        """Note the end of a pass through the layers; one that computes prompts compares with no other."""
+        stalled_s = self._store.stalled_s
+        if comparable:
+            self.governor.end_pass(stalled_s - self._stalled_s, self._lookups)
+        self._stalled_s, self._lookups = stalled_s, 0
+        self._bytes_per_s = self._disk.bytes_per_s()
+
+    def stop(self) -> None:
+        """Guess nothing more: no layer is to come for now."""
+        self._guesses.clear()
+        self._idle_since_s = None
+
+    def idle(self) -> None:
+        """Start the next guesses that are worth it, if nothing is being read that a layer waits for."""
+        store = self._store
+        if self._idle_since_s is None:
+            self._idle_since_s = trio.current_time()
+        needed_in_s = self._idle_s - (trio.current_time() - self._idle_since_s)
+        while self._guesses and not store.loading and store.guessing < _GUESSES_AT_ONCE:
+            key, probability = self._guesses.popleft()
+            victim = store.price(key)
+            if victim is None:
+                continue
+            candidate = Candidate(
+                key=key, probability=probability, n_bytes=self._disk.expert_bytes(key), needed_in_s=needed_in_s
+            )
+            conditions = Conditions(
+                demand_reads=0,
+                queued_bytes=0,
+                bytes_per_s=self._bytes_per_s,
+                chunk_bytes=self._disk.chunk_bytes,
+                victims=[victim],
+            )
+            if self.governor.select([candidate], conditions) and store.prefetch(key, probability):
+                self.governor.started(key, probability)
+
+    def statistics(self) -> PrefetchStatistics:
+        """Return a snapshot."""
+        return PrefetchStatistics(
+            governor=self.governor.statistics(),
+            predictors={scored.name: scored.score() for scored in self._predictor.predictors},
+        )
