@@ -94,10 +94,12 @@ class SimLab:
         self.reader.let_return()
 
     async def begun(self, n: int) -> None:
-        while len(self.reads) < n:
-            await wait_all_tasks_blocked()
-            if len(self.reads) < n:
-                await trio.sleep(1e-6)
+        with trio.fail_after(60):
+            await trio.lowlevel.checkpoint()
+            while len(self.reads) < n:
+                await wait_all_tasks_blocked()
+                if len(self.reads) < n:
+                    await trio.sleep(1e-3)
 
 
 @attrs.define(eq=False)
@@ -270,8 +272,10 @@ class Landings:
 
     async def wait(self, *operations: ReadOperation) -> None:
         """Wait until these have landed."""
-        while not all(each in self.seen for each in operations):
-            await self._changed.wait()
+        with trio.fail_after(60):
+            await trio.lowlevel.checkpoint()
+            while not all(each in self.seen for each in operations):
+                await self._changed.wait()
 
 
 def assert_right(landed: ReadOperation) -> None:

@@ -166,8 +166,9 @@ async def open_rig(
 ) -> AsyncIterator[tuple[Rig, SimDisk]]:
     """Run a fetcher on a simulated disk during the block."""
     expert_map, sizes = experts or make_experts(seed)
-    async with open_sim_disk(sizes, **disk_settings) as disk, trio.open_nursery() as nursery:
-        rig = make_rig(disk, expert_map, n_slots, read_deadline_s=read_deadline_s)
-        nursery.start_soon(rig.fetcher.run)
-        yield rig, disk
-        nursery.cancel_scope.cancel()
+    with trio.fail_after(100_000):  # what waits for ever is to be seen
+        async with open_sim_disk(sizes, **disk_settings) as disk, trio.open_nursery() as nursery:
+            rig = make_rig(disk, expert_map, n_slots, read_deadline_s=read_deadline_s)
+            nursery.start_soon(rig.fetcher.run)
+            yield rig, disk
+            nursery.cancel_scope.cancel()

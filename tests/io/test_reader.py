@@ -224,21 +224,23 @@ def test_a_closed_reader_refuses(run: Run) -> None:
     run(scenario, SIZES)
 
 
-def test_a_cancelled_wait_leaves_the_read_to_land(run: Run) -> None:
-    async def scenario(reader: ClosableReader) -> None:
-        landed = trio.Event()
+def test_a_cancelled_wait_leaves_the_read_to_land(run_lab: RunLab) -> None:
+    async def scenario(lab: Lab) -> None:
+        landings = Landings()
+        lab.pause()
         with trio.CancelScope() as scope:
             scope.cancel()
-            await read_extent(reader, 0, 3, 100_000)
+            await read_extent(lab.reader, 0, 3, 100_000)
         assert scope.cancelled_caught
-        assert reader.statistics().in_flight == 1
-        reader.start(operation(0, 0, 10, lambda _: landed.set()))
-        await landed.wait()
-        while reader.statistics().in_flight:
-            await read_extent(reader, 0, 0, 10)
-        assert reader.statistics().failed == 0
+        lab.reader.start(other := landings.operation(0, 10))
+        assert lab.reader.statistics().in_flight == 2
+        lab.go_on()
+        await landings.wait(other)
+        while lab.reader.statistics().in_flight:
+            await read_extent(lab.reader, 0, 0, 10)
+        assert lab.reader.statistics().failed == 0
 
-    run(scenario, SIZES)
+    run_lab(scenario, SIZES)
 
 
 # --- priorities ---
