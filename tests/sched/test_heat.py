@@ -205,7 +205,7 @@ def test_a_failure_leaves_what_was_there(
     if step == "write":
         monkeypatch.setattr(heat, "open", Full, raising=False)
     else:
-        monkeypatch.setattr(heat.os, step, fail)
+        monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="No space left"):
         profile([[9, 9, 9], [9, 9, 9]], [9, 9]).save(path)
     assert (path.read_bytes() if existing else None) == before
