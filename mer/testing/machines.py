@@ -102,7 +102,7 @@ class TrioStateMachine(RuleBasedStateMachine):
         self.await_(trio.sleep(seconds))  # noqa: ASYNC105
 
     def start(
-        self, async_fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, expected: type[Exception] | tuple[()] = ()
+        self, async_fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, expected: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> StartedTask[T]:
         """Start a task; it has not run yet when this returns.
 
@@ -111,7 +111,7 @@ class TrioStateMachine(RuleBasedStateMachine):
         Args:
             async_fn: what to run.
             args: its arguments.
-            expected: a kind of exception that is kept in the task's `error`; any other one fails the example.
+            expected: kinds of exceptions that are kept in the task's `error`; any other one fails the example.
         """
         task: StartedTask[T] = StartedTask(getattr(async_fn, "__qualname__", repr(async_fn)))
 
