@@ -45,8 +45,9 @@ class Completion:
 class PrefillEvent:
     """Progress through the prompt."""
 
-    done: int  # prompt tokens computed, or found computed
+    done: int  # prompt tokens whose keys and values are there
     total: int
+    cached: int = 0  # of `done`, those that were there already
 
 
 @attrs.frozen(kw_only=True)

@@ -130,7 +130,8 @@ class Sequence:
             return self.kv_tokens == self.n_known
         statistics = self.events.statistics()
         if statistics.current_buffer_used + 1 < statistics.max_buffer_size:  # the last place is for a token
-            self.events.send_nowait(PrefillEvent(done=self.kv_tokens, total=len(self.prompt)))
+            progress = PrefillEvent(done=self.kv_tokens, total=len(self.prompt), cached=self.cached_tokens)
+            self.events.send_nowait(progress)
         return self.kv_tokens == len(self.prompt)
 
     def advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:

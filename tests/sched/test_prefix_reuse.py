@@ -64,8 +64,8 @@ async def test_progress_begins_behind_what_is_reused(autojump_clock: MockClock) 
     async with open_sim_engine(batch_tokens=3) as sim:
         await generate(sim, LONG[:12])
         async with sim.engine.stream(LONG, max_tokens=1) as events:
-            progress = [event.done async for event in events if isinstance(event, PrefillEvent)]
-        assert progress == [15, 18, 21, 22]
+            progress = [event async for event in events if isinstance(event, PrefillEvent)]
+        assert progress == [PrefillEvent(done=done, total=22, cached=12) for done in (15, 18, 21, 22)]
 
 
 async def test_a_prompt_that_differs_is_computed_from_the_block_where_it_does(autojump_clock: MockClock) -> None:
