@@ -94,6 +94,12 @@ def run_command(
     stdin: Annotated[
         bool, Parameter(negative="", group=MODEL, show_default=False, help="Read the prompt from standard input.")
     ] = False,
+    prefix: Annotated[
+        Path | None,
+        Parameter(
+            group=MODEL, help="Begin with what an earlier run saved here of the same beginning; else save the prompt."
+        ),
+    ] = None,
     json: Json = False,
     generation: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen
     engine: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
@@ -107,7 +113,9 @@ def run_command(
     positionals = [text for text in (first, second) if text is not None]
     task = resolve(positionals, model=model, tokens=tokens, stdin=stdin)
     with Interrupt() as interrupt:
-        return trio.run(partial(run, task, engine, generation, chat=chat, as_json=json, interrupt=interrupt))
+        return trio.run(
+            partial(run, task, engine, generation, chat=chat, as_json=json, prefix=prefix, interrupt=interrupt)
+        )
 
 
 @app.command(name="plan", usage="Usage: mer plan [OPTIONS] [MODEL]")
@@ -166,12 +174,14 @@ def simulate_command(
     trace: Annotated[Path, Parameter(name="TRACE", show_default=False, help="A routing trace.")],
     /,
     *,
-    slots: Annotated[str, Parameter(show_default=False, help="Experts that can be kept: a number, or more: 16,32.")],
+    slots: Annotated[
+        str, Parameter(help="Experts that can be kept: numbers, or shares of all experts, such as 16,32,25%.")
+    ] = "12.5%,25%,50%,75%",
     policy: Annotated[str, Parameter(help="A cache policy by name, or all of them.")] = "all",
-    profile: Annotated[
+    heat: Annotated[
         Path | None, Parameter(help="Heat profile for the policy 'static'. [default: made from the trace itself]")
     ] = None,
-    save_profile: Annotated[Path | None, Parameter(help="Write the heat profile of the trace to this file.")] = None,
+    save_heat: Annotated[Path | None, Parameter(help="Write the heat profile of the trace to this file.")] = None,
     bypass: Annotated[
         bool,
         Parameter(negative="", show_default=False, help="Give no slot to experts that the policy would not keep."),
@@ -188,8 +198,8 @@ def simulate_command(
         trace,
         policy=policy,
         slots=slots,
-        profile=profile,
-        save_profile=save_profile,
+        heat=heat,
+        save_heat=save_heat,
         bypass=bypass,
         as_json=json,
     )

@@ -14,6 +14,7 @@ from mer.cli.console import AnswerStream, Bars, load_reporter, note, printable, 
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
 from mer.cli.options import EngineOptions, GenerationOptions, parse_token_ids
+from mer.cli.prefix import SavedPrefix
 from mer.cli.session import INTERRUPTED, generate, say_statistics, settings_object, statistics_object
 from mer.errors import ConfigError
 
@@ -87,6 +88,7 @@ async def run(
     *,
     chat: bool,
     as_json: bool,
+    prefix: Path | None,
     interrupt: Interrupt,
 ) -> Exit:
     """Open the engine, generate once, print, and return the exit code.
@@ -110,10 +112,14 @@ async def run(
             stderr_console().print(printable(prompt), end="", style="dim")
 
     generation.arguments()  # a sampling setting out of range is an error before anything is loaded
+    saved = None if prefix is None else SavedPrefix(prefix)
     result = None
+    kept = ""
     with Bars() as bars, interrupt.stopping():
         async with open_engine(task.model, **engine_options.arguments(), on_progress=load_reporter(bars)) as engine:
             bars.clear()
+            if saved is not None:
+                await saved.restore(engine)
             result = await generate(
                 engine,
                 prompt,
@@ -125,6 +131,8 @@ async def run(
                 show_tokens=as_json or not answer.is_terminal,
             )
             statistics = engine.statistics()
+            if saved is not None:
+                kept = await saved.keep(engine, prompt, result, interrupt)
     if result is None:
         note("interrupted while loading")
         return Exit.INTERRUPTED
@@ -145,5 +153,7 @@ async def run(
     elif not result.reader_gone:
         answer.end()
         say_statistics(result, statistics)
+    if kept:
+        note(kept, "dim")
     interrupted = result.finish_reason == INTERRUPTED and not result.reader_gone
     return Exit.INTERRUPTED if interrupted else Exit.OK

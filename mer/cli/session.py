@@ -33,6 +33,7 @@ class Result:
     finish_reason: str = INTERRUPTED
     seed: int | None = None  # of a sampled generation that ended by itself
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, not computed
     prefill_s: float = 0.0  # from submission to the first token
     decode_s: float = 0.0  # from the first token to the last
     decode_bytes_read: int = 0  # in decode_s
@@ -79,7 +80,7 @@ async def generate(
         async with engine.stream(ids, max_tokens=max_tokens, **options.arguments()) as events:
             async for event in events:
                 if isinstance(event, PrefillEvent):
-                    result.prompt_tokens = event.total
+                    result.prompt_tokens, result.reused_tokens = event.total, event.cached
                     bars.show("reading the prompt", event.done, event.total, "tokens")
                     continue
                 now_s = trio.current_time()
@@ -119,6 +120,7 @@ def _take_completion(result: Result, completion: Completion) -> None:
     result.finish_reason = completion.finish_reason
     result.seed = completion.seed
     result.prompt_tokens = completion.usage.prompt_tokens
+    result.reused_tokens = completion.usage.cached_tokens
     result.prefill_s = completion.timings.prefill_s
     result.decode_s = completion.timings.decode_s
     result.decode_bytes_read = completion.timings.decode_bytes_read
@@ -128,6 +130,7 @@ def statistics_object(result: Result, statistics: Statistics) -> dict[str, Any]:
     """Return the figures of a generation and its engine as `--json` prints them; times in seconds, sizes in bytes."""
     return {
         "prompt_tokens": result.prompt_tokens,
+        "reused_tokens": result.reused_tokens,
         "completion_tokens": len(result.tokens),
         "load_s": statistics.load_s,
         "prefill_s": result.prefill_s,
@@ -164,8 +167,10 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
     if result.decode_s > 0:
         generated += f", {(n_tokens - 1) / result.decode_s:.1f} tokens/s"
         read += f", {format_bytes(result.decode_bytes_read / (n_tokens - 1))} per generated token"
+    if result.reused_tokens:
+        prompt += f" ({result.reused_tokens} reused)"
     if result.prefill_s > 0:
-        rate = result.prompt_tokens / result.prefill_s
+        rate = (result.prompt_tokens - result.reused_tokens) / result.prefill_s
         prompt += f", {rate:.1f} tokens/s; first token after {format_duration(result.prefill_s)}"
     settings = statistics.settings
     return [

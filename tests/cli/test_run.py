@@ -205,6 +205,7 @@ def test_json_is_one_object(engine: FakeEngine, capsys: pytest.CaptureFixture[st
         "finish_reason": "stop",
         "stats": {
             "prompt_tokens": 4,
+            "reused_tokens": 0,
             "completion_tokens": 9,
             "load_s": 0.5,
             "prefill_s": 0.75,
