@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mer.engine import Engine, TokenStream, open_engine, run_engine
     from mer.plan import MemoryPlan, Model, load_model, plan_memory
     from mer.sched.events import Completion, PrefillEvent, Timings, TokenEvent, Usage
+    from mer.sched.kv_file import PrefixFileError
     from mer.stats import Settings, Statistics
     from mer.text.chat import Message
 
@@ -48,6 +49,7 @@ _LATE = {
     "Message": "mer.text.chat",
     "Model": "mer.plan",
     "PrefillEvent": "mer.sched.events",
+    "PrefixFileError": "mer.sched.kv_file",
     "Settings": "mer.stats",
     "Statistics": "mer.stats",
     "Timings": "mer.sched.events",
@@ -80,6 +82,7 @@ __all__ = [
     "NotEnoughMemory",
     "NumericsError",
     "PrefillEvent",
+    "PrefixFileError",
     "Progress",
     "ReadError",
     "ReadTimeout",
