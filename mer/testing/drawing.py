@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 import attrs
 
 from mer.config import Sampling
+from mer.sched.governor import PrefetchMode
+from mer.sched.policies.registry import DEFAULT_POLICY, POLICIES
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simworker import JobCost, SimModel
 from mer.testing.world import FAULTS, Feature, ReadFault, SimRequest, SimWorld, WorkerFaults
@@ -19,6 +21,7 @@ T = TypeVar("T")
 DELAYS_S = (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1)
 PAUSES_S = (0.0, 1e-4, 1e-3, 1e-2, 0.1)
 VOCAB_SIZE = 16
+PREFETCH_MODES: tuple[PrefetchMode, ...] = ("markov", "gate", "auto")
 BLOCK_TOKENS = 4  # positions in a KV block of the simulated worker
 TRANSIENT = (errno.EIO, errno.EAGAIN)
 LASTING = (errno.EIO, errno.ESTALE, errno.ENODEV)
@@ -187,6 +190,9 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
         features=frozenset(features),
         model=attrs.evolve(model, nan_hidden=worker_faults.nan_tokens),
         n_slots=source.integer(1, min(4, n_all)) if Feature.FEW_SLOTS in features else source.integer(1, n_all),
+        policy=source.choice(sorted(POLICIES)) if Feature.OTHER_POLICIES in features else DEFAULT_POLICY,
+        prefetch=source.choice(PREFETCH_MODES) if Feature.PREFETCH in features else "off",
+        prefix_reuse=Feature.NO_REUSE not in features,
         batch_tokens=batch_tokens,
         max_sequences=max_sequences,
         max_waiting=source.integer(1, 3) if crowd else 8,

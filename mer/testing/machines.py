@@ -102,7 +102,10 @@ class TrioStateMachine(RuleBasedStateMachine):
         self.await_(trio.sleep(seconds))  # noqa: ASYNC105
 
     def start(
-        self, async_fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, expected: type[Exception] | tuple[type[Exception], ...] = ()
+        self,
+        async_fn: Callable[[*Ts], Awaitable[T]],
+        *args: *Ts,
+        expected: type[Exception] | tuple[type[Exception], ...] = (),
     ) -> StartedTask[T]:
         """Start a task; it has not run yet when this returns.
 

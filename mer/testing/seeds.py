@@ -28,6 +28,9 @@ async def open_world(world: SimWorld) -> AsyncIterator[SimEngine]:
         async with open_sim_engine(
             model=world.model,
             n_slots=world.n_slots,
+            policy=world.policy,
+            prefetch=world.prefetch,
+            prefix_reuse=world.prefix_reuse,
             batch_tokens=world.batch_tokens,
             max_sequences=world.max_sequences,
             max_waiting=world.max_waiting,

@@ -8,6 +8,8 @@ from functools import partial
 import attrs
 
 from mer.config import Sampling
+from mer.sched.governor import PrefetchMode
+from mer.sched.policies.registry import DEFAULT_POLICY
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simworker import JobCost, SimModel
 
@@ -20,6 +22,8 @@ class Feature(enum.Enum):
     """
 
     FEW_SLOTS = "few slots"
+    OTHER_POLICIES = "cache policies other than the default"
+    PREFETCH = "guesses read in advance"
     SLOW_DISK = "slow disk"
     UNEVEN_DISK = "reads that overtake each other"
     STALLS = "reads that take 500 times as long"
@@ -30,6 +34,7 @@ class Feature(enum.Enum):
     SLOW_COMPUTE = "jobs that take long"
     LONG_PROMPTS = "long prompts"
     SHARED_PROMPTS = "prompts that begin alike"
+    NO_REUSE = "no reuse of prefixes"
     CROWD = "more callers than places"
     FEW_KV_BLOCKS = "few KV blocks"
     SMALL_CHANNELS = "channels of few events"
@@ -100,6 +105,9 @@ class SimWorld:
     features: frozenset[Feature] = attrs.field(default=frozenset(), repr=lambda f: repr(sorted(x.name for x in f)))
     model: SimModel = attrs.Factory(SimModel)
     n_slots: int = 12
+    policy: str = DEFAULT_POLICY
+    prefetch: PrefetchMode = "off"
+    prefix_reuse: bool = True
     batch_tokens: int = 8
     max_sequences: int = 4
     max_waiting: int = 8

@@ -13,12 +13,12 @@ from mer.testing import swarm
 from mer.testing.seeds import make_world, run_seed
 from mer.testing.world import FAULTS, Feature
 
-N_SEEDS = 150
+N_SEEDS = 120
 
 
-@pytest.mark.parametrize("first", range(0, N_SEEDS, 50))
+@pytest.mark.parametrize("first", range(0, N_SEEDS, 30))
 def test_seeds(first: int) -> None:
-    for seed in range(first, first + 50):
+    for seed in range(first, first + 30):
         try:
             run_seed(seed)
         except BaseException as error:
@@ -27,7 +27,7 @@ def test_seeds(first: int) -> None:
 
 
 def test_a_seed_is_the_same_in_every_process() -> None:
-    code = "from mer.testing.seeds import run_seed; print([run_seed(seed) for seed in range(0, 60, 5)])"
+    code = "from mer.testing.seeds import run_seed; print([run_seed(seed) for seed in range(0, 40, 5)])"
     digests = set()
     for hash_seed in ("0", "1", "12345"):
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
@@ -35,8 +35,8 @@ def test_a_seed_is_the_same_in_every_process() -> None:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
         )
         digests.add(run.stdout.strip())
-    assert digests == {str([run_seed(seed) for seed in range(0, 60, 5)])}
-    assert len(set(eval(digests.pop()))) == 12
+    assert digests == {str([run_seed(seed) for seed in range(0, 40, 5)])}
+    assert len(set(eval(digests.pop()))) == 8
 
 
 def test_another_seed_is_another_world() -> None:
@@ -44,7 +44,8 @@ def test_another_seed_is_another_world() -> None:
     assert len(set(map(repr, worlds))) == 200
     times = Counter(feature for world in worlds for feature in world.features)
     assert set(times) == set(Feature)
-    assert all(60 < n < 140 for n in times.values())
+    assert all(20 < n < 140 for n in times.values())
+    assert sum(not world.features & FAULTS for world in worlds) > 60
 
 
 def test_features_can_be_left_out() -> None:
