@@ -14,6 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from mer.compute.worker import ReadBlocks, WriteBlocks
 from mer.errors import ComputeError, ConfigError, ContextOverflow, EngineClosed, MerError, RequestError
 from mer.sched.events import Completion
 from mer.sched.kv_file import PrefixFileError, PrefixReader
@@ -171,7 +172,7 @@ async def test_a_stream_goes_on_while_a_prefix_is_saved(autojump_clock: MockCloc
             log = len(sim.worker.log)
             nursery.start_soon(generate, sim, (3, 4), 50)
             await sim.engine.save_prefix(PROMPT, path)
-            kinds = [any(hasattr(o, "blocks") for o in job.operations) for _, job in sim.worker.log[log:]]
+            kinds = [isinstance(job.operations[0], ReadBlocks) for _, job in sim.worker.log[log:]]
             assert kinds.count(True) == 5
             pieces = [i for i, is_piece in enumerate(kinds) if is_piece]
             assert all(after - before > 1 for before, after in pairwise(pieces)), "two pieces without a batch between"
@@ -380,6 +381,19 @@ def test_cancelling_a_restoring_at_any_step_leaves_nothing_behind(saved: Path) -
 
     with patch("mer.sched.prefix_files.PIECE_BYTES", 128):
         assert cancel_at_every_step(scenario) >= 10
+
+
+async def test_blocks_that_were_to_be_written_are_left_alone_after_cancellation(
+    autojump_clock: MockClock, saved: Path
+) -> None:
+    async with open_sim_engine(model=SMALL, cost=JobCost(job_s=1)) as sim, trio.open_nursery() as nursery:
+        nursery.start_soon(generate, sim, (3, 4), 3)
+        await trio.sleep(0.5)  # in a batch of two seconds
+        with trio.move_on_after(1):
+            await sim.engine.load_prefix(saved)
+        assert sim.kv.statistics().available == sim.kv.n_blocks - 2
+        await trio.sleep(100)
+        assert not [o for _, job in sim.worker.log for o in job.operations if isinstance(o, ReadBlocks | WriteBlocks)]
 
 
 def test_cancelling_one_that_waits_for_its_turn_leaves_the_other_alone(tmp_path: Path, saved: Path) -> None:
