@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -74,6 +74,15 @@ def _optional_path(value: str | os.PathLike[str] | None) -> Path | None:
         raise ConfigError(f"{value!r} is given as a file; it must be a path") from None
 
 
+def _paths(values: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
+    try:
+        if not isinstance(values, str | os.PathLike):
+            return tuple(map(Path, values))
+    except TypeError:
+        pass
+    raise ConfigError(f"mirrors is {values!r}; it must be a list of paths of copies of the model")
+
+
 def _text(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
     if not isinstance(value, str):
         raise ConfigError(f"{attribute.name} is {value!r}; it must be a name")
@@ -100,6 +109,7 @@ class EngineConfig:
     memory: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes for the whole process
     threads: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # compute threads
     io_threads: int = attrs.field(default=4, validator=_at_least(1))  # reads the disk sees at once
+    mirrors: tuple[Path, ...] = attrs.field(default=(), converter=_paths)  # copies on further drives
     slots: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # caps the expert slots
     context: int | None = attrs.field(
         default=None, validator=optional(_at_least(1))

@@ -26,6 +26,7 @@ from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile
+from mer.io.mirror import mirror_paths
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
 from mer.io.reader import ThreadReader
@@ -395,6 +396,7 @@ async def open_engine(
     memory: int | str | None = None,
     threads: int | None = None,
     io_threads: int = 4,
+    mirrors: Iterable[str | os.PathLike[str]] = (),
     slots: int | None = None,
     context: int | None = None,
     max_sequences: int | None = None,
@@ -416,7 +418,10 @@ async def open_engine(
         memory: bounds the whole process, in bytes or as text such as "8GiB"; by default the control group's limit or
             what is available.
         threads: compute threads; by default one per processor.
-        io_threads: reads that the disk sees at once.
+        io_threads: reads that each disk sees at once.
+        mirrors: identical copies of the file, or of all parts of a split one under the same names, on further drives:
+            each a path of the copy or of its folder. They are compared with the original by header and samples, and
+            share the reading by how fast they are.
         slots: caps the expert slots below what the budget allows.
         context: positions of the longest sequence.
         max_sequences: sequences that run at once; by default 8, or what a small prefill chunk allows.
@@ -445,6 +450,7 @@ async def open_engine(
         memory=memory,
         threads=threads,
         io_threads=io_threads,
+        mirrors=mirrors,
         slots=slots,
         context=context,
         max_sequences=max_sequences,
@@ -483,7 +489,12 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             stack.callback(residency.recorder.close)
         await _compile(kinds, plan.limits.planes, config.on_progress)
         reader = stack.enter_context(
-            ThreadReader(model.gguf.paths, expected=model.gguf.identities, n_threads=config.io_threads)
+            ThreadReader(
+                model.gguf.paths,
+                mirrors=[mirror_paths(model.gguf.paths, mirror) for mirror in config.mirrors],
+                expected=model.gguf.identities,
+                n_threads=config.io_threads,
+            )
         )
         weights = DenseWeights(model.dense)
         await weights.load(
@@ -609,6 +620,7 @@ def _settings(
         memory_source=plan.budget_source,
         threads=plan.limits.threads,
         io_threads=config.io_threads,
+        mirrors=tuple(map(str, config.mirrors)),
         slots=plan.slots,
         slot_counts=plan.slot_counts,
         slot_bytes=plan.classes.slot_bytes,

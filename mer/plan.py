@@ -168,7 +168,7 @@ class _Planner:
             "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
             "prefetch predictor": _predictor_bytes(spec) if config.prefetch in ("markov", "auto") else 0,
             "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
-            "thread stacks": (self._threads + config.io_threads + 2) * STACK_BYTES,
+            "thread stacks": (self._threads + config.io_threads * (1 + len(config.mirrors)) + 2) * STACK_BYTES,
             "dense weights": dense_bytes(model.dense),
         }
         fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)

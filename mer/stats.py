@@ -26,7 +26,8 @@ class Settings:
     memory_bytes: int
     memory_source: str
     threads: int
-    io_threads: int
+    io_threads: int  # for each drive
+    mirrors: tuple[str, ...]  # copies on further drives
     slots: int
     slot_counts: tuple[int, ...]  # per class of slots
     slot_bytes: tuple[int, ...]  # of one slot of each class

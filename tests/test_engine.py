@@ -487,3 +487,31 @@ def test_cancelling_an_engine_in_a_nursery_at_any_step_of_opening_leaves_nothing
     trio.run(scenario, Subject(MOST_STEPS))
     files = files_left()
     assert cancel_on_a_real_clock(scenario, files) >= 10
+
+
+@pytest.mark.parametrize("named", ["file", "folder"])
+async def test_copies_on_further_drives_share_the_reading(tmp_path: Path, named: str) -> None:
+    path = tiny_model(tmp_path / "m.gguf").path
+    copy = tmp_path / "other" / ("m.gguf" if named == "folder" else "copy.gguf")
+    copy.parent.mkdir()
+    copy.write_bytes(path.read_bytes())
+    async with mer.open_engine(path, memory=MEMORY, slots=1) as engine:
+        want = await engine.generate("the cat", max_tokens=8)
+    mirror = copy if named == "file" else copy.parent
+    async with mer.open_engine(path, memory=MEMORY, slots=1, mirrors=[mirror]) as engine:
+        assert (await engine.generate("the cat", max_tokens=8)).tokens == want.tokens
+        assert engine.statistics().settings.mirrors == (str(mirror),)
+        shares = [drive.bytes_read for drive in engine.statistics().reader.copies]
+    assert len(shares) == 2
+    assert sum(shares) > 0
+
+
+async def test_a_mirror_that_is_no_copy_is_refused(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.gguf").path
+    other = tiny_model(tmp_path / "other.gguf", n_experts=8).path
+    with pytest.raises(mer.ModelFileError, match=r"other\.gguf"):
+        async with mer.open_engine(path, memory=MEMORY, mirrors=[other]):
+            pass
+    with pytest.raises(mer.ConfigError, match="another drive"):
+        async with mer.open_engine(path, memory=MEMORY, mirrors=[path]):
+            pass

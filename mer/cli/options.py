@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import attrs
@@ -29,6 +30,15 @@ class EngineOptions:
     threads: Annotated[
         int | None, Parameter(alias="-t", env_var="MER_THREADS", help="Compute threads. [default: one per core]")
     ] = None
+    mirrors: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            name="--mirror",
+            negative="",
+            show_default=False,
+            help="A copy of the model on another drive, which shares the reading; may be given again.",
+        ),
+    ] = ()
     slots: Annotated[
         int | None, Parameter(help="Keep at most so many experts in memory. [default: what the memory holds]")
     ] = None

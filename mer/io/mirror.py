@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -16,6 +19,18 @@ HEADER_BYTES: Final = 16 << 20  # headers take 1 to 20 MiB, nearly all of it voc
 BLOCK_BYTES: Final = 64 << 10
 N_BLOCKS: Final = 64
 _SEED: Final = 20
+
+
+def mirror_paths(paths: Sequence[str | os.PathLike[str]], mirror: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Return where the copies of a model's files are: in the folder `mirror` or in that of the file `mirror`.
+
+    They have the originals' names, but the copy of a single file may have any.
+    """
+    place = Path(mirror)
+    if len(paths) == 1 and not place.is_dir():
+        return (place,)
+    folder = place if place.is_dir() else place.parent
+    return tuple(folder / Path(path).name for path in paths)
 
 
 def verify_mirror(original: ModelFile, mirror: ModelFile) -> None:
