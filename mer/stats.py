@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import attrs
 
 from mer.compute.worker import WorkerStatistics
-from mer.io.fetch import FetcherStatistics
+from mer.io.fetch_counts import FetcherStatistics
 from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics
 from mer.io.pool import PoolStatistics
