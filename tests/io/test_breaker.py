@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.io.breaker import CircuitBreaker
@@ -61,6 +61,7 @@ def test_tripping_opens_at_once_and_a_cool_down_under_way_goes_on() -> None:
 ACTIONS = st.sampled_from(["use", "success", "failure", "probe success", "probe failure", "probe dropped"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(ACTIONS, st.floats(0, 5)), max_size=60), st.integers(1, 4))
 def test_it_is_what_its_history_says(history: list[tuple[str, float]], threshold: int) -> None:
     """Keep the whole history, and ask it instead of a state machine."""

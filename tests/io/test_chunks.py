@@ -7,7 +7,7 @@ from math import inf
 
 import attrs
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.errors import ReadError
@@ -139,6 +139,7 @@ class Model:
         self.check_ended(self.queue.cancel(plain.operation))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.lists(st.sampled_from("aattttffffepc"), max_size=150))
 def test_the_queue_gives_what_a_plain_list_would(seed: int, actions: list[str]) -> None:
     model = Model(random.Random(seed))
@@ -154,6 +155,7 @@ def test_the_queue_gives_what_a_plain_list_would(seed: int, actions: list[str]) 
     assert model.queue.queued_bytes() == (0, 0, 0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_with_copies_that_fail_and_hang_everything_ends_right(seed: int) -> None:
     """Threads of several copies at work until nothing is left; what landed was read well, once, and else not at all."""

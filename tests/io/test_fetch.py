@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -424,6 +424,7 @@ async def swarm(seed: int) -> None:
         rig.check_conservation()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_swarm(seed: int) -> None:
     trio.run(swarm, seed, clock=MockClock(autojump_threshold=0))

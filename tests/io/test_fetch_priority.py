@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import trio
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
@@ -71,6 +71,7 @@ async def demand_latency_s(
         return took_s
 
 
+@settings(deadline=None)
 @given(
     n_threads=st.integers(1, 6),
     chunks=st.integers(1, 7),

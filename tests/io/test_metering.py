@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.io.metering import LatencyHistogram, ReaderStatistics, ReadMeter
 from mer.io.priority import Priority
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 900), min_size=1), st.floats(0.001, 1))
 def test_a_quantile_is_at_most_a_bucket_above_the_true_one(durations: list[float], q: float) -> None:
     histogram = LatencyHistogram()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
@@ -27,6 +27,7 @@ MIB = 1 << 20
 # --- verification ---
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300 << 30))
 def test_the_sample_has_the_header_the_end_and_a_block_of_every_stretch(n_bytes: int) -> None:
     starts = sample(n_bytes)
