@@ -103,7 +103,8 @@ async def test_slots_threads_and_batches_change_nothing(folder: Path, kind: str,
         s = engine.statistics()
         assert s.settings.slots == s.pool.n_slots == slots
         assert s.cache.hits + s.cache.misses == s.cache.lookups
-        assert s.fetcher.started == s.fetcher.landed <= s.cache.misses + s.read_ahead.issued + s.prefetch.issued
+        assert s.fetcher.started == s.fetcher.landed + s.fetcher.abandoned + s.fetcher.in_flight
+        assert s.fetcher.started <= s.cache.misses + s.read_ahead.issued + s.prefetch.issued
         assert s.reader.bytes_read == s.dense_bytes_read + s.fetcher.bytes_read
         assert s.bytes_read == engine.gguf.header_bytes_read + s.reader.bytes_read
         assert (s.pool.pinned, s.pool.filling, s.pool.quarantined) == (0, 0, 0)

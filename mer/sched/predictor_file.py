@@ -101,7 +101,7 @@ def save_predictor(path: str | os.PathLike[str], predictor: MarkovPredictor, fin
     compressor = zlib.compressobj(level=1)
     payload = bytearray()
     for name, (kind, shape) in _fields(n_layers, n_experts, len(contexts)).items():
-        payload += compressor.compress(np.ascontiguousarray(values[name], dtype=kind).reshape(shape).data.cast("B"))
+        payload += compressor.compress(np.ascontiguousarray(values[name], dtype=kind).reshape(shape).tobytes())
     payload += compressor.flush()
     header = _HEADER.pack(
         MAGIC,

@@ -140,13 +140,16 @@ def test_only_slow_kernels_are_said_to_be_compiled(
 
 def test_options_reach_the_engine(engine: FakeEngine) -> None:
     words = "--memory 8GiB --threads 3 --slots 20 --context 99 --max-tokens 5 --temperature 0.5 --top-k 7 --top-p 0.9"
+    engine_words = "--prefetch gate --mirror a.gguf --mirror b.gguf"
     more = "--min-p 0.1 --seed 11 --ignore-eos --stop x --stop"
-    assert run_app(["run", "m.gguf", "Tell me", *words.split(), *more.split(), "\n\n"]) == 0
+    assert run_app(["run", "m.gguf", "Tell me", *words.split(), *engine_words.split(), *more.split(), "\n\n"]) == 0
     ((path, options),) = engine.opened
     assert path == Path("m.gguf")
     assert {k: v for k, v in options.items() if k != "on_progress"} == {
         "memory": "8GiB",
         "threads": 3,
+        "mirrors": (Path("a.gguf"), Path("b.gguf")),
+        "prefetch": "gate",
         "slots": 20,
         "context": 99,
             "activations": "auto",
