@@ -204,6 +204,8 @@ async def test_a_preempted_sequence_gets_back_what_is_still_cached(autojump_cloc
                 async for event in events:
                     if isinstance(event, TokenEvent):
                         drawn.append(event.token)
+                        if event.completion is not None:
+                            assert event.completion.usage.cached_tokens == 0  # its prompt was computed, the first time
                     with trio.fail_after(1000):
                         await sim.engine.generate((3,), max_tokens=1, ignore_eos=True)
             assert tuple(drawn) == sim.expected(prompt, 12)[0]
