@@ -62,15 +62,20 @@ def draw_features(source: Source, among: Collection[Feature] = tuple(Feature)) -
     )
 
 
-def draw_model(source: Source) -> SimModel:
-    """Return the shape of a small model, often with few experts of which most are used."""
-    n_experts = source.integer(2, 6)
+def draw_model(source: Source, features: Collection[Feature] = ()) -> SimModel:
+    """Return the shape of a small model, often with few experts of which most are used.
+
+    With guesses to be read, there is often something to be guessed.
+    """
+    guess = Feature.PREFETCH in features
+    n_experts = source.integer(5 if guess else 2, 6)
     return SimModel(
-        n_layers=source.integer(1, 3),
+        n_layers=source.integer(2 if guess else 1, 3),
         n_experts=n_experts,
         top_k=source.integer(1, min(3, n_experts)),
         vocab_size=VOCAB_SIZE,
         seed=source.integer(0, 3),
+        habit=source.choice([12, 15, 0]) if guess else 0,
     )
 
 
@@ -104,7 +109,7 @@ def draw_request(source: Source, features: Collection[Feature] = (), *, max_prom
     return SimRequest(
         arrives_s=source.choice(DELAYS_S),
         prompt=prompt,
-        max_tokens=source.integer(1, 12),
+        max_tokens=source.integer(1, 40 - len(prompt) // 2 if Feature.PREFETCH in features else 12),
         ignore_eos=source.choice([True, False]),
         sampling=sampling,
         stop=stop,
@@ -166,7 +171,7 @@ def draw_worker_faults(source: Source, features: Collection[Feature]) -> WorkerF
 
 def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
     """Return a world that has these features and no others."""
-    model = draw_model(source)
+    model = draw_model(source, features)
     n_all = model.n_layers * model.n_experts
     batch_tokens = source.integer(1, 12)
     crowd, long = Feature.CROWD in features, Feature.LONG_PROMPTS in features
@@ -181,7 +186,13 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
     )
     longest = max(len(request.prompt) + request.max_tokens for request in requests)
     fewest_blocks = -(-longest // BLOCK_TOKENS)
+    n_slots = source.integer(1, n_all)
+    if Feature.FEW_SLOTS in features:
+        n_slots = min(n_slots, 4)
     cost = JobCost()
+    if Feature.PREFETCH in features:  # time to read, and not all there already
+        n_slots = max(3, n_slots // 2)
+        cost = JobCost(job_s=1e-3)
     if Feature.FAST_COMPUTE in features:
         cost = JobCost(job_s=0, row_s=0, expert_s=0)
     if Feature.SLOW_COMPUTE in features:
@@ -189,7 +200,7 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
     return SimWorld(
         features=frozenset(features),
         model=attrs.evolve(model, nan_hidden=worker_faults.nan_tokens),
-        n_slots=source.integer(1, min(4, n_all)) if Feature.FEW_SLOTS in features else source.integer(1, n_all),
+        n_slots=n_slots,
         policy=source.choice(sorted(POLICIES)) if Feature.OTHER_POLICIES in features else DEFAULT_POLICY,
         prefetch=source.choice(PREFETCH_MODES) if Feature.PREFETCH in features else "off",
         prefix_reuse=Feature.NO_REUSE not in features,

@@ -73,6 +73,7 @@ class SimModel:
     top_k: int = 2
     vocab_size: int = 16
     seed: int = 0
+    habit: int = 0  # of 16 rows of a layer as many use the experts that it prefers, the others any
     nan_hidden: frozenset[int] = frozenset()  # tokens that make the hidden state NaN from the first layer on
     nan_router: frozenset[int] = frozenset()  # tokens whose router logits are NaN, and nothing else
     nan_logits: frozenset[int] = frozenset()  # tokens whose logits are infinite, with a finite hidden state
@@ -87,6 +88,8 @@ class SimModel:
 
     def route(self, layer: int, x: int) -> list[int]:
         """Return the experts of a row in router order."""
+        if self.habit and mix(layer, x) % 16 < self.habit:
+            return [(layer + i) % self.n_experts for i in range(self.top_k)]
         keys = [mix(x, layer, expert) for expert in range(self.n_experts)]
         return sorted(range(self.n_experts), key=keys.__getitem__)[: self.top_k]
 
