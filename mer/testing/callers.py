@@ -32,6 +32,7 @@ async def call(sim: SimEngine, request: SimRequest, outcome: Outcome) -> None:
     await trio.sleep(request.arrives_s)
     patience_s = float("inf") if request.cancelled_after_s is None else request.cancelled_after_s
     with trio.move_on_after(patience_s) as scope:
+        await trio.lowlevel.checkpoint()
         try:
             await _read(sim, request, outcome)
         except MerError as error:
