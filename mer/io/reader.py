@@ -280,9 +280,10 @@ class ThreadReader:
     def _finish(self, chunk: Chunk, error: ReadError | None) -> bool:
         """Account for a chunk and return whether its thread is to go on."""
         with self._lock:
+            opens_way = error is not None or chunk.speculative or chunk.probe
             told = self._note(self._queue.finish(chunk, error, time.monotonic()))
-            if error is not None:
-                self._wake()  # another copy may have to read it
+            if opens_way and len(self._drives) > 1:
+                self._wake()  # for what this thread's copy cannot read
             end = chunk.written_off and self._queue.dismiss(chunk.copy)
         self._tell(told)
         return not end

@@ -8,6 +8,7 @@ import gc
 import logging
 import mmap
 import os
+import random
 import threading
 import weakref
 from collections import deque
@@ -22,9 +23,10 @@ import trio
 from mer.errors import ConfigError, FileChanged, ReadError
 from mer.io.identity import FileIdentity
 from mer.io.operation import ReadOperation, read_extent
+from mer.io.priority import Priority
 from mer.io.reader import ThreadReader
 from mer.testing.simdisk import content
-from tests.io.lab import Landings, assert_right, operation, refuse_direct, write_files
+from tests.io.lab import Landings, assert_right, operation, real_lab, refuse_direct, write_files
 
 SIZE = 300_000
 
@@ -452,6 +454,60 @@ async def test_a_replaced_thread_ends_when_its_read_returns(path: Path, monkeypa
         join([first])
         assert len(io_threads()) == 1
         assert (await read_extent(reader, 0, 9000, 100) == content(0, 0, 9000, 100)).all()
+
+
+# --- everything at once ---
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_operations_on_real_threads(tmp_path: Path, seed: int) -> None:
+    """Operations of every priority, promoted and cancelled at random moments, on copies that fail here and there."""
+    rng = random.Random(seed)
+    n_mirrors = seed % 3
+
+    async def main() -> None:
+        settings = {"n_threads": rng.randint(1, 4), "chunk_bytes": 4096 * rng.choice([1, 3, 16])}
+        with real_lab(tmp_path, [SIZE, SIZE], n_mirrors, **settings) as lab:
+            bad: set[int] = set()
+            for copy in range(n_mirrors + 1):
+                for _ in range(seed):
+                    page = rng.randrange(SIZE // 4096)
+                    lab.fail(0, page * 4096, page * 4096 + 1, copy=copy)
+                    bad.add(page)
+            landings = Landings()
+            reads: list[ReadOperation] = []
+            cancelled: set[ReadOperation] = set()
+            for _ in range(150):
+                offset = rng.randrange(SIZE - 1)
+                n_bytes = rng.randint(1, min(100_000, SIZE - offset))
+                priority = rng.choice(list(Priority))
+                reads.append(landings.operation(offset, n_bytes, file=rng.randrange(2), priority=priority))
+                landings.call(lab.reader.start, reads[-1])
+                if rng.random() < 0.3:
+                    victim = rng.choice(reads)
+                    landings.call(lab.reader.promote, victim, Priority(rng.randint(0, victim.priority)))
+                if rng.random() < 0.2:
+                    cancelled.add(victim := rng.choice(reads))
+                    landings.call(lab.reader.cancel, victim)
+                if rng.random() < 0.1:
+                    await landings.wait(rng.choice(reads))
+            await landings.wait(*reads)
+            for read in reads:
+                if read.error is None:
+                    assert_right(read)
+                elif read.cancelled:
+                    assert read in cancelled
+                else:
+                    assert bad & set(range(read.start // 4096, (read.start + read.length) // 4096))
+            s = lab.reader.statistics()
+            assert (s.started, s.in_flight) == (150, 0)
+            assert s.landed == sum(read.error is None for read in reads)
+            assert s.cancelled == sum(read.cancelled for read in reads)
+            assert s.bytes_read == sum(read.length for read in reads if read.error is None)
+            assert sum(copy.reads for copy in s.copies) == len(lab.reads)
+            assert all(not each.queued_bytes for each in s.by_priority)
+
+    trio.run(main)
 
 
 # --- opening ---
