@@ -1,9 +1,9 @@
 """Record the routing of a model: which experts every batch used, layer by layer.
 
-Usage: python benchmarks/record_trace.py TRACE [MODEL] [MAX_TOKENS] [PROMPT ...]
+Usage: python benchmarks/record_trace.py TRACE [MODEL] [MAX_TOKENS] [TEMPERATURE] [PROMPT ...]
 
-Greedy answers to some prompts, one after another, 128 tokens each unless said otherwise; MODEL is a GGUF file, or "-"
-for the model that comes with mer.
+Answers to some prompts, one after another, 128 tokens each at temperature 0.8 unless said otherwise, with fixed seeds;
+MODEL is a GGUF file, or "-" for the model that comes with mer. `mer run --trace` does the same for one prompt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,6 @@ from pathlib import Path
 import trio
 
 import mer
-from mer.config import EngineConfig
-from mer.embedded import embedded_model_path
-from mer.plan import load_model
-from mer.sched.experts import ExpertCache
-from mer.sched.fingerprint import model_fingerprint
-from mer.sched.trace import TraceHeader, TraceWriter
 
 PROMPTS = (
     "Once upon a time there was a little girl who",
@@ -29,35 +23,32 @@ PROMPTS = (
     "It was a dark night, and the wind",
     "In the kitchen, the cook was making",
     "The king had three sons. The youngest",
+    "The history of the lighthouse begins with",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""',
+    "Photosynthesis is the process by which",
+    "Q: What is the capital of France? A:",
+    "In 1815, after the battle of Waterloo,",
+    "The derivative of a function measures",
 )
 
 
-async def record(target: Path, model_path: Path, max_tokens: int, prompts: Iterable[str]) -> None:
-    """Generate, and write what the cache is asked for; it is not told how many tokens a batch has."""
-    model = load_model(EngineConfig(path=model_path))
-    sizes = tuple(max(extents.n_bytes for extents in layer) for layer in model.experts.experts)
-    spec = model.spec
-    header = TraceHeader(spec.n_layers, spec.n_experts, spec.top_k, model_fingerprint(model.gguf), sizes)
-    lookup = ExpertCache.lookup
-    with TraceWriter(target, header) as writer:
-
-        def recorded(cache: ExpertCache, layer: int, experts: Iterable[int]) -> tuple[list[int], list[int]]:
-            union = list(experts)
-            writer.append(layer, 0, union)
-            return lookup(cache, layer, union)
-
-        ExpertCache.lookup = recorded  # type: ignore[method-assign, assignment]
-        async with mer.open_engine(model_path) as engine:
-            for prompt in prompts:
-                done = await engine.generate(prompt, max_tokens=max_tokens, ignore_eos=True)
-                print(f"{done.usage.prompt_tokens} + {done.usage.completion_tokens} tokens: {done.text[:60]!r}")
+async def record(target: Path, model: Path, max_tokens: int, temperature: float, prompts: Iterable[str]) -> None:
+    """Generate, and let the engine write the trace."""
+    async with mer.open_engine(model, trace=target) as engine:
+        for seed, prompt in enumerate(prompts):
+            sampling = mer.Sampling(temperature=temperature, seed=seed)
+            done = await engine.generate(prompt, max_tokens=max_tokens, sampling=sampling, ignore_eos=True)
+            print(f"{done.usage.prompt_tokens} + {done.usage.completion_tokens} tokens: {done.text[:60]!r}")
+        print(engine.statistics().trace)
 
 
 def main() -> None:
     """Run the command line."""
-    target, model, max_tokens, *prompts = [*sys.argv[1:], *("-", "128")[len(sys.argv) - 2 :]]
-    path = embedded_model_path() if model == "-" else Path(model)
-    trio.run(record, Path(target), path, int(max_tokens), prompts or PROMPTS)
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    target, model, max_tokens, temperature, *prompts = [*sys.argv[1:], *("-", "128", "0.8")[len(sys.argv) - 2 :]]
+    path = mer.embedded_model_path() if model == "-" else Path(model)
+    trio.run(record, Path(target), path, int(max_tokens), float(temperature), prompts or PROMPTS)
 
 
 if __name__ == "__main__":
