@@ -79,22 +79,21 @@ class StreamForward(Forward):
     def begin(self, batch: Batch) -> None:
         """Take over a batch of one token, whose id is the number of its iteration."""
         self._batch = batch
+        self._routed_experts.begin(1)
 
     def _attend(self, program: Program, layer: int, predict: bool) -> None:
-        """Add nothing: the routing is given, and the input is always the same."""
+        """Add what experts need of the input, which is always the same; the routing is given."""
+        self._routed_experts.prepare_token(program, layer)
+        program.barrier()
 
     def routed(self) -> Int32Array:
         """Return the experts of the batch's iteration, [1, K], and prepare for running them."""
         _, experts = self._events[int(self.batch.tokens[0])]
         ids = np.array(experts, np.int32)
-        order = np.argsort(ids, kind="stable")
-        k = self._used = len(ids)
-        s = self.scratch
-        s.places[order] = np.arange(k, dtype=np.int32)
-        s.order[:k] = 0
-        self._shares[:k] = 1 / k
-        self._starts = np.searchsorted(ids[order], np.arange(self._spec.n_experts + 1))
-        return ids.reshape(1, k)
+        self._used = len(ids)
+        self._shares[: self._used] = 1 / self._used
+        self._routed_experts.assign(ids)
+        return ids.reshape(1, -1)
 
     def combine(self, program: Program) -> None:
         """Add the step that adds the experts' outputs up, in the order in which the iteration names them."""

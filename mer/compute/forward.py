@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-import attrs
 import numpy as np
 import numpy.typing as npt
 
+from mer.compute.experts import RoutedExperts
 from mer.compute.kernels.attention import attention, rope_store
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
-from mer.compute.kernels.interleave import FIELDS, field_table, interleave
-from mer.compute.kernels.matmul import matmul_step
+from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.router import route
 from mer.compute.kernels.step import Step
-from mer.compute.matrix import FLOAT_BYTES, Activations, Matrix, float_stride, multiply
+from mer.compute.matrix import FLOAT_BYTES, Activations, Matrix, float_stride, is_tiled, multiply
 from mer.compute.program import Program
-from mer.compute.scratch import Limits, Scratch, kv_block_bytes, tile_scratch_bytes
+from mer.compute.scratch import Limits, Scratch, kv_block_bytes
 from mer.compute.weights import DenseWeights
-from mer.compute.worker import Batch, Float32Array, Int32Array, LoadedExpert, Stage, Uint8Array
-from mer.errors import ComputeError
+from mer.compute.worker import Batch, Float32Array, Int32Array, LoadedExpert, Uint8Array
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
 from mer.model.spec import ModelSpec, RopeStyle
 
 _KEPT_SHAPES = 8  # numbers of tokens for which a layer's attention steps are kept
-
-
-@attrs.frozen
-class _Group:
-    """The rows of one expert in the batch, as they lie in `order`."""
-
-    loaded: LoadedExpert
-    parts: tuple[Matrix, ...]  # gate, up, down
-    start: int
-    count: int
-    row: int  # first of its rows in `gate`, `up` and the packed inner activations
 
 
 class Forward:
@@ -51,22 +38,19 @@ class Forward:
     """
 
     def __init__(self, spec: ModelSpec, limits: Limits, weights: DenseWeights, experts: ExpertMap) -> None:
-        self._spec, self._limits, self._weights, self._experts = spec, limits, weights, experts
+        self._spec, self._limits, self._weights = spec, limits, weights
         self.scratch = Scratch(spec, limits, weights.types | matrix_types((), experts), experts)
         self._layer_kv_bytes = kv_block_bytes(spec) // spec.n_layers
-        self._tile_bytes = tile_scratch_bytes(experts)
-        self._fields = {kind: field_table(kind) for kind in FIELDS}
         self._batch: Batch | None = None
-        self._starts = np.zeros(spec.n_experts + 1, np.int64)
+        self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
         self._predicts = False  # whether the last Attend did
-        self._inner: set[int] = set()  # experts of the layer under way whose INNER has run, and not their OUTER
         # {(layer, tokens, blocks, predict): steps}
         self._attend_rows: dict[tuple[int, int, int, bool], npt.NDArray[np.int64]] = {}
 
     @property
     def staged_pairs(self) -> int:
         """See `ComputeWorker`."""
-        return self._limits.ffn_rows(self._spec)
+        return self._routed_experts.staged_pairs
 
     @property
     def batch(self) -> Batch:
@@ -82,6 +66,7 @@ class Forward:
         if n > self._limits.batch_tokens or len(batch.outputs) > self._limits.outputs or tables > s.table.size:
             raise RuntimeError(f"a batch of {n} tokens exceeds {self._limits}")
         self._batch = batch
+        self._routed_experts.begin(n)
         s.damaged[:n] = 0
         s.positions[:n], s.sequences[:n] = batch.positions, batch.sequences
         s.table[:tables] = batch.tables.ravel()
@@ -104,7 +89,7 @@ class Forward:
                 self._attend_rows.clear()
             self._attend_rows[key] = rows
         self._predicts = predict
-        self._inner.clear()
+        self._routed_experts.begin_layer()
         program.extend(rows)
 
     def _attend(self, program: Program, layer: int, predict: bool) -> None:
@@ -149,21 +134,22 @@ class Forward:
 
     def _route(self, program: Program, layer: int, predict: bool) -> None:
         """Add the norm before the experts and the router, and side by side with them those of the next layer."""
-        spec, a, n = self._spec, self.scratch.address, len(self.batch.tokens)
+        spec, a, n, threads = self._spec, self.scratch.address, len(self.batch.tokens), self._limits.threads
         d, router_stride = float_stride(spec.d_model), float_stride(spec.n_experts)
         targets = [
             (layer, a["h"], a["router"], (a["expert_ids"], a["expert_weights"], a["damaged"])),
             (layer + 1, a["next_h"], a["next_router"], (a["predicted_ids"], a["predicted_weights"], 0)),
         ][: 1 + predict]
-        for at, h, _, _ in targets:
-            self._norm(program, f"blk.{at}.ffn_norm.weight", a["x"], 0, n, h)
+        for turn, (at, h, _, _) in enumerate(targets):
+            self._norm(program, f"blk.{at}.ffn_norm.weight", a["x"], 0, n, h, turn % threads)
         program.barrier()
         for at, h, logits, _ in targets:
             gate = self._matrix(at, "ffn_gate_inp")
-            multiply(program, gate, Activations(n, h, d, {}), logits, router_stride, self._limits.threads)
+            multiply(program, gate, Activations(n, h, d, {}), logits, router_stride, threads)
+        self._routed_experts.prepare_token(program, layer)
         program.barrier()
-        for _, _, logits, results in targets:
-            program.add(route, logits, router_stride, n, spec.n_experts, spec.top_k, *results)
+        for turn, (_, _, logits, results) in enumerate(targets):
+            program.add(route, logits, router_stride, n, spec.n_experts, spec.top_k, *results, turn % threads)
         program.barrier()
 
     def read_block(self, block: int) -> Uint8Array:
@@ -192,10 +178,7 @@ class Forward:
         """Return the router's choice [T, K] once `attend` has run, and sort the (token, choice) pairs by expert."""
         s, n, k = self.scratch, len(self.batch.tokens), self._spec.top_k
         ids = s.expert_ids[: n * k]
-        order = np.argsort(ids, kind="stable")
-        s.places[order] = np.arange(n * k, dtype=np.int32)
-        s.order[: n * k] = order // k
-        self._starts = np.searchsorted(ids[order], np.arange(self._spec.n_experts + 1))
+        self._routed_experts.assign(ids)
         return ids.reshape(n, k).copy()
 
     def predicted(self) -> Int32Array | None:
@@ -206,45 +189,12 @@ class Forward:
         return self.scratch.predicted_ids[: n * k].reshape(n, k).copy()
 
     def run_experts(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None:
-        """Add the feed-forward networks of loaded experts, or stages of them, in groups that fit the scratch rows.
+        """Add the feed-forward networks of loaded experts, or stages of them.
 
         Raises:
             ComputeError: a stage that the batch is too large for, or that comes out of turn.
         """
-        rows, pairs = self.staged_pairs, len(self.batch.tokens) * self._spec.top_k
-        staged = pairs <= rows
-        for expert in experts:
-            self._check(expert, layer, staged, pairs)
-            self._interleave(program, layer, expert)
-        program.barrier()
-        groups: list[_Group] = []
-        filled = 0
-        for expert in experts:
-            start, end = int(self._starts[expert.expert]), int(self._starts[expert.expert + 1])
-            if not staged and filled + end - start > rows:
-                self._run_groups(program, groups)
-                groups, filled = [], 0
-            if end > start:
-                row = start if staged else filled
-                groups.append(_Group(expert, self._parts(layer, expert), start, end - start, row))
-                filled += end - start
-        if groups:
-            self._run_groups(program, groups)
-
-    def _check(self, expert: LoadedExpert, layer: int, staged: bool, pairs: int) -> None:
-        """Refuse a stage that cannot be computed, and keep account of those that can."""
-        number, stage = expert.expert, expert.stage
-        if stage is Stage.WHOLE:
-            return
-        if not staged:
-            raise ComputeError(
-                f"a batch of {pairs} (token, choice) pairs cannot run stages of experts, only one of at most "
-                f"{self.staged_pairs}; run expert {number} of layer {layer} whole"
-            )
-        if (stage is Stage.INNER) == (number in self._inner):
-            turn = "comes twice" if stage is Stage.INNER else "comes before its inner stage"
-            raise ComputeError(f"the {stage.value} stage of expert {number} of layer {layer} {turn}")
-        self._inner ^= {number}
+        self._routed_experts.run(program, layer, experts)
 
     def combine(self, program: Program) -> None:
         """Add the step that adds the weighted expert outputs to the residual stream."""
@@ -271,78 +221,10 @@ class Forward:
     def _matrix(self, layer: int, name: str) -> Matrix:
         return self._weights.matrix(f"blk.{layer}.{name}.weight")
 
-    def _norm(self, program: Program, name: str, x: int, index: int, n: int, out: int) -> None:
+    def _norm(self, program: Program, name: str, x: int, index: int, n: int, out: int, turn: int = 0) -> None:
         stride = float_stride(self._spec.d_model)
         weight = self._weights.vector(name)
-        program.add(rms_norm, x, stride, index, n, self._spec.d_model, weight, self.scratch.eps, out, stride)
-
-    def _parts(self, layer: int, expert: LoadedExpert) -> tuple[Matrix, ...]:
-        parts = self._experts.experts[layer][expert.expert].parts
-        return tuple(Matrix(p.type, p.rows, p.cols, at) for p, at in zip(parts, expert.addresses, strict=True))
-
-    def _interleave(self, program: Program, layer: int, expert: LoadedExpert) -> None:
-        """Add the re-arranging of what is fresh and used by the expert's stage."""
-        inner = expert.fresh[0] and expert.stage is not Stage.OUTER
-        outer = expert.fresh[1] and expert.stage is not Stage.INNER
-        for matrix, due in zip(self._parts(layer, expert), (inner, inner, outer), strict=True):
-            kind = int(matrix.type)
-            if due and kind in FIELDS:
-                program.add(
-                    interleave, matrix.address, matrix.address, matrix.rows, matrix.n_blocks, matrix.type.block_bytes,
-                    int(self._fields[kind].ctypes.data), len(FIELDS[kind]), self.scratch.address["tile"],
-                    self._tile_bytes,
-                )  # fmt: skip
-
-    def _run_groups(self, program: Program, groups: Sequence[_Group]) -> None:
-        """Add gate, up, SwiGLU and down of groups whose rows together fit the scratch rows."""
-        d = float_stride(self._spec.d_model)
-        self._run_inner(program, [g for g in groups if g.loaded.stage is not Stage.OUTER])
-        for g in groups:
-            if g.loaded.stage is not Stage.INNER:
-                y = self.scratch.address["y"] + g.start * d
-                multiply(program, g.parts[2], self._inner_activations(g), y, d, self._limits.threads)
-        program.barrier()
-
-    def _run_inner(self, program: Program, groups: Sequence[_Group]) -> None:
-        """Add gate, up and SwiGLU of groups, and the packing of what their down matrices multiply."""
-        spec, s, a = self._spec, self.scratch, self.scratch.address
-        threads = self._limits.threads
-        d, f = float_stride(spec.d_model), float_stride(spec.d_ff)
-        one_token = len(self.batch.tokens) == 1
-        inputs: list[Activations] = []
-        for g in groups:
-            gate, up, _ = g.parts
-            kinds = {gate.type, up.type}
-            if one_token:  # every group is the same row
-                x = Activations(1, a["h"], d, s.packed["input"])
-                if g is groups[0]:
-                    x.pack(program, spec.d_model, {m.type for group in groups for m in group.parts[:2]})
-            else:
-                index = a["order"] + FLOAT_BYTES * g.start
-                packed = {size: area.offset(g.row, spec.d_model) for size, area in s.packed["input"].items()}
-                x = Activations(g.count, a["gathered"] + g.row * d, d, packed)
-                if any(int(kind) not in FIELDS for kind in kinds):
-                    program.add(gather, a["h"], d, index, g.count, d, x.address, d)
-                x.pack(program, spec.d_model, kinds, source=a["h"], index=index)
-            inputs.append(x)
-        program.barrier()
-        for g, x in zip(groups, inputs, strict=True):
-            gate, up, _ = g.parts
-            multiply(program, gate, x, a["gate"] + g.row * f, f, threads)
-            multiply(program, up, x, a["up"] + g.row * f, f, threads)
-        program.barrier()
-        for g in groups:
-            program.add(swiglu, a["gate"] + g.row * f, a["up"] + g.row * f, g.count * f // FLOAT_BYTES)
-        program.barrier()
-        for g in groups:
-            self._inner_activations(g).pack(program, spec.d_ff, {g.parts[2].type})
-        program.barrier()
-
-    def _inner_activations(self, group: _Group) -> Activations:
-        """Return what a group's down matrix multiplies."""
-        f = float_stride(self._spec.d_ff)
-        packed = {size: area.offset(group.row, self._spec.d_ff) for size, area in self.scratch.packed["inner"].items()}
-        return Activations(group.count, self.scratch.address["gate"] + group.row * f, f, packed)
+        program.add(rms_norm, x, stride, index, n, self._spec.d_model, weight, self.scratch.eps, out, stride, turn)
 
 
 def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLType]:
@@ -351,7 +233,8 @@ def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLTyp
     return types | {p.type for layer in experts.experts for e in layer for p in e.parts}
 
 
-def steps_for(kinds: Iterable[GGMLType], planes: int) -> list[Step]:
+def steps_for(kinds: Collection[GGMLType], planes: int) -> list[Step]:
     """Return every kernel step that a model of these weight types uses with activations of so many planes."""
     steps = [matmul_step(int(kind), planes) for kind in kinds]
-    return [*steps, interleave, pack, rms_norm, gather, swiglu, combine, rope_store, attention, route]
+    steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
+    return [*steps, pack, rms_norm, gather, swiglu, combine, rope_store, attention, route]

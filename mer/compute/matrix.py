@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterable
 
 import attrs
 
-from mer.compute.kernels.interleave import FIELDS
+from mer.compute.kernels.entry import flags
+from mer.compute.kernels.interleave import FIELDS, ROWS
 from mer.compute.kernels.matmul import block_format, matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.step import Step
-from mer.compute.kernels.tile import ROWS, BlockFormat
+from mer.compute.kernels.tile import BlockFormat
 from mer.compute.program import Memory, Program
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
@@ -77,15 +78,12 @@ class PackedArea:
         xq, xs, xsum = map(memory.cut, cls.sizes(fmt, rows, cols, planes))
         return cls(fmt.block_weights, fmt.sums_per_block, xq, xs, xsum, planes)
 
-    def offset(self, first_row: int, cols: int) -> PackedArea:
-        """Return the room that begins `first_row` rows of `cols` later."""
-        blocks = first_row * (cols // self.block_weights)
-        return attrs.evolve(
-            self,
-            xq=self.xq + self.planes * first_row * cols,
-            xs=self.xs + FLOAT_BYTES * blocks,
-            xsum=self.xsum + FLOAT_BYTES * self.planes * blocks * self.sums_per_block,
-        )
+    def arguments(self, cols: int, x: int, stride: int, *, index: int = 0, up: int = 0) -> tuple[int, ...]:
+        """Return the arguments of `pack` for rows of `cols` float32 at x, behind table and length."""
+        return (
+            x, stride, index, up, cols // self.block_weights, self.block_weights, self.sums_per_block, self.xq, self.xs,
+            self.xsum, self.planes,
+        )  # fmt: skip
 
 
 @attrs.frozen
@@ -97,23 +95,67 @@ class Activations:
     stride: int  # bytes
     packed: dict[int, PackedArea]  # {weights per block: area}
 
-    def pack(self, program: Program, cols: int, kinds: set[GGMLType], *, source: int = 0, index: int = 0) -> None:
-        """Add the steps that quantize these rows for matrices of the given types.
-
-        Args:
-            program: where the steps go.
-            cols: length of a row.
-            kinds: types of the matrices that will be multiplied.
-            source: address of the float32 rows, if not `self.address`.
-            index: address of int32 row numbers in `source`, or 0.
-        """
-        sizes = {fmt.block_weights for fmt in map(block_format, kinds) if fmt is not None}
-        for size in sizes:
+    def pack(self, program: Program, cols: int, kinds: Iterable[GGMLType]) -> None:
+        """Add the steps that quantize these rows, of `cols` float32, for matrices of the given types."""
+        for size in block_sizes(kinds):
             area = self.packed[size]
-            program.add(
-                pack, source or self.address, self.stride, index, self.n, cols // size, size, area.sums_per_block,
-                area.xq, area.xs, area.xsum, area.planes,
-            )  # fmt: skip
+            program.add_alone(pack, _rows(self.n), *area.arguments(cols, self.address, self.stride))
+
+
+def block_sizes(kinds: Iterable[GGMLType]) -> list[int]:
+    """Return the sizes of the blocks in which activations for matrices of these types are packed."""
+    return sorted({fmt.block_weights for fmt in map(block_format, kinds) if fmt is not None})
+
+
+def _rows(n: int, address: int = 0) -> tuple[int, ...]:
+    """Return the entry of n rows of activations, with one matrix."""
+    return (address, 0, 0, n, 0, 0, 0, 0)
+
+
+@attrs.frozen
+class Product:
+    """The step that multiplies matrices of one shape with activations, and its arguments behind table and length."""
+
+    step: Step
+    arguments: tuple[int, ...]
+
+
+def product(
+    matrix: Matrix,
+    x: Activations,
+    out: int,
+    out_stride: int,
+    n_threads: int,
+    settings: int,
+    *,
+    out_step: int = 0,
+    raw: int = 0,
+) -> Product:
+    """Return the step out[t] = matrix @ x[t] for rows t of x and all matrices of one shape in a table of entries.
+
+    Args:
+        matrix: gives type and shape.
+        x: gives the areas of the activations.
+        out: address of the results.
+        out_stride: bytes from one row of results to the next.
+        n_threads: threads that will share the work.
+        settings: flags (see `entry.py`).
+        out_step: bytes from the results of an entry's first matrix to those of its second.
+        raw: room to arrange fresh matrices in, of `raw_bytes` for each thread; needed only if there are any.
+    """
+    kind, rows, cols = matrix.type, matrix.rows, matrix.cols
+    pieces = n_threads * _CHUNKS_PER_THREAD
+    fmt = block_format(int(kind))
+    if fmt is None:
+        chunk = round_up(max(1, rows // pieces), 4)
+        shape = (rows, cols, matrix.row_bytes)
+        arguments = (settings, chunk, *shape, x.address, x.stride, out, out_step, out_stride)
+        return Product(matmul_step(int(kind), 1), arguments)
+    area = x.packed[fmt.block_weights]
+    chunk = round_up(max(1, -(-rows // ROWS) // pieces), 2)
+    blocks = (rows, matrix.n_blocks, kind.block_bytes, fmt.block_weights, fmt.sums_per_block)
+    more = (settings, chunk, *blocks, area.xq, area.xs, area.xsum, out, out_step, out_stride, raw)
+    return Product(matmul_step(int(kind), area.planes), more)
 
 
 def multiply(
@@ -127,35 +169,10 @@ def multiply(
     add: bool = False,
 ) -> None:
     """Add the step out[t] = matrix @ x[t] for all rows t of x, or out[t] += with `add`."""
-    planes = next(iter(x.packed.values())).planes if x.packed else 1
-    block_weights, step, head, chunk = _product(matrix.type, matrix.rows, matrix.cols, planes, n_threads)
-    if block_weights:
-        area = x.packed[block_weights]
-        program.add(
-            step, matrix.address, *head, x.n, area.xq, area.xs, area.xsum, block_weights, area.sums_per_block,
-            out, out_stride, int(add), chunk,
-        )  # fmt: skip
-    else:
-        program.add(
-            step, matrix.address, *head, x.n, x.address, x.stride, out, out_stride, int(add), chunk
-        )  # fmt: skip
+    made = product(matrix, x, out, out_stride, n_threads, flags(add=add))
+    program.add_alone(made.step, _rows(x.n, matrix.address), *made.arguments)
 
 
-@functools.cache
-def _product(
-    kind: GGMLType, rows: int, cols: int, planes: int, n_threads: int
-) -> tuple[int, Step, tuple[int, int, int], int]:
-    """Return what is the same for all products with matrices of one shape.
-
-    These are the weights per block (0 for float types), the step, its three arguments behind the address, and how
-    many tiles or rows are handed out at a time.
-    """
-    fmt = block_format(int(kind))
-    row_bytes = cols // kind.block_size * kind.block_bytes
-    pieces = n_threads * _CHUNKS_PER_THREAD
-    if fmt is None:
-        chunk = round_up(max(1, rows // pieces), 4)
-        return 0, matmul_step(int(kind), 1), (rows, cols, row_bytes), chunk
-    n_tiles = -(-rows // ROWS)
-    head = (n_tiles, cols // kind.block_size, ROWS * row_bytes)
-    return fmt.block_weights, matmul_step(int(kind), planes), head, round_up(max(1, n_tiles // pieces), 2)
+def raw_bytes(kind: GGMLType, cols: int) -> int:
+    """Return the room that one thread needs to arrange a fresh matrix."""
+    return round_up(ROWS * (cols // kind.block_size) * kind.block_bytes, 64) if is_tiled(kind) else 0

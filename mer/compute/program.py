@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from array import array
 
 import numpy as np
 import numpy.typing as npt
 
-from mer.compute.kernels.step import ARG0, BARRIER, ROW_WORDS, Step
+from mer.compute.kernels.entry import ENTRY_WORDS
+from mer.compute.kernels.step import ARG0, BARRIER, ENTRY, ROW_WORDS, Step
 from mer.io.arena import PAGE_BYTES, map_anonymous
 from mer.io.extents import round_up
 
@@ -42,7 +44,8 @@ class Memory:
         return self.view(address, 4 * int(np.prod(shape))).view(np.int32).reshape(shape)
 
 
-_PACKERS = [struct.Struct(f"={n}q") for n in range(ROW_WORDS + 1)]
+_PACKERS = [struct.Struct(f"={n}q") for n in range(ENTRY + 1)]
+_ENTRY_PACKER = struct.Struct(f"={ENTRY_WORDS}q")
 _ROW_BYTES = 8 * ROW_WORDS
 
 
@@ -52,11 +55,14 @@ class Program:
     def __init__(self) -> None:
         self.rows = np.zeros((64, ROW_WORDS), np.int64)
         self.length = 0
+        self.address = int(self.rows.ctypes.data)  # of the first row
         self._bytes = self.rows.data.cast("B")
+        self._tables: list[array[int]] = []
 
     def clear(self) -> None:
-        """Forget all steps."""
+        """Forget all steps and tables."""
         self.length = 0
+        self._tables.clear()
 
     def add(self, step: Step, *arguments: int) -> None:
         """Append a step; threads may run it while others are still in the step before, back to the last barrier."""
@@ -65,6 +71,17 @@ class Program:
         packer = _PACKERS[ARG0 + len(arguments)]
         packer.pack_into(self._bytes, self.length * _ROW_BYTES, step.address, 0, 0, *arguments)
         self.length += 1
+
+    def add_alone(self, step: Step, entry: tuple[int, ...], *arguments: int) -> None:
+        """Append a step that takes a table, on the one entry given; the arguments are those behind table and length."""
+        self.add(step, 0, 1, *arguments)
+        _ENTRY_PACKER.pack_into(self._bytes, (self.length - 1) * _ROW_BYTES + 8 * ENTRY, *entry)
+
+    def table(self, words: list[int]) -> int:
+        """Return the address of a table of entries that is kept until the program is cleared."""
+        table = array("q", words)
+        self._tables.append(table)
+        return table.buffer_info()[0]
 
     def extend(self, rows: npt.NDArray[np.int64]) -> None:
         """Append steps that another program has built and not run."""
@@ -82,4 +99,5 @@ class Program:
         if self.length + n_rows > len(self.rows):
             more = np.zeros((self.length + n_rows, ROW_WORDS), np.int64)
             self.rows = np.concatenate([self.rows, more])
+            self.address = int(self.rows.ctypes.data)
             self._bytes = self.rows.data.cast("B")

@@ -8,10 +8,9 @@ import attrs
 import numpy as np
 
 from mer.compute.kernels.attention import KV_TILE
-from mer.compute.kernels.interleave import FIELDS
 from mer.compute.kernels.matmul import block_format
-from mer.compute.kernels.tile import ROWS, BlockFormat
-from mer.compute.matrix import FLOAT_BYTES, PackedArea, float_stride
+from mer.compute.kernels.tile import BlockFormat
+from mer.compute.matrix import FLOAT_BYTES, PackedArea, float_stride, raw_bytes
 from mer.compute.program import Memory
 from mer.io.extents import ExpertMap, round_up
 from mer.io.ggml import GGMLType
@@ -40,12 +39,6 @@ def kv_block_bytes(spec: ModelSpec) -> int:
     return spec.n_layers * 2 * spec.n_kv_heads * KV_TILE * float_stride(spec.head_dim)
 
 
-def tile_scratch_bytes(experts: ExpertMap) -> int:
-    """Return the room that re-arranging any expert's 16 rows takes."""
-    parts = [p for layer in experts.experts for e in layer for p in e.parts if int(p.type) in FIELDS]
-    return max((ROWS * p.n_bytes // p.rows for p in parts), default=0)
-
-
 def _formats(kinds: Iterable[GGMLType]) -> dict[int, BlockFormat]:
     formats = (block_format(int(kind)) for kind in kinds)
     return {fmt.block_weights: fmt for fmt in formats if fmt is not None}
@@ -56,6 +49,7 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
     t, r = limits.batch_tokens, limits.ffn_rows(spec)
     d, heads = float_stride(spec.d_model), spec.n_heads * spec.head_dim
     kv_heads = spec.n_kv_heads * spec.head_dim
+    shapes = {(p.type, p.cols) for layer in experts.experts for e in layer for p in e.parts}
     return {
         "x": t * d,  # residual stream
         "h": max(t, limits.outputs) * d,  # normalized
@@ -86,7 +80,7 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
         "logits": limits.outputs * float_stride(spec.vocab_size),
         "damaged": t * FLOAT_BYTES,  # rows whose router logits were not finite
         "constants": 2 * FLOAT_BYTES,  # eps, attention scale
-        "tile": limits.threads * tile_scratch_bytes(experts),
+        "raw": limits.threads * max(raw_bytes(*shape) for shape in shapes),  # an expert's rows as they are in the file
     }
 
 

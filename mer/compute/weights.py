@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mer.compute.kernels.interleave import FIELDS, field_table, interleave, rows_of_tiles
-from mer.compute.kernels.runtime import lead
-from mer.compute.kernels.tile import ROWS
+from mer.compute.kernels.interleave import ROWS, rows_of_tiles
+from mer.compute.kernels.matmul import INTERLEAVE_STEPS
+from mer.compute.kernels.runtime import run_alone
 from mer.compute.matrix import Matrix, float_stride, is_tiled, stored_bytes
 from mer.compute.program import Memory, Program
 from mer.io.extents import round_up
@@ -134,11 +134,9 @@ class DenseWeights:
         if len(tensor.shape) == 1 or not is_tiled(tensor.type):
             self._memory.view(target, len(raw))[:] = raw
             return
-        kind = int(tensor.type)
-        table = field_table(kind)
         program = Program()
         program.add(
-            interleave, int(raw.ctypes.data), target, n_rows, tensor.shape[1] // tensor.type.block_size,
-            tensor.type.block_bytes, int(table.ctypes.data), len(FIELDS[kind]), self._scratch.address, 0,
+            INTERLEAVE_STEPS[int(tensor.type)], int(raw.ctypes.data), target, n_rows,
+            tensor.shape[1] // tensor.type.block_size, tensor.type.block_bytes, self._scratch.address,
         )  # fmt: skip
-        lead(0, program.rows.ctypes.data, program.length, 1)
+        run_alone(program.address, program.length)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import attrs
@@ -125,18 +126,58 @@ class Resident:
             raise done.error
         return done
 
-    async def run(self, batch: Batch) -> Done:
-        """Take a batch through all layers and return its last job's result."""
+    async def run(self, batch: Batch, *, attended: list[Done] | None = None) -> Done:
+        """Take a batch through all layers and return its last job's result.
+
+        Args:
+            batch: what to run.
+            attended: if given, every layer predicts the next one, and the results of attention are appended here.
+        """
         operations: list[Operation] = [Begin(batch)]
         for layer in range(self.spec.n_layers):
-            done = await self.do(*operations, Attend(layer))
+            done = await self.do(*operations, Attend(layer, predict=attended is not None))
             assert done.expert_ids is not None
+            if attended is not None:
+                attended.append(done)
             loaded = [self.experts.load(layer, int(expert)) for expert in np.unique(done.expert_ids)]
             *first, last = (RunExperts(layer, tuple(group)) for group in self.split(loaded))
             for group in first:
                 await self.do(group)
             operations = [last, Combine(layer)]
         return await self.do(*operations, Project())
+
+
+@asynccontextmanager
+async def open_resident(
+    path: str | Path,
+    limits: Limits,
+    *,
+    keep: bool = True,
+    split: Split = together,
+) -> AsyncIterator[Resident]:
+    """Load a model and run its worker while the block is open.
+
+    Args:
+        path: GGUF file.
+        limits: the largest batch, and the threads that compute.
+        keep: as for `Experts`.
+        split: how a layer's experts are divided into jobs.
+    """
+    gguf = read_gguf(path)
+    spec = model_spec(gguf)
+    experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
+    weights = DenseWeights(dense_tensors(spec, gguf))
+    with ThreadReader(gguf.paths) as reader:
+        await weights.load(reader, lambda _loaded, _total: None)
+    worker = CPUWorker(Forward(spec, limits, weights, experts), limits.threads)
+    worker.start_threads()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.run)
+            yield Resident(spec, worker, Experts(gguf, experts, keep), split)
+            worker.jobs.close()
+    finally:
+        worker.close()
 
 
 def run(
@@ -148,6 +189,7 @@ def run(
     split: Split = together,
     kv_blocks: int = 8,
     planes: int = 1,
+    batch_tokens: int = 0,
 ) -> list[Done]:
     """Load a model and return the last result of each batch, in order.
 
@@ -158,14 +200,11 @@ def run(
         keep: as for `Experts`.
         split: how a layer's experts are divided into jobs.
         kv_blocks: KV blocks in all.
-        planes: int8 planes of activations that meet quantized weights.
         planes: of activations that meet quantized weights; 1 is int8, 2 is 15 bits.
+        batch_tokens: rows that the worker is made for, if more than the largest batch has.
     """
-    gguf = read_gguf(path)
-    spec = model_spec(gguf)
-    experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
     limits = Limits(
-        batch_tokens=max(len(b.tokens) for b in batches),
+        batch_tokens=max(batch_tokens, *(len(b.tokens) for b in batches)),
         outputs=max(len(b.outputs) for b in batches),
         sequences=max(len(b.tables) for b in batches),
         sequence_blocks=max(b.tables.shape[1] for b in batches),
@@ -175,20 +214,8 @@ def run(
     )
 
     async def main() -> list[Done]:
-        weights = DenseWeights(dense_tensors(spec, gguf))
-        with ThreadReader(gguf.paths) as reader:
-            await weights.load(reader, lambda _loaded, _total: None)
-        worker = CPUWorker(Forward(spec, limits, weights, experts), threads)
-        model = Resident(spec, worker, Experts(gguf, experts, keep), split)
-        worker.start_threads()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(worker.run)
-                done = [await model.run(batch) for batch in batches]
-                worker.jobs.close()
-        finally:
-            worker.close()
-        return done
+        async with open_resident(path, limits, keep=keep, split=split) as model:
+            return [await model.run(batch) for batch in batches]
 
     return trio.run(main)
 
@@ -203,6 +230,7 @@ def logits(
     keep: bool = True,
     split: Split = together,
     planes: int = 1,
+    batch_tokens: int = 0,
 ) -> Logits:
     """Return the logits [T, V] of one sequence, fed in chunks of the given lengths."""
     batches, start = [], 0
@@ -210,5 +238,6 @@ def logits(
         batches.append(batch(tokens[start : start + length], start, table=table))
         start += length
     assert start == len(tokens)
-    results = [done.logits for done in run(path, batches, threads=threads, keep=keep, split=split, planes=planes)]
+    done = run(path, batches, threads=threads, keep=keep, split=split, planes=planes, batch_tokens=batch_tokens)
+    results = [result.logits for result in done]
     return np.concatenate([part for part in results if part is not None])

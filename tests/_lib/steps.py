@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mer.compute.kernels.interleave import FIELDS, field_table, interleave
+from mer.compute.kernels.entry import PAIR, ROW, ZERO, flags
+from mer.compute.kernels.interleave import ROWS
+from mer.compute.kernels.matmul import INTERLEAVE_STEPS
+from mer.compute.kernels.pack import pack
 from mer.compute.kernels.step import COUNTER, Step
-from mer.compute.kernels.tile import FORMATS, ROWS
-from mer.compute.matrix import Activations, Matrix, PackedArea, float_stride, multiply, stored_bytes
+from mer.compute.kernels.tile import FORMATS
+from mer.compute.matrix import Activations, Matrix, PackedArea, float_stride, multiply, raw_bytes, stored_bytes
+from mer.compute.matrix import product as made_product
 from mer.compute.program import Program
 from mer.io.ggml import GGMLType
 
@@ -49,6 +54,10 @@ class Areas:
         padded = np.full((rows, float_stride(cols) // 4), pad, np.float32)
         padded[:, :cols] = array
         return self.put(padded)
+
+    def put_entries(self, entries: Sequence[tuple[int, int, int]]) -> int:
+        """Return the address of a table of (rows, first row, first pair), without matrices."""
+        return self.put(np.array([(0, 0, 0, *entry, 0, 0) for entry in entries], np.int64))
 
     def floats(self, *shape: int) -> F32:
         """Return an area of float32, NaN throughout."""
@@ -88,15 +97,14 @@ def run_step(step: Step, *arguments: int, n_threads: int = 1) -> None:
 def tiles(areas: Areas, kind: GGMLType, raw: U8, rows: int, cols: int, n_threads: int = 1) -> Matrix:
     """Return a matrix in memory in the kernels' layout, from the file's bytes."""
     n_blocks = cols // kind.block_size
-    if int(kind) not in FIELDS:
+    if int(kind) not in INTERLEAVE_STEPS:
         return Matrix(kind, rows, cols, areas.put(raw, shift=2))
     row_bytes = n_blocks * kind.block_bytes
     target = areas.room(stored_bytes(kind, rows, cols), shift=32)
-    table = field_table(int(kind))
     scratch = areas.room(n_threads * ROWS * row_bytes)
     run_step(
-        interleave, areas.put(raw, shift=3), address(target), rows, n_blocks, kind.block_bytes, address(table),
-        len(table), address(scratch), ROWS * row_bytes, n_threads=n_threads,
+        INTERLEAVE_STEPS[int(kind)], areas.put(raw, shift=3), address(target), rows, n_blocks, kind.block_bytes,
+        address(scratch), n_threads=n_threads,
     )  # fmt: skip
     return Matrix(kind, rows, cols, address(target))
 
@@ -142,3 +150,69 @@ def product(
     if fmt is None:
         assert np.isnan(results[:, rows:]).all()
     return results[:, :rows].copy()
+
+
+def products(
+    kind: GGMLType,
+    weights: Sequence[Sequence[U8]],
+    rows: int,
+    x: Sequence[F32],
+    fresh: Sequence[int],
+    *,
+    planes: int,
+    first: int,
+    shared: bool,
+    n_threads: int,
+) -> list[list[F32]]:
+    """Return the products of a table's matrices, for each entry and matrix.
+
+    Args:
+        kind: type of the matrices.
+        weights: for each entry two matrices as they are in the file.
+        rows: their rows.
+        x: for each entry its activations [n, cols].
+        fresh: for each entry the bits that say which matrices lie there as they are in the file.
+        planes: int8 planes of the activations.
+        first: number of the first matrix in the entry, 0 to 2.
+        shared: whether all entries have the same activations.
+        n_threads: thread numbers that share the work.
+    """
+    areas, program = Areas(), Program()
+    counts = [len(part) for part in x]
+    firsts = np.cumsum([0, *counts])
+    cols, fmt = x[0].shape[1], FORMATS.get(int(kind))
+    every = x[0] if shared else np.concatenate(list(x))
+    packed = {}
+    if fmt is not None:
+        q, scales, sums = (address(areas.room(size)) for size in PackedArea.sizes(fmt, len(every), cols, planes))
+        packed[fmt.block_weights] = PackedArea(fmt.block_weights, fmt.sums_per_block, q, scales, sums, planes)
+    source, stride = areas.put_rows(every), float_stride(rows)
+    words = []
+    for number, pair in enumerate(weights):
+        at = [0, 0, 0, 0]
+        for m, raw in enumerate(pair, first):
+            if fmt is not None and fresh[number] >> (m // 2) & 1:
+                there = areas.room(stored_bytes(kind, rows, cols), shift=6)
+                there[: raw.size] = raw.reshape(-1)
+                at[m] = address(there)
+            else:
+                at[m] = tiles(areas, kind, raw, rows, cols).address
+        own = 0 if shared else int(firsts[number])
+        words.append((*at[:3], counts[number], own, int(firsts[number]), fresh[number], 0))
+    pieces = [(1, 0, 0)] if shared else [(n, int(begin), 0) for n, begin in zip(counts, firsts, strict=False)]
+    for area in packed.values():
+        program.add(pack, areas.put_entries(pieces), len(pieces), *area.arguments(cols, source, float_stride(cols)))
+    results = areas.floats(2, max(sum(counts), 1), stride // 4)
+    raw_room = areas.room(n_threads * raw_bytes(kind, cols) + 64)
+    settings = flags(first, 2, x=ZERO if shared else ROW, out=PAIR)
+    made = made_product(
+        Matrix(kind, rows, cols, 0), Activations(1, source, float_stride(cols), packed), address(results), stride,
+        n_threads, settings, out_step=results[0].nbytes, raw=address(raw_room),
+    )  # fmt: skip
+    program.add(made.step, areas.put(np.array(words, np.int64)), len(words), *made.arguments)
+    run_program(program, n_threads)
+    areas.check()
+    return [
+        [results[m, begin : begin + n, :rows].copy() for m in range(2)] if n else []
+        for n, begin in zip(counts, firsts, strict=False)
+    ]

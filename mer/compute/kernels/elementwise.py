@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from mer.compute.kernels.entry import COUNT, PAIR, ROW, entry_of
 from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64
 from mer.compute.kernels.step import ARG0, step
 from mer.compute.kernels.vector import add_scaled, dot, scale_product, swiglu16
@@ -18,14 +19,14 @@ def rms_norm(row: int, thread: int, n_threads: int) -> None:
     Rows of x, out and weight have room for a multiple of 16 floats; what pads x has no effect on the d results.
 
     Arguments: x, x_stride_bytes, index (int32 row numbers, or 0), n, d, weight, eps (address of a float32), out,
-    out_stride_bytes.
+    out_stride_bytes, turn (the thread that takes the first row).
     """
     x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n, d, weight = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
     eps = load_f32(load_i64(row, ARG0 + 6), 0)
     out, out_stride = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
     whole, padded = d // 16 * 16, (d + 15) // 16 * 16
-    for t in range(thread, n, n_threads):
+    for t in range((thread + n_threads - load_i64(row, ARG0 + 9)) % n_threads, n, n_threads):
         source = x + (load_i32(index, t) if index != 0 else t) * x_stride
         square = dot(source, source, whole)
         for i in range(whole, d):
@@ -36,26 +37,34 @@ def rms_norm(row: int, thread: int, n_threads: int) -> None:
 
 @step
 def gather(row: int, thread: int, n_threads: int) -> None:
-    """Copy chosen rows of float32 side by side.
+    """Copy to each entry's own rows of float32 those of its tokens.
 
-    Arguments: x, x_stride_bytes, index (int32 row numbers), n, row_bytes, out, out_stride_bytes.
+    Arguments: table, number of entries, x, stride_bytes (of x and out), index (int32 row of x for each (token, choice)
+    pair), out.
     """
-    x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    n, row_bytes = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
-    out, out_stride = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
-    for t in range(thread, n, n_threads):
-        copy_bytes(out + t * out_stride, x + load_i32(index, t) * x_stride, row_bytes)
+    table, n_entries = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
+    x, stride = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
+    index, out = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    for number in range(n_entries):
+        entry = entry_of(row, table, number)
+        n, own, pair = load_i64(entry, COUNT), load_i64(entry, ROW), load_i64(entry, PAIR)
+        for t in range(thread, n, n_threads):
+            copy_bytes(out + (own + t) * stride, x + load_i32(index, pair + t) * stride, stride)
 
 
 @step
 def swiglu(row: int, thread: int, n_threads: int) -> None:
-    """Write gate = silu(gate) * up for n contiguous float32, a multiple of 16.
+    """Write gate = silu(gate) * up for each entry's own rows of float32.
 
-    Arguments: gate, up, n.
+    Arguments: table, number of entries, gate, up, stride_bytes (whole vectors of 16).
     """
-    gate, up, vectors = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2) // 16
-    first, last = vectors * thread // n_threads, vectors * (thread + 1) // n_threads
-    swiglu16(gate + 64 * first, up + 64 * first, 16 * (last - first))
+    table, n_entries = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
+    gate, up, stride = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
+    for number in range(n_entries):
+        entry = entry_of(row, table, number)
+        begin, vectors = load_i64(entry, ROW) * stride, load_i64(entry, COUNT) * stride // 64
+        first, last = vectors * thread // n_threads, vectors * (thread + 1) // n_threads
+        swiglu16(gate + begin + 64 * first, up + begin + 64 * first, 16 * (last - first))
 
 
 @step

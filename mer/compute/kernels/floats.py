@@ -9,13 +9,13 @@ from typing import Any
 
 from numba import types
 
+from mer.compute.kernels.entry import claim, rows_of_piece
 from mer.compute.kernels.ir import (
     F32,
     I64,
     LANES,
     V16F32,
     V16I16,
-    atomic_add,
     const,
     fma,
     i64,
@@ -29,7 +29,7 @@ from mer.compute.kernels.ir import (
     widen_half,
 )
 from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
-from mer.compute.kernels.step import ARG0, COUNTER, step
+from mer.compute.kernels.step import ARG0, step
 
 F32_KIND, F16_KIND, BF16_KIND = 0, 1, 30  # ggml type ids
 
@@ -99,22 +99,22 @@ def float_tile(
 
 @njit
 def float_rows(row, kind):  # type: ignore[no-untyped-def]
-    """Body of every float matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed chunks of rows.
+    """Body of every float matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed rows.
 
-    Arguments: w, n_rows, k, row_bytes, n (columns), x, x_stride_bytes, out, out_stride_bytes, add, chunk (in rows).
+    Arguments behind those of `entry.py`: n_rows, k, row_bytes, x, x_stride_bytes, out, out_step_bytes (from the results
+    of one matrix to those of the next), out_stride_bytes.
     """
     literally(kind)
-    w, n_rows = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
-    k, row_bytes = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
-    n, x, x_stride = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
-    out, out_stride, add = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
-    chunk = load_i64(row, ARG0 + 10)
+    n_rows, k, row_bytes = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
+    x0, x_stride, out0 = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
+    out_step, out_stride = load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
+    add = load_i64(row, ARG0 + 2) >> 32
     while True:
-        first = atomic_add(row + 8 * COUNTER, chunk)
-        if first >= n_rows:
+        entry, matrix, r, last = claim(row, n_rows)
+        if entry == 0:
             return
-        last = min(first + chunk, n_rows)
-        r = first
+        w, _, n, x_row, out_row = rows_of_piece(row, entry, matrix)
+        x, out = x0 + x_row * x_stride, out0 + matrix * out_step + out_row * out_stride
         while r < last:
             wr, to = w + r * row_bytes, out + 4 * r
             four = r + 4 <= last

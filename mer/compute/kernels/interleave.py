@@ -6,12 +6,33 @@ unit of the 16 rows lies side by side, unit after unit, field after field. Bytes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba import types
 
-from mer.compute.kernels.ir import copy_bytes, load_i64, move_u8, move_u16, move_u32, zero_bytes
-from mer.compute.kernels.step import ARG0, step
-from mer.compute.kernels.tile import ROWS
+from mer.compute.kernels.ir import (
+    I16,
+    I32,
+    V16I32,
+    V64I8,
+    const,
+    copy_bytes,
+    i64,
+    load,
+    load_i64,
+    prefetch,
+    store,
+    zero_bytes,
+)
+from mer.compute.kernels.numba_api import intrinsic, literally, njit
+from mer.compute.kernels.step import ARG0
+
+ROWS = 16  # rows in a tile
+_L2 = 2  # locality of a prefetch that goes past the first cache
 
 # {ggml type id: ((offset, unit bytes, count, exclusive-or per 4 bytes), ...)}, in the tile's order
 FIELDS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
@@ -25,11 +46,6 @@ FIELDS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
         (128, 4, 16, 0),
     ),  # Q6_K: scale, sub-scales, low, high bits
 }
-
-
-def field_table(kind: int) -> npt.NDArray[np.int64]:
-    """Return a type's fields as an int64 matrix for the kernel."""
-    return np.array(FIELDS[kind], np.int64)
 
 
 def rows_of_tiles(
@@ -52,39 +68,100 @@ def rows_of_tiles(
     return out.reshape(len(rows), -1)
 
 
-@step
-def interleave(row: int, thread: int, n_threads: int) -> None:
-    """Turn rows of blocks into tiles; tiles are split evenly over the threads.
+def _lanes(numbers: Iterable[int]) -> Any:
+    """Return which lanes of two vectors side by side a shuffle takes."""
+    values = list(numbers)
+    return ir.Constant(ir.VectorType(I32, len(values)), values)
 
-    Arguments: source, target (may be the same address), n_rows, n_blocks, block_bytes, fields, n_fields, scratch,
-    scratch_stride_bytes. The target holds n_rows rounded up to 16; missing rows become zero bytes.
+
+def _transposed(b: Any, block: Any, row_bytes: Any, offset: int) -> list[Any]:
+    """Load 16 bytes from `offset` of 16 rows' blocks; return 4 vectors of 16 x 4 bytes, lane i from row i.
+
+    Quarter q of vector p holds the four words of row 4 q + p; then the 4 x 4 words of each quarter are transposed.
     """
+    words = ir.VectorType(I32, 4)
+    vectors = []
+    for p in range(4):
+        rows = [load(b, block, b.add(b.mul(row_bytes, i64(4 * q + p)), i64(offset)), words) for q in range(4)]
+        halves = [b.shuffle_vector(rows[q], rows[q + 1], _lanes(range(8))) for q in (0, 2)]
+        vectors.append(b.shuffle_vector(*halves, _lanes(range(16))))
+    out = []
+    for word in (0, 2):
+        pairs = _lanes(4 * q + lane for q in range(4) for lane in (word, word + 16, word + 1, word + 17))
+        left, right = b.shuffle_vector(*vectors[:2], pairs), b.shuffle_vector(*vectors[2:], pairs)
+        for half in (0, 2):
+            fours = _lanes(4 * q + lane for q in range(4) for lane in (half, half + 1, half + 16, half + 17))
+            out.append(b.shuffle_vector(left, right, fours))
+    return out
+
+
+def _split(b: Any, vector: Any) -> Any:
+    """Turn 16 x 4 bytes into 4 x 16: first the first byte of all rows, then the second, and so on."""
+    units = _lanes(4 * lane + byte for byte in range(4) for lane in range(ROWS))
+    return b.shuffle_vector(b.bitcast(vector, V64I8), ir.Constant(V64I8, ir.Undefined), units)
+
+
+@intrinsic(prefer_literal=True)
+def interleave_block(_ctx: Any, kind: Any, out: Any, block: Any, row_bytes: Any, ahead: Any) -> Any:
+    """Turn one block of each of 16 rows, `row_bytes` apart, into a tile's block; the two do not overlap.
+
+    As many bytes at `ahead` are asked for meanwhile, evenly, so that they are in the second cache when they are needed.
+    """
+    fields = FIELDS[kind.literal_value]
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        _, out, block, row_bytes, ahead = args
+        lines = range(0, ROWS * sum(unit * count for _, unit, count, _ in fields), 64)
+        groups = sum(unit * count // 16 for _, unit, count, _ in fields)  # of 16 bytes of each row
+        group = position = 0
+        for offset, unit, count, flip in fields:
+            for row in range(ROWS if unit == 2 else 0):
+                half = load(b, block, b.add(b.mul(row_bytes, i64(row)), i64(offset)), I16)
+                store(b, half, out, position + 2 * row, 1)
+            for first in range(0, unit * count - 15, 16):
+                for line in lines[len(lines) * group // groups : len(lines) * (group + 1) // groups]:
+                    prefetch(b, ahead, line, _L2)
+                group += 1
+                for j, vector in enumerate(_transposed(b, block, row_bytes, offset + first)):
+                    flipped = b.xor(vector, const(V16I32, flip))
+                    bytes_ = _split(b, flipped) if unit == 1 else flipped
+                    store(b, bytes_, out, position + ROWS * first + 64 * j, 1)
+            position += ROWS * unit * count
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 4), codegen
+
+
+@njit
+def interleave_tile(kind, source, target, present, n_blocks, block_bytes, raw, ahead):  # type: ignore[no-untyped-def]
+    """Turn `present` rows of blocks into a tile; the missing ones become zero bytes.
+
+    `raw` is room for 16 rows, so that source and target may be the same. What lies at `ahead` is fetched meanwhile.
+    """
+    literally(kind)
+    row_bytes = n_blocks * block_bytes
+    copy_bytes(raw, source, present * row_bytes)
+    if present < 16:
+        zero_bytes(raw + present * row_bytes, (16 - present) * row_bytes)
+    for k in range(n_blocks):
+        done = 16 * k * block_bytes
+        interleave_block(kind, target + done, raw + k * block_bytes, row_bytes, ahead + done)
+
+
+@njit
+def interleave_rows(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
+    """Body of every interleaving step: turn rows of blocks into tiles, which are split evenly over the threads.
+
+    Arguments: source, target (elsewhere), n_rows, n_blocks, block_bytes, raw (room for 16 rows, for each thread).
+    The target holds n_rows rounded up to 16.
+    """
+    literally(kind)
     source, target, n_rows = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n_blocks, block_bytes = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
-    fields, n_fields = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
-    raw = load_i64(row, ARG0 + 7) + thread * load_i64(row, ARG0 + 8)
-    row_bytes = n_blocks * block_bytes
-    n_tiles = (n_rows + 15) // 16
-    for tile in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):
+    tile_bytes, n_tiles = 16 * n_blocks * block_bytes, (n_rows + 15) // 16
+    raw = load_i64(row, ARG0 + 5) + thread * tile_bytes
+    last = n_tiles * (thread + 1) // n_threads
+    for tile in range(n_tiles * thread // n_threads, last):
+        here, ahead = source + tile * tile_bytes, source + min(tile + 1, last - 1) * tile_bytes
         present = min(16, n_rows - 16 * tile)
-        copy_bytes(raw, source + 16 * tile * row_bytes, present * row_bytes)
-        if present < 16:
-            zero_bytes(raw + present * row_bytes, (16 - present) * row_bytes)
-        out = target + 16 * tile * row_bytes
-        for k in range(n_blocks):
-            block = raw + k * block_bytes
-            for f in range(n_fields):
-                offset, unit = load_i64(fields, 4 * f), load_i64(fields, 4 * f + 1)
-                count, flip = load_i64(fields, 4 * f + 2), load_i64(fields, 4 * f + 3)
-                for u in range(count):
-                    first = block + offset + u * unit
-                    if unit == 4:
-                        for lane in range(16):
-                            move_u32(out + 4 * lane, first + lane * row_bytes, flip)
-                    elif unit == 2:
-                        for lane in range(16):
-                            move_u16(out + 2 * lane, first + lane * row_bytes)
-                    else:
-                        for lane in range(16):
-                            move_u8(out + lane, first + lane * row_bytes)
-                    out += 16 * unit
+        interleave_tile(kind, here, target + tile * tile_bytes, present, n_blocks, block_bytes, raw, ahead)

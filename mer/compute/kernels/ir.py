@@ -6,6 +6,7 @@ targets with narrower registers, so that every instruction-set form computes the
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from llvmlite import binding, ir
@@ -52,10 +53,10 @@ def store(b: ir.IRBuilder, value: Any, address: Any, offset: Any, align: int = 4
     b.store(value, at(b, address, offset, value.type)).align = align
 
 
-def prefetch(b: ir.IRBuilder, address: Any, offset: int) -> None:
-    """Ask for the cache line at an address, which need not exist."""
-    read_all_caches_data = [ir.Constant(I32, n) for n in (0, 3, 1)]
-    call(b, "llvm.prefetch.p0", ir.VoidType(), at(b, address, offset, I8), *read_all_caches_data)
+def prefetch(b: ir.IRBuilder, address: Any, offset: int, locality: int = 3) -> None:
+    """Ask for the cache line at an address, which need not exist, into all caches (3) or from the second on (2)."""
+    read_data = [ir.Constant(I32, n) for n in (0, locality, 1)]
+    call(b, "llvm.prefetch.p0", ir.VoidType(), at(b, address, offset, I8), *read_data)
 
 
 def splat(b: ir.IRBuilder, scalar: Any, vector: ir.VectorType) -> Any:
@@ -176,7 +177,7 @@ def pause(_ctx: Any) -> Any:
     """Tell the processor that this is a spin loop, where it has such an instruction."""
 
     def codegen(context: Any, b: Any, _signature: Any, _args: Any) -> Any:
-        if FORM is Form.AVX512_VNNI:
+        if platform.machine() == "x86_64":
             call(b, "llvm.x86.sse2.pause", ir.VoidType())
         return context.get_dummy_value()
 
@@ -254,39 +255,6 @@ def store_i32(_ctx: Any, address: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int32), codegen
-
-
-@intrinsic
-def move_u32(_ctx: Any, target: Any, source: Any, flip: Any) -> Any:
-    """Copy 4 bytes of any alignment, exclusive-or'ed with `flip`."""
-
-    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        store(b, b.xor(load(b, args[1], 0, I32, 1), b.trunc(args[2], I32)), args[0], 0, 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def move_u16(_ctx: Any, target: Any, source: Any) -> Any:
-    """Copy 2 bytes of any alignment."""
-
-    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        store(b, load(b, args[1], 0, I16, 1), args[0], 0, 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def move_u8(_ctx: Any, target: Any, source: Any) -> Any:
-    """Copy one byte."""
-
-    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        store(b, load(b, args[1], 0, I8, 1), args[0], 0, 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -1,12 +1,12 @@
-"""Which step multiplies which weight type, and the form its activations take."""
+"""Which steps multiply and arrange which weight type, and the form its activations take."""
 
 from __future__ import annotations
 
 from mer.compute.kernels.floats import matmul_bf16, matmul_f16, matmul_f32
-from mer.compute.kernels.q4_0 import matmul_q4_0, matmul_q4_0_a15
-from mer.compute.kernels.q4_1 import matmul_q4_1, matmul_q4_1_a15
-from mer.compute.kernels.q6_k import matmul_q6_k, matmul_q6_k_a15
-from mer.compute.kernels.q8_0 import matmul_q8_0, matmul_q8_0_a15
+from mer.compute.kernels.q4_0 import interleave_q4_0, matmul_q4_0, matmul_q4_0_a15
+from mer.compute.kernels.q4_1 import interleave_q4_1, matmul_q4_1, matmul_q4_1_a15
+from mer.compute.kernels.q6_k import interleave_q6_k, matmul_q6_k, matmul_q6_k_a15
+from mer.compute.kernels.q8_0 import interleave_q8_0, matmul_q8_0, matmul_q8_0_a15
 from mer.compute.kernels.step import Step
 from mer.compute.kernels.tile import FORMATS, BlockFormat
 
@@ -23,6 +23,9 @@ STEPS: dict[int, Step] = {
 
 # The same for quantized types on activations of two planes
 FINE_STEPS: dict[int, Step] = {2: matmul_q4_0_a15, 3: matmul_q4_1_a15, 8: matmul_q8_0_a15, 14: matmul_q6_k_a15}
+
+# The steps that bring quantized types into tiles
+INTERLEAVE_STEPS: dict[int, Step] = {2: interleave_q4_0, 3: interleave_q4_1, 8: interleave_q8_0, 14: interleave_q6_k}
 
 
 def matmul_step(kind: int, planes: int) -> Step:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from mer.compute.kernels.interleave import interleave_rows
 from mer.compute.kernels.ir import (
     I64,
     V16F32,
@@ -93,12 +94,18 @@ FORMATS[KIND] = Q6_K()
 
 
 @step
-def matmul_q6_k(row: int, _thread: int, _n_threads: int) -> None:
+def matmul_q6_k(row: int, thread: int, _n_threads: int) -> None:
     """Q6_K matrix product on int8 activations; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND, 1)
+    matmul_rows(row, thread, KIND, 1)
 
 
 @step
-def matmul_q6_k_a15(row: int, _thread: int, _n_threads: int) -> None:
+def matmul_q6_k_a15(row: int, thread: int, _n_threads: int) -> None:
     """Q6_K matrix product on 15-bit activations; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND, 2)
+    matmul_rows(row, thread, KIND, 2)
+
+
+@step
+def interleave_q6_k(row: int, thread: int, n_threads: int) -> None:
+    """Tiles of Q6_K from rows as in the file; arguments as in `interleave_rows`."""
+    interleave_rows(row, thread, n_threads, KIND)

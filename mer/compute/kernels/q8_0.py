@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.interleave import interleave_rows
 from mer.compute.kernels.ir import V16F32, V16I16, V64I8, dot4, fma, load, widen_half
 from mer.compute.kernels.step import step
 from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
@@ -40,12 +41,18 @@ FORMATS[KIND] = Q8_0()
 
 
 @step
-def matmul_q8_0(row: int, _thread: int, _n_threads: int) -> None:
+def matmul_q8_0(row: int, thread: int, _n_threads: int) -> None:
     """Q8_0 matrix product on int8 activations; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND, 1)
+    matmul_rows(row, thread, KIND, 1)
 
 
 @step
-def matmul_q8_0_a15(row: int, _thread: int, _n_threads: int) -> None:
+def matmul_q8_0_a15(row: int, thread: int, _n_threads: int) -> None:
     """Q8_0 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
-    matmul_rows(row, KIND, 2)
+    matmul_rows(row, thread, KIND, 2)
+
+
+@step
+def interleave_q8_0(row: int, thread: int, n_threads: int) -> None:
+    """Tiles of Q8_0 from rows as in the file; arguments as in `interleave_rows`."""
+    interleave_rows(row, thread, n_threads, KIND)

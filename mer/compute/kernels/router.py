@@ -19,12 +19,12 @@ def route(row: int, thread: int, n_threads: int) -> None:
     `damaged`, if there is one; NaN then ranks as minus infinity, so that the k experts are always different ones.
 
     Arguments: logits (float32), stride_bytes, n, n_experts, k, ids (int32 [n, k]), weights (float32 [n, k]), damaged
-    (int32 [n], or 0).
+    (int32 [n], or 0), turn (the thread that takes the first row).
     """
     logits, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n_experts, k = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
     ids, weights, damaged = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
-    for t in range(thread, n, n_threads):
+    for t in range((thread + n_threads - load_i64(row, ARG0 + 8)) % n_threads, n, n_threads):
         scores = logits + t * stride
         if damaged != 0:
             for e in range(n_experts):

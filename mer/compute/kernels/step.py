@@ -19,8 +19,9 @@ from numba import types
 from mer.compute.kernels.numba_api import njit, numba_config
 from mer.compute.kernels.target import KERNEL_CACHE
 
-ROW_WORDS = 24  # int64 per program row: function, barrier flag, work counter, arguments
+ROW_WORDS = 32  # int64 per program row: function, barrier flag, work counter, arguments, an entry (see `entry.py`)
 FUNCTION, BARRIER, COUNTER, ARG0 = range(4)
+ENTRY = 24
 _SIGNATURE = types.void(types.int64, types.int64, types.int64)
 _lock = threading.Lock()
 _log = logging.getLogger(__name__)

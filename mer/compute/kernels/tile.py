@@ -21,13 +21,14 @@ from typing import Any, Protocol
 from llvmlite import ir
 from numba import types
 
+from mer.compute.kernels.entry import claim, rows_of_piece
+from mer.compute.kernels.interleave import ROWS, interleave_tile
 from mer.compute.kernels.ir import (
     F32,
     I32,
     I64,
     V16F32,
     V16I32,
-    atomic_add,
     const,
     i64,
     load,
@@ -37,9 +38,8 @@ from mer.compute.kernels.ir import (
     store,
 )
 from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
-from mer.compute.kernels.step import ARG0, COUNTER
+from mer.compute.kernels.step import ARG0
 
-ROWS = 16  # rows in a tile
 PLANE_SHIFT = 7  # the first of two planes counts 2**7 times the second
 _PREFETCH_BYTES = 2048  # weights are asked for so far ahead: the hardware's own prefetching stops at page boundaries
 _PREFETCH_COLUMNS = 4  # with more columns the arithmetic takes longer than the weights
@@ -153,35 +153,43 @@ def tile(
 
 
 @njit
-def matmul_rows(row, kind, planes):  # type: ignore[no-untyped-def]
-    """Body of every quantized matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed chunks of tiles.
+def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
+    """Body of every quantized matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed tiles.
 
-    Arguments: w, n_tiles, n_blocks, tile_stride_bytes, n (columns), xq, xs, xsum, block_weights, sums_per_block, out,
-    out_stride_bytes, add, chunk (in tiles).
+    Tiles of a fresh matrix are put in order just before they are used, in place.
+
+    Arguments behind those of `entry.py`: n_rows, n_blocks, block_bytes, block_weights, sums_per_block, xq, xs, xsum,
+    out, out_step_bytes (from the results of one matrix to those of the next), out_stride_bytes, raw (room for 16 rows
+    as in the file, for each thread).
     """
     literally(kind)
     literally(planes)
-    w, n_tiles, n_blocks = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    tile_stride, n = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
-    xq, xs, xsum = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
-    q_stride = planes * n_blocks * load_i64(row, ARG0 + 8)
-    sum_stride = 4 * planes * n_blocks * load_i64(row, ARG0 + 9)
-    s_stride = 4 * n_blocks
-    out, out_stride, add = load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12)
-    chunk = load_i64(row, ARG0 + 13)
+    n_rows, n_blocks, block_bytes = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
+    block_weights, sums = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
+    xq0, xs0, xsum0 = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
+    out0, out_step, out_stride = load_i64(row, ARG0 + 12), load_i64(row, ARG0 + 13), load_i64(row, ARG0 + 14)
+    add = load_i64(row, ARG0 + 2) >> 32
+    n_tiles, tile_bytes = (n_rows + 15) // 16, 16 * n_blocks * block_bytes
+    raw = load_i64(row, ARG0 + 15) + thread * ((tile_bytes + 63) // 64 * 64)
+    q_stride, sum_stride, s_stride = planes * n_blocks * block_weights, 4 * planes * n_blocks * sums, 4 * n_blocks
     while True:
-        first = atomic_add(row + 8 * COUNTER, chunk)
-        if first >= n_tiles:
+        entry, matrix, r, last = claim(row, n_tiles)
+        if entry == 0:
             return
-        last = min(first + chunk, n_tiles)
-        r = first
-        if n == 1:
-            while r + 2 <= last:
-                tile(kind, planes, 1, 2, w + r * tile_stride, n_blocks, xq, xs, xsum, out + 64 * r, out_stride, add)
-                r += 2
+        w, fresh, n, x_row, out_row = rows_of_piece(row, entry, matrix)
+        xq, xs, xsum = xq0 + x_row * q_stride, xs0 + x_row * s_stride, xsum0 + x_row * sum_stride
+        out = out0 + matrix * out_step + out_row * out_stride
         while r < last:
-            wr = w + r * tile_stride
-            to = out + 64 * r
+            width = 2 if n == 1 and r + 2 <= last else 1
+            wr, to = w + r * tile_bytes, out + 64 * r
+            if fresh != 0:
+                for g in range(r, r + width):
+                    here, ahead = w + g * tile_bytes, w + min(g + 1, last - 1) * tile_bytes
+                    interleave_tile(kind, here, here, min(16, n_rows - 16 * g), n_blocks, block_bytes, raw, ahead)
+            r += width
+            if width == 2:
+                tile(kind, planes, 1, 2, wr, n_blocks, xq, xs, xsum, to, out_stride, add)
+                continue
             t = 0
             while t < n:
                 q, s, u, o = xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride
@@ -198,4 +206,3 @@ def matmul_rows(row, kind, planes):  # type: ignore[no-untyped-def]
                 else:
                     tile(kind, planes, 1, 1, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 1
-            r += 1

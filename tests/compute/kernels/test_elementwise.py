@@ -32,7 +32,14 @@ def exponentials(x: F32) -> F32:
 
 
 def normalized(
-    x: F32, weight: F32, eps: float, *, index: list[int] | None = None, pad: float = np.nan, n_threads: int = 1
+    x: F32,
+    weight: F32,
+    eps: float,
+    *,
+    index: list[int] | None = None,
+    pad: float = np.nan,
+    n_threads: int = 1,
+    turn: int = 0,
 ) -> F32:
     areas = Areas()
     n, d = len(x) if index is None else len(index), x.shape[1]
@@ -41,7 +48,7 @@ def normalized(
     run_step(
         rms_norm, areas.put_rows(x, pad), 4 * stride, 0 if index is None else areas.put(np.array(index, np.int32)), n,
         d, areas.put_rows(weight[None], 0), areas.put(np.array([eps], np.float32)), address(out), 4 * stride,
-        n_threads=n_threads,
+        turn, n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     return out[:, :d].copy()
@@ -115,10 +122,17 @@ def test_swiglu(n_threads: int) -> None:
     gate = np.append(gate, np.zeros(-len(gate) % 16, np.float32))
     up = np.random.default_rng(1).normal(size=len(gate)).astype(np.float32)
     areas = Areas()
-    result = areas.floats(len(gate))
-    result[:] = gate
-    run_step(swiglu, address(result), areas.put(up), len(gate), n_threads=n_threads)
+    result = areas.floats(len(gate) // 16, 16)
+    result[:] = gate.reshape(-1, 16)
+    entries = areas.put_entries([(5, 0, 0), (9, 100, 0), (len(result) - 300, 300, 0)])
+    run_step(swiglu, entries, 3, address(result), areas.put(up), 64, n_threads=n_threads)
     areas.check()
+    untouched = np.ones(len(result), bool)
+    for rows in (slice(5), slice(100, 109), slice(300, None)):
+        untouched[rows] = False
+    assert np.array_equal(result[untouched].ravel(), gate.reshape(-1, 16)[untouched].ravel())
+    run_step(swiglu, areas.put_entries([(95, 5, 0), (191, 109, 0)]), 2, address(result), areas.put(up), 64)
+    result = result.reshape(-1)
     want = reference.silu(gate.astype(np.float64)) * up
     precise = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up  # silu loses digits far below 0
     ordinary = np.isfinite(gate) & (gate > -87.2)
@@ -133,14 +147,15 @@ def test_swiglu(n_threads: int) -> None:
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_gather(n_threads: int) -> None:
     x = np.random.default_rng(2).normal(size=(6, 48)).astype(np.float32)
-    index = np.array([5, 0, 0, 3], np.int32)
+    index = np.array([5, 0, 0, 3, 1, 2], np.int32)
     areas = Areas()
-    out = areas.floats(4, 48)
-    run_step(
-        gather, areas.put(x), 192, areas.put(index), 4, 192, address(out), 192, n_threads=n_threads
-    )  # fmt: skip
+    out = areas.floats(7, 48)
+    entries = areas.put_entries([(2, 4, 1), (0, 0, 0), (3, 0, 3)])
+    run_step(gather, entries, 3, areas.put(x), 192, areas.put(index), address(out), n_threads=n_threads)
     areas.check()
-    assert np.array_equal(out, x[index])
+    assert np.array_equal(out[[4, 5]], x[[0, 0]])
+    assert np.array_equal(out[:3], x[[3, 1, 2]])
+    assert np.isnan(out[[3, 6]]).all()
 
 
 @settings(max_examples=20, deadline=None)

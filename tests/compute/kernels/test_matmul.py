@@ -14,7 +14,7 @@ from mer.compute.reference import matmul_quantized
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
 from tests._lib.quantize import decode
-from tests._lib.steps import F32, U8, product
+from tests._lib.steps import F32, U8, product, products
 
 F64 = npt.NDArray[np.float64]
 KINDS = sorted(MATRIX_TYPES)
@@ -223,6 +223,29 @@ def test_a_result_does_not_depend_on_the_other_columns_rows_or_threads(kind: GGM
         assert np.array_equal(product(kind, raw[:rows], rows, x[:5], planes=planes), whole[:5, :rows])
     for n_threads in (2, 3, 7):
         assert np.array_equal(product(kind, raw, 83, x, planes=planes, n_threads=n_threads), whole)
+
+
+@every_form
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_a_table_of_matrices_gives_what_each_gives_alone(kind: GGMLType, planes: int, data: st.DataObject) -> None:
+    """Two of three matrices of every entry, fresh or not, with activations of their own or in common."""
+    rows = data.draw(st.integers(1, 40), "rows")
+    cols = data.draw(st.integers(1, 3), "blocks") * (256 if kind in BLOCKS else 21)
+    first, shared = data.draw(st.sampled_from([0, 1]), "first"), data.draw(st.booleans(), "shared")
+    counts = data.draw(st.lists(st.sampled_from([1] if shared else [0, 1, 3, 9]), min_size=1, max_size=4), "counts")
+    fresh = data.draw(st.lists(st.integers(0, 3), min_size=len(counts), max_size=len(counts)), "fresh")
+    n_threads = data.draw(st.integers(1, 3), "n_threads")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
+    weights = [[random_weights(kind, rows, cols, rng) for _ in range(2)] for _ in counts]
+    x = rng.normal(size=(1 if shared else sum(counts), cols)).astype(np.float32)
+    firsts = [0, *np.cumsum(counts)][: len(counts)]
+    own = [x if shared else x[begin : begin + n] for begin, n in zip(firsts, counts, strict=True)]
+    want = [[product(kind, raw, rows, part, planes=planes) for raw in pair] if len(part) else []
+            for pair, part in zip(weights, own, strict=True)]  # fmt: skip
+    got = products(kind, weights, rows, own, fresh, planes=planes, first=first, shared=shared, n_threads=n_threads)
+    for expected, there in zip(want, got, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(expected, there, strict=True))
 
 
 def test_the_table_of_steps_covers_the_types_that_files_may_have() -> None:

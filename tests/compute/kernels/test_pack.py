@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mer.compute.kernels.elementwise import swiglu
 from mer.compute.kernels.pack import pack
 from tests._lib.steps import F32, Areas, address, run_step
 
@@ -44,8 +45,8 @@ def packed(x: F32, size: int, sums: int, planes: int, *, index: list[int] | None
     scales, partial = areas.floats(n * n_blocks), areas.ints(planes * n * n_blocks, sums)
     rows = 0 if index is None else areas.put(np.array(index, np.int32))
     run_step(
-        pack, areas.put_rows(x), 4 * (-(-x.shape[1] // 16) * 16), rows, n, n_blocks, size, sums, address(q),
-        address(scales), address(partial), planes, n_threads=n_threads,
+        pack, areas.put_entries([(n, 0, 0)]), 1, areas.put_rows(x), 4 * (-(-x.shape[1] // 16) * 16), rows, 0, n_blocks,
+        size, sums, address(q), address(scales), address(partial), planes, n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     weights = np.array([1] if planes == 1 else [128, 1])[:, None]
@@ -132,3 +133,58 @@ def test_chosen_rows(planes: int, n_threads: int) -> None:
     x = np.random.default_rng(3).normal(size=(7, 512)).astype(np.float32)
     for size, sums in FORMS:
         check(x, size, sums, planes, index=[6, 0, 0, 3, 5, 1, 2, 6, 6, 4, 1], n_threads=n_threads)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@every_precision
+@every_form
+def test_entries_are_packed_each_for_itself_in_rows_of_their_own(
+    size: int, sums: int, planes: int, n_threads: int
+) -> None:
+    """With `up`, what is packed is silu(x) * up, and x holds it."""
+    rng = np.random.default_rng(4)
+    n_blocks, stride = 2, 4 * 2 * size
+    gate, up = rng.normal(size=(2, 12, 2 * size)).astype(np.float32)
+    areas = Areas()
+    both = areas.floats(24, 2 * size)
+    both[:12], both[12:] = gate, up
+    activated = areas.floats(12, 2 * size)
+    activated[:] = gate
+    run_step(swiglu, areas.put_entries([(12, 0, 0)]), 1, address(activated), areas.put(up), stride)
+    widths = (planes * size, 4, 4 * planes * sums)  # bytes of a block's values, scale and sums
+    room = [areas.room(width * 12 * n_blocks) for width in widths]
+    entries = [(3, 9, 0), (0, 4, 0), (5, 2, 3)]
+    run_step(
+        pack, areas.put_entries(entries), 3, address(both), stride, 0, 12 * stride, n_blocks, size, sums,
+        *map(address, room), planes, n_threads=n_threads,
+    )  # fmt: skip
+    areas.check()
+    rows = [part.reshape(12, n_blocks * width) for part, width in zip(room, widths, strict=True)]
+    assert all((part[[0, 1, 7, 8]] == 0xFF).all() for part in rows)
+    for n, first, _ in entries:
+        alone = Areas()
+        want = [alone.room(width * n * n_blocks) for width in widths]
+        run_step(
+            pack, alone.put_entries([(n, 0, 0)]), 1, alone.put(activated[first : first + n]), stride, 0, 0, n_blocks,
+            size, sums, *map(address, want), planes,
+        )  # fmt: skip
+        for part, expected in zip(rows, want, strict=True):
+            assert np.array_equal(part[first : first + n].ravel(), expected)
+    assert np.array_equal(both[2:7], activated[2:7])
+    assert np.array_equal(both[:2], gate[:2])
+
+
+def test_rows_of_an_entry_are_chosen_by_its_pairs() -> None:
+    x = np.random.default_rng(5).normal(size=(4, 64)).astype(np.float32)
+    index = [3, 1, 2, 0, 0]
+    areas = Areas()
+    q, scales, partial = areas.room(5 * 64), areas.floats(5, 2), areas.ints(5, 2)
+    run_step(
+        pack, areas.put_entries([(1, 4, 2), (2, 0, 3)]), 2, areas.put(x), 256, areas.put(np.array(index, np.int32)), 0,
+        2, 32, 1, address(q), address(scales), address(partial), 1,
+    )  # fmt: skip
+    areas.check()
+    largest = np.abs(x.reshape(4, 2, 32)).max(-1) / np.float32(127)
+    assert np.array_equal(scales[4], largest[2])
+    assert np.array_equal(scales[:2].T, largest[[0, 0]])  # a tile of two columns, block by block
+    assert np.isnan(scales[2:4]).all()

@@ -17,7 +17,7 @@ from tests._lib.steps import F32, Areas, address, run_step
 Ints = npt.NDArray[np.int32]
 
 
-def routed(logits: F32, k: int, n_threads: int = 1) -> tuple[Ints, F32, Ints]:
+def routed(logits: F32, k: int, n_threads: int = 1, turn: int = 0) -> tuple[Ints, F32, Ints]:
     """Return ids [n, k], weights [n, k] and damaged [n]."""
     areas = Areas()
     n, n_experts = logits.shape
@@ -26,7 +26,7 @@ def routed(logits: F32, k: int, n_threads: int = 1) -> tuple[Ints, F32, Ints]:
     stride = 4 * (-(-n_experts // 16) * 16)
     run_step(
         route, areas.put_rows(logits), stride, n, n_experts, k, address(ids), address(weights), address(damaged),
-        n_threads=n_threads,
+        turn, n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     return ids.copy(), weights.copy(), damaged.copy()
@@ -39,7 +39,7 @@ def test_any_finite_logits(data: st.DataObject, routing: Routing, n_threads: int
     k = data.draw(st.integers(1, n_experts), "k")
     values = st.sampled_from([-3.0, 0.0, 0.5, 2.0, 40.0]) | st.floats(-50, 50, width=32)  # ties are likely
     logits = data.draw(hnp.arrays(np.float32, (5, n_experts), elements=values), "logits")
-    ids, weights, damaged = routed(logits, k, n_threads)
+    ids, weights, damaged = routed(logits, k, n_threads, turn=data.draw(st.integers(0, n_threads - 1), "turn"))
     want_ids, want_weights = reference.route(logits.astype(np.float64), k, routing)
     assert np.array_equal(ids, want_ids)
     assert np.allclose(weights, want_weights, rtol=3e-7, atol=1e-45)
@@ -84,5 +84,14 @@ def test_damage_found_before_is_kept() -> None:
     ids, weights, damaged = areas.ints(2, 1), areas.floats(2, 1), areas.ints(2)
     damaged[:] = [1, 0]
     logits = areas.put_rows(np.ones((2, 3), np.float32))
-    run_step(route, logits, 64, 2, 3, 1, address(ids), address(weights), address(damaged))
+    run_step(route, logits, 64, 2, 3, 1, address(ids), address(weights), address(damaged), 0)
     assert damaged.tolist() == [1, 0]
+
+
+def test_without_a_place_for_damage_none_is_reported() -> None:
+    areas = Areas()
+    ids, weights = areas.ints(1, 2), areas.floats(1, 2)
+    logits = areas.put_rows(np.array([[np.nan, 1, 3]], np.float32))
+    run_step(route, logits, 64, 1, 3, 2, address(ids), address(weights), 0, 0)
+    areas.check()
+    assert ids.tolist() == [[2, 1]]
