@@ -12,14 +12,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numba
 import numpy as np
 
+from mer.compute.cpu import Team
 from mer.compute.kernels.matmul import STEPS
-from mer.compute.kernels.runtime import CONTROL_BYTES, follow, lead, stop
+from mer.compute.kernels.runtime import run_alone
 from mer.compute.kernels.step import COUNTER
 from mer.compute.kernels.target import FORM
 from mer.compute.kernels.tile import FORMATS
@@ -36,20 +36,6 @@ BITS = {  # {type: (kept random bits, bits set)}, for numbers from 1 to 2
     GGMLType.F16: (0x83FF_83FF_83FF_83FF, 0x3C00_3C00_3C00_3C00),
     GGMLType.BF16: (0x807F_807F_807F_807F, 0x3F80_3F80_3F80_3F80),
 }
-
-
-@contextmanager
-def followers(control: Memory, n_threads: int) -> Iterator[None]:
-    """Keep the threads 1 to n_threads - 1 ready for programs."""
-    threads = [threading.Thread(target=follow, args=(control.address, t, n_threads)) for t in range(1, n_threads)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop(control.address)
-        for thread in threads:
-            thread.join()
 
 
 def best_s(work: Callable[[], object]) -> float:
@@ -73,7 +59,7 @@ def product_s(kind: GGMLType, n_matrices: int, columns: int, n_threads: int, wei
     out = room.cut(columns * out_stride)
     areas = {} if fmt is None else {fmt.block_weights: PackedArea.cut(room, fmt, columns, COLS)}
     activations = Activations(columns, x, float_stride(COLS), areas)
-    control, packing, program = Memory(CONTROL_BYTES), Program(), Program()
+    team, packing, program = Team(n_threads), Program(), Program()
     activations.pack(packing, COLS, {kind})
     for i in range(n_matrices):
         matrix = Matrix(kind, ROWS, COLS, weights.address + i * each)
@@ -82,12 +68,16 @@ def product_s(kind: GGMLType, n_matrices: int, columns: int, n_threads: int, wei
 
     def run() -> None:
         program.rows[:, COUNTER] = 0
-        lead(control.address, program.rows.ctypes.data, program.length, n_threads)
+        team.start(program)
+        team.block()
 
     if packing.length:
-        lead(0, packing.rows.ctypes.data, packing.length, 1)
-    with followers(control, n_threads):
+        run_alone(packing.address, packing.length)
+    team.open()
+    try:
         return best_s(run)
+    finally:
+        team.close()
 
 
 @numba.njit(nogil=True)

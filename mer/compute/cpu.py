@@ -1,8 +1,8 @@
-"""The CPU worker: persistent threads that run programs of kernel steps outside the GIL."""
+"""The CPU worker: programs of kernel steps, built in the trio thread and run by persistent threads outside the GIL."""
 
 from __future__ import annotations
 
-import queue
+import os
 import threading
 import time
 
@@ -10,7 +10,7 @@ import attrs
 import trio
 
 from mer.compute.forward import Forward
-from mer.compute.kernels.runtime import CONTROL_BYTES, follow, lead, stop
+from mer.compute.kernels.runtime import CONTROL_BYTES, FINISHED, follow, start, stop
 from mer.compute.kernels.target import FORM
 from mer.compute.program import Memory, Program
 from mer.compute.worker import (
@@ -30,6 +30,8 @@ from mer.compute.worker import (
 from mer.errors import ComputeError, ConfigError, MerError
 from mer.threads import start_thread
 
+_INLINE_TOKENS = 16  # a larger batch is taken over in a thread of trio's, so that the event loop goes on meanwhile
+
 
 @attrs.define
 class _Counters:
@@ -39,28 +41,80 @@ class _Counters:
     compute_s: float = 0.0
 
 
+class Team:
+    """Threads that run programs together, each of them every row."""
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        self._control = Memory(CONTROL_BYTES)
+        self._threads: list[threading.Thread] = []
+        self._finished = -1  # eventfd
+        self._running = False
+
+    def open(self) -> None:
+        """Start the threads.
+
+        Raises:
+            ConfigError: the system refuses a thread.
+        """
+        control = self._control.address
+        self._finished = os.eventfd(0, os.EFD_CLOEXEC)
+        self._control.view(control + FINISHED, 8).view("q")[0] = self._finished
+        try:
+            for number in range(self.n_threads):
+                self._threads.append(start_thread(follow, control, number, self.n_threads, name=f"mer-cpu-{number}"))
+        except RuntimeError as error:
+            started = len(self._threads)
+            self.close()
+            raise ConfigError(
+                f"the system refuses compute thread {started + 1} of {self.n_threads} ({error}); "
+                "use fewer threads or raise the limit on processes (ulimit -u)"
+            ) from error
+
+    def start(self, program: Program) -> None:
+        """Let the threads run a program; it must stay as it is until `wait` or `block`, one of which must follow."""
+        self._running = True
+        start(self._control.address, program.address, program.length)
+
+    async def wait(self) -> None:
+        """Wait until the program has finished; if cancelled, it goes on."""
+        await trio.lowlevel.wait_readable(self._finished)
+        self.block()
+
+    def block(self) -> None:
+        """Block until the program that was started last has finished, if there is one that has not."""
+        if self._running:
+            os.read(self._finished, 8)
+            self._running = False
+
+    def close(self) -> None:
+        """Stop the threads once a program that is running has finished. Closing twice is allowed."""
+        if self._finished < 0:
+            return
+        self.block()
+        stop(self._control.address)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        os.close(self._finished)
+        self._finished = -1
+
+
 class CPUWorker:
-    """Runs jobs on `n_threads` threads: a leader that builds programs, and followers that only run them.
+    """Runs jobs on `n_threads` threads.
 
     Use it as an async-free context: `start_threads`, then `run` in a nursery, then `close`. A job that has begun is
     finished even if `run` is cancelled; `close` waits for it, at most the time of one job.
 
     Args:
         forward: the model's arithmetic; the worker's own from here on.
-        n_threads: threads that compute, the leader included.
+        n_threads: threads that compute.
     """
 
     def __init__(self, forward: Forward, n_threads: int) -> None:
         self._forward = forward
-        self._n_threads = n_threads
+        self._team = Team(n_threads)
         self._program = Program()
-        self._control = Memory(CONTROL_BYTES)
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []  # followers
-        self._leader: threading.Thread | None = None
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._finished: trio.Event | None = None
-        self._done = Done()
         self._counters = _Counters()
         self.jobs, self._jobs = trio.open_memory_channel[Job](1)
         self._results, self.results = trio.open_memory_channel[Done](1)
@@ -71,112 +125,98 @@ class CPUWorker:
         return self._forward.staged_pairs
 
     def start_threads(self) -> None:
-        """Start the threads, in the trio thread.
+        """Start the threads.
 
         Raises:
             ConfigError: the system refuses a thread.
         """
-        self._token = trio.lowlevel.current_trio_token()
-        control = self._control.address
-        try:
-            for number in range(1, self._n_threads):
-                arguments = (control, number, self._n_threads)
-                self._threads.append(start_thread(follow, *arguments, name=f"mer-cpu-{number}"))
-            self._leader = start_thread(self._lead, name="mer-cpu-0")
-        except RuntimeError as error:
-            started = len(self._threads)
-            self.close()
-            raise ConfigError(
-                f"the system refuses compute thread {started + 1} of {self._n_threads} ({error}); "
-                "use fewer threads or raise the limit on processes (ulimit -u)"
-            ) from error
+        self._team.open()
 
     def close(self) -> None:
         """Stop the threads once a job that is running has finished. Closing twice is allowed."""
-        self._inbox.put(None)
-        if self._leader is not None:
-            self._leader.join()
-        stop(self._control.address)  # without their leader the followers are idle
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        self._team.close()
 
     async def run(self) -> None:
         """Serve jobs in order until the job channel is closed or the task is cancelled."""
         with self._results:
             async for job in self._jobs:
-                self._finished = trio.Event()
-                self._inbox.put(job)
-                await self._finished.wait()
-                await self._results.send(self._done)
+                begun = time.perf_counter()
+                try:
+                    await self._start(job)
+                    if self._program.length:
+                        await self._team.wait()
+                    done = self._done(job, begun)
+                except MerError as error:
+                    done = Done(error=error, compute_s=time.perf_counter() - begun)
+                except Exception as error:
+                    failure = ComputeError(f"a compute job failed: {type(error).__name__}: {error}")
+                    failure.__cause__ = error
+                    done = Done(error=failure, compute_s=time.perf_counter() - begun)
+                self._counters.jobs += 1
+                self._counters.compute_s += done.compute_s
+                try:
+                    self._results.send_nowait(done)  # the next pass of the event loop is the receiver's
+                except trio.WouldBlock:
+                    await self._results.send(done)
 
     def statistics(self) -> WorkerStatistics:
         """Return a snapshot of the counters."""
         return WorkerStatistics(
-            name="cpu", kernels=FORM.value, n_threads=self._n_threads, **attrs.asdict(self._counters)
+            name="cpu", kernels=FORM.value, n_threads=self._team.n_threads, **attrs.asdict(self._counters)
         )
 
-    def _lead(self) -> None:
-        """Body of the leader's thread."""
-        while (job := self._inbox.get()) is not None:
-            begun = time.perf_counter()
-            try:
-                done = self._run_job(job)
-            except MerError as error:
-                done = Done(error=error)
-            except Exception as error:
-                failure = ComputeError(f"a compute job failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                done = Done(error=failure)
-            done = attrs.evolve(done, compute_s=time.perf_counter() - begun)
-            try:
-                assert self._token is not None
-                self._token.run_sync_soon(self._deliver, done)
-            except trio.RunFinishedError:
-                return
-
-    def _deliver(self, done: Done) -> None:
-        """Hand a result to `run`, in the trio thread."""
-        self._counters.jobs += 1
-        self._counters.compute_s += done.compute_s
-        self._done = done
-        assert self._finished is not None
-        self._finished.set()
-
-    def _run_job(self, job: Job) -> Done:
-        """Build and run the job's program; in the leader's thread."""
+    async def _start(self, job: Job) -> None:
+        """Build the job's program and let it run, unless it has no steps."""
         forward, program = self._forward, self._program
         program.clear()
-        attended = projected = False
-        kv: tuple[Uint8Array, ...] | None = None
         for operation in job.operations:
             match operation:
-                case Begin(batch):
-                    forward.begin(batch)
-                    self._counters.tokens += len(batch.tokens)
-                case Attend(layer, predict):
-                    forward.attend(program, layer, predict=predict)
-                    attended = True
                 case RunExperts(layer, experts):
                     forward.run_experts(program, layer, experts)
                     self._counters.expert_runs += sum(e.stage is not Stage.INNER for e in experts)
                 case Combine():
                     forward.combine(program)
+                case Attend(layer, predict):
+                    forward.attend(program, layer, predict=predict)
+                case Begin(batch):
+                    if len(batch.tokens) > _INLINE_TOKENS:
+                        await trio.to_thread.run_sync(forward.begin, batch)
+                    else:
+                        forward.begin(batch)
+                    self._counters.tokens += len(batch.tokens)
                 case Project():
                     forward.project(program)
-                    projected = True
+                case WriteBlocks(blocks, data):
+                    await trio.to_thread.run_sync(self._write_blocks, blocks, data)
+                case ReadBlocks():
+                    pass
+        if program.length:
+            self._team.start(program)
+
+    def _write_blocks(self, blocks: tuple[int, ...], data: tuple[Uint8Array, ...]) -> None:
+        for block, content in zip(blocks, data, strict=True):
+            self._forward.write_block(block, content)
+
+    def _done(self, job: Job, begun: float) -> Done:
+        """Collect what the job's operations ask for, once its program has finished."""
+        forward = self._forward
+        ids = predicted = logits = damaged = None
+        kv: tuple[Uint8Array, ...] | None = None
+        for operation in job.operations:
+            match operation:
+                case Attend():
+                    ids, predicted, damaged = forward.routed(), forward.predicted(), forward.damaged()
+                case Project():
+                    logits, damaged = forward.logits(), forward.damaged()
                 case ReadBlocks(blocks):
                     kv = tuple(forward.read_block(block) for block in blocks)
-                case WriteBlocks(blocks, data):
-                    for block, content in zip(blocks, data, strict=True):
-                        forward.write_block(block, content)
-        if program.length:
-            lead(self._control.address, program.rows.ctypes.data, program.length, self._n_threads)
-        damaged = forward.damaged() if attended or projected else None
+                case _:
+                    pass
         return Done(
-            expert_ids=forward.routed() if attended else None,
-            predicted_ids=forward.predicted() if attended else None,
-            logits=forward.logits() if projected else None,
+            expert_ids=ids,
+            predicted_ids=predicted,
+            logits=logits,
             damaged=damaged,
             kv=kv,
+            compute_s=time.perf_counter() - begun,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,27 +14,49 @@ import trio
 
 from mer.compute.cpu import CPUWorker
 from mer.compute.forward import Forward
+from mer.compute.kernels.step import Step
 from mer.compute.kernels.target import FORM
 from mer.compute.program import Program
 from mer.compute.worker import Attend, Batch, Begin, Combine, ComputeWorker, Done, Job, Project
 from mer.errors import ComputeError, ConfigError, NumericsError
 
+_STEP = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+
+class Callback:
+    """A step that calls a function of Python, on the first of the worker's threads."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._function = _STEP(lambda _row, thread, _n_threads: act() if thread == 0 else None)
+        self.address = ctypes.cast(self._function, ctypes.c_void_p).value
+
 
 class Script:
-    """Stands in for `Forward`: runs a function for each layer that is attended, in the leader's thread."""
+    """Stands in for `Forward`: calls `build` with each layer that is attended, and `act` when its program runs."""
 
     staged_pairs = 3
 
-    def __init__(self, attend: Callable[[int], None] = lambda layer: None) -> None:
-        self.act = attend
+    def __init__(
+        self, act: Callable[[int], None] = lambda layer: None, build: Callable[[int], None] = lambda layer: None
+    ) -> None:
+        self._act, self._build = act, build
+        self._steps: list[Callback] = []
         self.layers: list[int] = []
+        self.begun_in: list[threading.Thread] = []
 
     def begin(self, batch: Batch) -> None:
         self.batch = batch
+        self.begun_in.append(threading.current_thread())
 
-    def attend(self, _program: Program, layer: int, *, predict: bool) -> None:
-        self.act(layer)
-        self.layers.append(layer)
+    def attend(self, program: Program, layer: int, *, predict: bool) -> None:
+        self._build(layer)
+
+        def act() -> None:
+            self._act(layer)
+            self.layers.append(layer)
+
+        self._steps.append(Callback(act))
+        program.add(cast(Step, self._steps[-1]))
 
     def damaged(self) -> Any:
         return np.zeros(0, np.int32)
@@ -122,7 +145,7 @@ async def test_an_error_comes_back_with_its_job_and_the_worker_goes_on() -> None
         if layer == 3:
             raise MemoryError
 
-    async with working(Script(act)) as worker:
+    async with working(Script(build=act)) as worker:
         results: list[Done] = []
         for layer in range(5):
             await worker.jobs.send(Job((Begin(some_batch()), Attend(layer))))

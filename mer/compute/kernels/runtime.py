@@ -1,8 +1,8 @@
 """Running a program of steps on several threads at once (SPMD), without the GIL.
 
-Thread 0 is the leader: it publishes a program, wakes the followers, and runs the same rows as they do. Rows whose
-BARRIER word is set end in a barrier: spin briefly, then sleep on a futex. Followers stay inside `follow` for life, so
-that they never touch the interpreter.
+Threads stay inside `follow` for life, so that they never touch the interpreter. `start` publishes a program and wakes
+them; every thread runs the same rows, and the last one to finish writes to an eventfd. Rows whose BARRIER word is set
+end in a barrier: poll briefly, then sleep on a futex.
 
 The control block's words lie on cache lines of their own; the offsets below are in bytes.
 """
@@ -28,27 +28,37 @@ from mer.compute.kernels.step import BARRIER, FUNCTION, ROW_WORDS, nogil_functio
 from mer.errors import ConfigError
 
 CONTROL_BYTES = 512
-GENERATION = 0  # bumped to start a program or to stop; followers sleep on it
-STOP = 64  # non-zero ends the followers
+GENERATION = 0  # bumped to start a program or to stop; idle threads sleep on it
+STOP = 64  # non-zero ends the threads
 ARRIVED = 128  # threads that reached the current barrier
 PHASE = 192  # bumped when a barrier opens; its sleepers wait on it
 PROGRAM = 256  # int64 address of the rows
 LENGTH = 264  # int64 number of rows
+FINISHED = 272  # int64 eventfd to write to when a program has finished
+ONE = 280  # int64 1, what is written
 
-_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)  # Linux system call number
+_MACHINE = platform.machine()
+# Linux system call numbers
+_FUTEX, _WRITE, _YIELD = {"x86_64": (202, 1, 24), "aarch64": (98, 64, 124)}.get(_MACHINE, (-1, -1, -1))
 if _FUTEX < 0:
-    raise ConfigError(f"mer computes on x86_64 and aarch64 processors, not on {platform.machine()}")
+    raise ConfigError(f"mer computes on x86_64 and aarch64 processors, not on {_MACHINE}")
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, process-private
-_SPINS = 2000  # polls before a thread goes to sleep: a few microseconds
+_POLLS, _YIELDS = 100, 8  # at a barrier a thread polls for some microseconds, yields, and so on; then it sleeps
 
 
 @njit
-def _wait_change(address, seen):  # type: ignore[no-untyped-def]
-    """Return once the int32 at `address` differs from `seen`."""
-    for _ in range(_SPINS):
-        if atomic_load(address) != seen:
-            return
-        pause()
+def _wait_change(address, seen, yields):  # type: ignore[no-untyped-def]
+    """Return once the int32 at `address` differs from `seen`.
+
+    Whoever is waited for may be on this very core, held up by the polling; yielding lets it go on, and leaves both
+    awake, so that the system moves one of them to a core that is free.
+    """
+    for _ in range(yields):
+        for _ in range(_POLLS):
+            if atomic_load(address) != seen:
+                return
+            pause()
+        syscall6(_YIELD, 0, 0, 0, 0, 0, 0)
     while atomic_load(address) == seen:
         syscall6(_FUTEX, address, _WAIT, seen, 0, 0, 0)
 
@@ -67,7 +77,7 @@ def _barrier(control, n_threads):  # type: ignore[no-untyped-def]
         atomic_store(control + ARRIVED, 0)
         _publish(control + PHASE)
     else:
-        _wait_change(control + PHASE, phase)
+        _wait_change(control + PHASE, phase, _YIELDS)
 
 
 @njit
@@ -75,35 +85,42 @@ def _run_rows(control, rows, length, thread, n_threads):  # type: ignore[no-unty
     for index in range(length):
         row = rows + index * (ROW_WORDS * 8)
         call_step(load_i64(row, FUNCTION), row, thread, n_threads)
-        if n_threads > 1 and (load_i64(row, BARRIER) != 0 or index == length - 1):
+        if n_threads > 1 and load_i64(row, BARRIER) != 0 and index < length - 1:
             _barrier(control, n_threads)
 
 
 @nogil_function(types.void(types.int64, types.int64, types.int64))
 def follow(control, thread, n_threads):  # type: ignore[no-untyped-def]
-    """Run every program that the leader publishes in `control`, as `thread`, until stopped."""
+    """Run every program that is started in `control`, as `thread`, until stopped."""
     seen = 0
     while True:
-        _wait_change(control + GENERATION, seen)
+        _wait_change(control + GENERATION, seen, 0)
         seen = atomic_load(control + GENERATION)
         if atomic_load(control + STOP) != 0:
             return
-        rows, length = load_i64(control + PROGRAM, 0), load_i64(control + LENGTH, 0)
-        _run_rows(control, rows, length, thread, n_threads)
+        _run_rows(control, load_i64(control + PROGRAM, 0), load_i64(control + LENGTH, 0), thread, n_threads)
+        if atomic_add(control + ARRIVED, 1) == n_threads - 1:
+            atomic_store(control + ARRIVED, 0)
+            syscall6(_WRITE, load_i64(control + FINISHED, 0), control + ONE, 8, 0, 0, 0)
 
 
-@nogil_function(types.void(types.int64, types.int64, types.int64, types.int64))
-def lead(control, rows, length, n_threads):  # type: ignore[no-untyped-def]
-    """Run a program with the followers of `control` and return when every thread has finished it."""
-    if n_threads > 1:
-        store_i64(control + PROGRAM, rows)
-        store_i64(control + LENGTH, length)
-        _publish(control + GENERATION)
-    _run_rows(control, rows, length, 0, n_threads)
+@nogil_function(types.void(types.int64, types.int64, types.int64))
+def start(control, rows, length):  # type: ignore[no-untyped-def]
+    """Let the threads of `control`, which are idle, run a program; `control`'s eventfd tells when they have."""
+    store_i64(control + PROGRAM, rows)
+    store_i64(control + LENGTH, length)
+    store_i64(control + ONE, 1)
+    _publish(control + GENERATION)
+
+
+@nogil_function(types.void(types.int64, types.int64))
+def run_alone(rows, length):  # type: ignore[no-untyped-def]
+    """Run a program on the calling thread."""
+    _run_rows(0, rows, length, 0, 1)
 
 
 @nogil_function(types.void(types.int64))
 def stop(control):  # type: ignore[no-untyped-def]
-    """End the followers of `control`; they must be idle."""
+    """End the threads of `control`; they must be idle."""
     atomic_store(control + STOP, 1)
     _publish(control + GENERATION)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from mer.compute.cpu import Team
 from mer.compute.kernels.ir import atomic_add, load_i32, load_i64, store_i32
-from mer.compute.kernels.runtime import CONTROL_BYTES, follow, lead, stop
-from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, step
+from mer.compute.kernels.runtime import run_alone
+from mer.compute.kernels.step import ARG0, COUNTER, ENTRY, ROW_WORDS, step
 from mer.compute.program import Memory, Program
 
 THREADS = [1, 2, 3, 4]
@@ -49,36 +50,28 @@ def compare(row: int, _thread: int, n_threads: int) -> None:
             atomic_add(failures, 1)
 
 
-class Team:
-    """A control block with its followers."""
+class Threads:
+    """A team of threads that runs programs one after another."""
 
     def __init__(self, n_threads: int) -> None:
-        self.n_threads = n_threads
-        self.control = Memory(CONTROL_BYTES)
-        arguments = [(self.control.address, number, n_threads) for number in range(1, n_threads)]
-        self.threads = [threading.Thread(target=follow, args=args, daemon=True) for args in arguments]
-        for thread in self.threads:
-            thread.start()
+        self.team = Team(n_threads)
 
     def run(self, program: Program) -> None:
         program.rows[: program.length, COUNTER] = 0
-        lead(self.control.address, program.rows.ctypes.data, program.length, self.n_threads)
-
-    def stop(self) -> None:
-        stop(self.control.address)
-        for thread in self.threads:
-            thread.join()
+        self.team.start(program)
+        self.team.block()
 
 
 @contextmanager
-def team(n_threads: int) -> Iterator[Team]:
+def team(n_threads: int) -> Iterator[Threads]:
     for each in (count, claim, publish, compare):
         each.compile()
-    it = Team(n_threads)
+    it = Threads(n_threads)
+    it.team.open()
     try:
         yield it
     finally:
-        it.stop()
+        it.team.close()
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
@@ -144,16 +137,42 @@ def test_items_are_claimed_exactly_once(n_threads: int) -> None:
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
-def test_followers_end_when_stopped(n_threads: int) -> None:
+def test_threads_end_when_closed(n_threads: int) -> None:
+    def alive() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("mer-cpu-")]
+
     with team(n_threads) as it:
+        assert len(alive()) == n_threads
         program = Program()
         memory = Memory(64)
         program.add(count, memory.address)
         it.run(program)
-    assert not any(thread.is_alive() for thread in it.threads)
-    with team(n_threads) as unused:
+    assert alive() == []
+    with team(n_threads):
         pass
-    assert not any(thread.is_alive() for thread in unused.threads)
+    assert alive() == []
+
+
+def test_closing_waits_for_the_program_that_runs() -> None:
+    memory = Memory(4096)
+    counts = memory.cut(4096)
+    program = Program()
+    for _ in range(500):
+        program.add(claim, counts, 1000)
+        program.barrier()
+    with team(2) as it:
+        it.team.start(program)
+    assert (memory.ints(counts, 1000) == 500).all()
+
+
+def test_a_program_runs_on_the_calling_thread_alone() -> None:
+    memory = Memory(64)
+    program = Program()
+    for _ in range(3):
+        program.add(count, memory.address)
+        program.barrier()
+    run_alone(program.address, program.length)
+    assert memory.ints(memory.address, 1)[0] == 3
 
 
 def test_a_barrier_belongs_to_the_step_before_it_and_a_cleared_program_has_none() -> None:
@@ -167,8 +186,8 @@ def test_a_barrier_belongs_to_the_step_before_it_and_a_cleared_program_has_none(
     program.add(count, 2)
     assert program.rows[0].tolist()[:4] == [count.address, 0, 0, 2]
     assert program.rows.shape[1] == ROW_WORDS
-    with pytest.raises(IndexError):
-        program.add(count, *range(ROW_WORDS - ARG0 + 1))
+    with pytest.raises(IndexError):  # what lies behind is the entry's
+        program.add(count, *range(ENTRY - ARG0 + 1))
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])

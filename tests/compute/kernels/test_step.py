@@ -77,7 +77,7 @@ print(*hits)
 
 def test_the_second_process_finds_the_runtime_in_the_cache() -> None:
     output(python(RUNTIME))
-    assert output(python(RUNTIME)) == ["1 1 1"]
+    assert output(python(RUNTIME)) == ["1 1 1 1"]
 
 
 LOGITS = """
