@@ -3,11 +3,91 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
 
-from mer.compute.kernels.ir import load_f32, load_i64, store_f32, store_i32
+from mer.compute.kernels.ir import (
+    I32,
+    I64,
+    LANES,
+    V16F32,
+    V16I32,
+    call,
+    const,
+    i64,
+    lane_mask,
+    load,
+    load_f32,
+    load_i64,
+    splat,
+    store_f32,
+    store_i32,
+)
+from mer.compute.kernels.numba_api import cgutils, intrinsic
 from mer.compute.kernels.step import ARG0, step
+
+_V16I64 = ir.VectorType(I64, LANES)
+_LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
+_NUMBER_MASK = 0x7FFFFFFF
+
+
+def _for_vectors(b: Any, scores: Any, n: Any, body: Any) -> None:
+    """Emit body(first index, 16 scores, which of them exist) for all of n scores; there is room for whole vectors."""
+    with cgutils.for_range(b, b.lshr(b.add(n, i64(LANES - 1)), i64(4)), intp=I64) as loop:
+        first = b.mul(loop.index, i64(LANES))
+        body(first, load(b, scores, b.mul(first, i64(4)), V16F32, 4), lane_mask(b, b.sub(n, first)))
+
+
+@intrinsic
+def _all_finite(_ctx: Any, scores: Any, n: Any) -> Any:
+    """Return whether n scores are finite."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        largest = cgutils.alloca_once_value(b, const(V16I32, 0))
+
+        def look(_first: Any, vector: Any, exists: Any) -> None:
+            magnitude = b.and_(b.bitcast(vector, V16I32), const(V16I32, 0x7FFFFFFF))
+            magnitude, so_far = b.select(exists, magnitude, const(V16I32, 0)), b.load(largest)
+            b.store(b.select(b.icmp_signed(">", magnitude, so_far), magnitude, so_far), largest)
+
+        _for_vectors(b, *args, look)
+        top = call(b, "llvm.vector.reduce.smax.v16i32", I32, b.load(largest))
+        return b.icmp_signed("<", top, ir.Constant(I32, 0x7F800000))
+
+    return types.boolean(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _best_below(_ctx: Any, scores: Any, n: Any, below: Any) -> Any:
+    """Return the largest key below a key; keys order like the scores, and of equal ones the lower number is larger.
+
+    A key is the score's bits, turned so that they order like the score, above 2**31 - 1 minus its number. Negative zero
+    counts as zero and NaN as minus infinity.
+    """
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        scores, n, below = args
+        limit = splat(b, below, _V16I64)
+        best = cgutils.alloca_once_value(b, const(_V16I64, _LOWEST))
+
+        def look(first: Any, vector: Any, exists: Any) -> None:
+            number = b.fcmp_ordered("ord", vector, vector)
+            vector = b.select(number, b.fadd(vector, const(V16F32, 0.0)), const(V16F32, -math.inf))
+            bits = b.bitcast(vector, V16I32)
+            bits = b.xor(bits, b.and_(b.ashr(bits, const(V16I32, 31)), const(V16I32, 0x7FFFFFFF)))
+            last = ir.Constant(_V16I64, [_NUMBER_MASK - lane for lane in range(LANES)])
+            key = b.add(b.shl(b.sext(bits, _V16I64), const(_V16I64, 32)), b.sub(last, splat(b, first, _V16I64)))
+            so_far = b.load(best)
+            better = b.and_(b.icmp_signed(">", key, so_far), b.icmp_signed("<", key, limit))
+            b.store(b.select(b.and_(better, exists), key, so_far), best)
+
+        _for_vectors(b, scores, n, look)
+        return call(b, "llvm.vector.reduce.smax.v16i64", I64, b.load(best))
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
 
 
 @step
@@ -18,35 +98,28 @@ def route(row: int, thread: int, n_threads: int) -> None:
     computation: w = e**(logit - largest) divided by the sum over the chosen. A logit that is not finite sets the row's
     `damaged`, if there is one; NaN then ranks as minus infinity, so that the k experts are always different ones.
 
-    Arguments: logits (float32), stride_bytes, n, n_experts, k, ids (int32 [n, k]), weights (float32 [n, k]), damaged
-    (int32 [n], or 0), turn (the thread that takes the first row).
+    Arguments: logits (float32), stride_bytes (whole vectors of 16), n, n_experts, k, ids (int32 [n, k]), weights
+    (float32 [n, k]), damaged (int32 [n], or 0), turn (the thread that takes the first row).
     """
     logits, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n_experts, k = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
     ids, weights, damaged = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
     for t in range((thread + n_threads - load_i64(row, ARG0 + 8)) % n_threads, n, n_threads):
         scores = logits + t * stride
-        if damaged != 0:
-            for e in range(n_experts):
-                if not math.isfinite(load_f32(scores, e)):
-                    store_i32(damaged, t, np.int32(1))
-        previous, previous_id = np.float32(np.inf), -1
-        top, total = np.float32(0), 0.0
+        if damaged != 0 and not _all_finite(scores, n_experts):
+            store_i32(damaged, t, np.int32(1))
+        key, top, total = _HIGHEST, np.float32(0), 0.0
         for j in range(k):
-            best, best_id = np.float32(-np.inf), -1
-            for e in range(n_experts):
-                score = load_f32(scores, e)
-                if math.isnan(score):
-                    score = np.float32(-np.inf)
-                after = score < previous or (score == previous and e > previous_id)
-                if after and (best_id < 0 or score > best):
-                    best, best_id = score, e
+            key = _best_below(scores, n_experts, key)
+            best_id = _NUMBER_MASK - (key & _NUMBER_MASK)
+            best = load_f32(scores, best_id)
+            if math.isnan(best):
+                best = np.float32(-np.inf)
             if j == 0:
                 top = best
             weight = math.exp(np.float64(best) - np.float64(top))
             total += weight
             store_i32(ids, t * k + j, np.int32(best_id))
             store_f32(weights, t * k + j, np.float32(weight))
-            previous, previous_id = best, best_id
         for j in range(k):
             store_f32(weights, t * k + j, np.float32(load_f32(weights, t * k + j) / total))
