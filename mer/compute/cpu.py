@@ -173,7 +173,7 @@ class CPUWorker:
             match operation:
                 case RunExperts(layer, experts):
                     forward.run_experts(program, layer, experts)
-                    self._counters.expert_runs += sum(e.stage is not Stage.INNER for e in experts)
+                    self._counters.expert_runs += len(experts) - [e.stage for e in experts].count(Stage.INNER)
                 case Combine():
                     forward.combine(program)
                 case Attend(layer, predict):

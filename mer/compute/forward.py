@@ -24,6 +24,8 @@ from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
 from mer.model.spec import ModelSpec, RopeStyle
 
+_NO_ROWS = np.zeros(0, np.int32)
+_NO_ROWS.flags.writeable = False
 _KEPT_SHAPES = 8  # numbers of tokens for which a layer's attention steps are kept
 
 
@@ -167,8 +169,9 @@ class Forward:
         return self.scratch.kv.view(self.scratch.kv.address + block * n_bytes, n_bytes)
 
     def damaged(self) -> Int32Array:
-        """Return the batch rows for which a router logit was not finite so far."""
-        return np.flatnonzero(self.scratch.damaged[: len(self.batch.tokens)]).astype(np.int32)
+        """Return the batch rows for which a router logit was not finite so far; read-only."""
+        damaged = self.scratch.damaged[: len(self.batch.tokens)]
+        return np.flatnonzero(damaged).astype(np.int32) if damaged.any() else _NO_ROWS
 
     def logits(self) -> Float32Array:
         """Return the logits [N, V] of the rows that the batch asked for, once `project` has run."""

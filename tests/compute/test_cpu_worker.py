@@ -163,6 +163,33 @@ async def test_an_error_comes_back_with_its_job_and_the_worker_goes_on() -> None
     assert all(done.expert_ids is None for done in results[1:4])
 
 
+@pytest.mark.parametrize(("n_tokens", "inline"), [(1, True), (16, True), (17, False), (500, False)])
+async def test_a_large_batch_is_taken_over_outside_the_trio_thread(n_tokens: int, inline: bool) -> None:
+    script = Script()
+    async with working(script) as worker:
+        await worker.jobs.send(Job((Begin(some_batch(n_tokens)), Attend(0))))
+        assert (await worker.results.receive()).error is None
+    assert (script.begun_in[0] is threading.current_thread()) == inline
+
+
+async def test_the_event_loop_goes_on_while_a_job_runs() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def act(_layer: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    async with working(Script(act)) as worker:
+        await worker.jobs.send(Job((Begin(some_batch()), Attend(3))))
+        await trio.to_thread.run_sync(begun.wait)
+        with pytest.raises(trio.WouldBlock):
+            worker.results.receive_nowait()
+        go_on.set()
+        done = await worker.results.receive()
+        assert done.expert_ids is not None
+        assert done.expert_ids.tolist() == [[3]]
+
+
 async def test_run_ends_when_the_job_channel_is_closed() -> None:
     worker = CPUWorker(cast(Forward, Script()), 2)
     worker.start_threads()
