@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from mer.engine import Engine, TokenStream, open_engine, run_engine
     from mer.plan import MemoryPlan, Model, load_model, plan_memory
     from mer.sched.events import Completion, PrefillEvent, Timings, TokenEvent, Usage
+    from mer.sched.heat import HeatProfile, ProfileError
     from mer.sched.kv_file import PrefixFileError
+    from mer.sched.trace import TraceError
     from mer.stats import Settings, Statistics
     from mer.text.chat import Message
 
@@ -45,16 +47,19 @@ if TYPE_CHECKING:
 _LATE = {
     "Completion": "mer.sched.events",
     "Engine": "mer.engine",
+    "HeatProfile": "mer.sched.heat",
     "MemoryPlan": "mer.plan",
     "Message": "mer.text.chat",
     "Model": "mer.plan",
     "PrefillEvent": "mer.sched.events",
     "PrefixFileError": "mer.sched.kv_file",
+    "ProfileError": "mer.sched.heat",
     "Settings": "mer.stats",
     "Statistics": "mer.stats",
     "Timings": "mer.sched.events",
     "TokenEvent": "mer.sched.events",
     "TokenStream": "mer.engine",
+    "TraceError": "mer.sched.trace",
     "Usage": "mer.sched.events",
     "load_model": "mer.plan",
     "open_engine": "mer.engine",
@@ -73,6 +78,7 @@ __all__ = [
     "FileChanged",
     "FileSuspended",
     "GGUFError",
+    "HeatProfile",
     "MemoryPlan",
     "MerError",
     "Message",
@@ -83,6 +89,7 @@ __all__ = [
     "NumericsError",
     "PrefillEvent",
     "PrefixFileError",
+    "ProfileError",
     "Progress",
     "ReadError",
     "ReadTimeout",
@@ -95,6 +102,7 @@ __all__ = [
     "TokenEvent",
     "TokenStream",
     "TokenizerError",
+    "TraceError",
     "UnsupportedModel",
     "Usage",
     "embedded_model_path",

@@ -17,7 +17,7 @@ from mer.cli.bench import bench_app
 from mer.cli.console import StdoutConsole, note, stderr_console
 from mer.cli.exits import Exit, exit_for
 from mer.cli.interrupt import Interrupt
-from mer.cli.options import EngineOptions, GenerationOptions
+from mer.cli.options import CacheOptions, EngineOptions, GenerationOptions
 from mer.cli.run import model_path, resolve, run
 from mer.errors import MerError
 from mer.version import VERSION
@@ -103,6 +103,7 @@ def run_command(
     json: Json = False,
     generation: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen
     engine: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+    cache: CacheOptions = CacheOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Generate text from a prompt and print it.
 
@@ -114,7 +115,7 @@ def run_command(
     task = resolve(positionals, model=model, tokens=tokens, stdin=stdin)
     with Interrupt() as interrupt:
         return trio.run(
-            partial(run, task, engine, generation, chat=chat, as_json=json, prefix=prefix, interrupt=interrupt)
+            partial(run, task, engine, generation, cache, chat=chat, as_json=json, prefix=prefix, interrupt=interrupt)
         )
 
 

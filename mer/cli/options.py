@@ -12,6 +12,7 @@ from mer.config import Sampling
 from mer.errors import ConfigError
 
 ENGINE = Group("Engine", sort_key=2)
+CACHE = Group("Cache", sort_key=3)
 GENERATION = Group("Generation", sort_key=1)
 
 
@@ -59,6 +60,32 @@ class EngineOptions:
     def arguments(self) -> dict[str, Any]:
         """Return them as keyword arguments of `open_engine` and `plan_memory`."""
         return attrs.asdict(self)
+
+
+@Parameter(name="*", group=CACHE)
+@attrs.frozen(kw_only=True)
+class CacheOptions:
+    """Which experts stay in memory, and what is kept of their use."""
+
+    policy: Annotated[
+        str | None,
+        Parameter(help="Which experts stay in memory: lfru, layer-lru, lfu, static or cost. [default: lfru]"),
+    ] = None
+    heat: Annotated[Path | None, Parameter(help="Heat profile of the model, for the policy 'static'.")] = None
+    save_heat: Annotated[Path | None, Parameter(help="Write how often each expert was used to this file.")] = None
+    trace: Annotated[
+        Path | None, Parameter(help="Record which experts every batch uses, for mer simulate; continues a trace.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all but what is saved afterwards as keyword arguments of `open_engine`.
+
+        Raises:
+            ConfigError: what is to be saved could not be.
+        """
+        if self.save_heat is not None and (self.save_heat.is_dir() or not self.save_heat.parent.is_dir()):
+            raise ConfigError(f"--save-heat {self.save_heat}: there can be no file of that name")
+        return {"policy": self.policy, "heat": self.heat, "trace": self.trace}
 
 
 @Parameter(name="*", group=GENERATION)

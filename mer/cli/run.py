@@ -13,7 +13,7 @@ import attrs
 from mer.cli.console import AnswerStream, Bars, load_reporter, note, printable, stderr_console
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
-from mer.cli.options import EngineOptions, GenerationOptions, parse_token_ids
+from mer.cli.options import CacheOptions, EngineOptions, GenerationOptions, parse_token_ids
 from mer.cli.prefix import SavedPrefix
 from mer.cli.session import INTERRUPTED, generate, say_statistics, settings_object, statistics_object
 from mer.errors import ConfigError
@@ -85,6 +85,7 @@ async def run(
     task: Task,
     engine_options: EngineOptions,
     generation: GenerationOptions,
+    cache_options: CacheOptions,
     *,
     chat: bool,
     as_json: bool,
@@ -113,10 +114,11 @@ async def run(
 
     generation.arguments()  # a sampling setting out of range is an error before anything is loaded
     saved = None if prefix is None else SavedPrefix(prefix)
+    options = engine_options.arguments() | cache_options.arguments()
     result = None
     kept = ""
     with Bars() as bars, interrupt.stopping():
-        async with open_engine(task.model, **engine_options.arguments(), on_progress=load_reporter(bars)) as engine:
+        async with open_engine(task.model, **options, on_progress=load_reporter(bars)) as engine:
             bars.clear()
             if saved is not None:
                 await saved.restore(engine)
@@ -131,6 +133,7 @@ async def run(
                 show_tokens=as_json or not answer.is_terminal,
             )
             statistics = engine.statistics()
+            heat = engine.heat_profile()
             if saved is not None:
                 kept = await saved.keep(engine, prompt, result, interrupt)
     if result is None:
@@ -155,5 +158,7 @@ async def run(
         say_statistics(result, statistics)
     if kept:
         note(kept, "dim")
+    if cache_options.save_heat is not None:
+        heat.save(cache_options.save_heat)
     interrupted = result.finish_reason == INTERRUPTED and not result.reader_gone
     return Exit.INTERRUPTED if interrupted else Exit.OK

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
 import attrs
+import numpy as np
 import trio
 import trio.testing
 
 import mer
 from mer.config import Progress
 from mer.io.files import IoMode
+from mer.sched.heat import HeatProfile
 
 STORY = ("Once", " upon", " a", " time", " gr\u00fcn", ".", "\n", "\x1b[31mred", " end")
 
@@ -132,6 +134,9 @@ class FakeEngine:
                         completion=completion(words, reason) if last else None,
                     )
                 )
+
+    def heat_profile(self) -> HeatProfile:
+        return HeatProfile(bytes(32), np.array([[1, 2]]), np.array([3]))
 
     def statistics(self) -> FakeStatistics:
         return FakeStatistics(len(self.asked))

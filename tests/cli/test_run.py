@@ -141,8 +141,10 @@ def test_only_slow_kernels_are_said_to_be_compiled(
 def test_options_reach_the_engine(engine: FakeEngine) -> None:
     words = "--memory 8GiB --threads 3 --slots 20 --context 99 --max-tokens 5 --temperature 0.5 --top-k 7 --top-p 0.9"
     engine_words = "--prefetch gate --mirror a.gguf --mirror b.gguf"
+    cache_words = "--policy static --heat h.json --trace t"
     more = "--min-p 0.1 --seed 11 --ignore-eos --stop x --stop"
-    assert run_app(["run", "m.gguf", "Tell me", *words.split(), *engine_words.split(), *more.split(), "\n\n"]) == 0
+    all_words = [*words.split(), *engine_words.split(), *cache_words.split(), *more.split()]
+    assert run_app(["run", "m.gguf", "Tell me", *all_words, "\n\n"]) == 0
     ((path, options),) = engine.opened
     assert path == Path("m.gguf")
     assert {k: v for k, v in options.items() if k != "on_progress"} == {
@@ -152,7 +154,10 @@ def test_options_reach_the_engine(engine: FakeEngine) -> None:
         "prefetch": "gate",
         "slots": 20,
         "context": 99,
-            "activations": "auto",
+        "activations": "auto",
+        "policy": "static",
+        "heat": Path("h.json"),
+        "trace": Path("t"),
     }
     sampling = Sampling(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=11)
     want = {"max_tokens": 5, "sampling": sampling, "stop": ("x", "\n\n"), "ignore_eos": True}
@@ -271,9 +276,7 @@ def press() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_the_first_ctrl_c_stops_and_prints_statistics(
-    engine: FakeEngine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_ctrl_c_stops_and_prints_statistics(engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> None:
     engine.hangs_after, engine.on_hang = 3, press
     assert run_app(["run", "Tell me"]) == 130
     out, err = capsys.readouterr()
