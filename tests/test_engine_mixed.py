@@ -97,7 +97,8 @@ async def test_slots_change_nothing(folder: Path, kind: str, more: int) -> None:
         assert min(counts) >= 1
         assert engine.plan.parts["expert slots"] == sum(n * size for n, size in zip(counts, sizes, strict=True))
         assert s.fetcher.started == s.fetcher.landed + s.fetcher.abandoned + s.fetcher.in_flight
-        assert (s.pool.pinned, s.pool.filling, s.pool.quarantined) == (0, 0, 0)
+        assert (s.pool.pinned, s.pool.quarantined) == (0, 0)
+        assert s.pool.filling == s.fetcher.in_flight, "a guess may still be on its way"
         assert s.cache.evictions > 0
 
 

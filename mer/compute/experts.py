@@ -69,7 +69,7 @@ class RoutedExperts:
     def _make(self, parts: Sequence[ExpertPart], *, one: bool) -> _Steps:
         """Return the steps for batches of one token, whose activations `prepare_token` has prepared, or of more."""
         spec, s, a = self._spec, self._scratch, self._scratch.address
-        threads, raw = self._limits.threads, a["raw"]
+        threads, raw = self._limits.threads, s.raw
         d, f = float_stride(spec.d_model), float_stride(spec.d_ff)
         gate, up, down = (Matrix(p.type, p.rows, p.cols, 0) for p in parts)
         kinds = {gate.type, up.type}

@@ -113,6 +113,17 @@ def _rows(n: int, address: int = 0) -> tuple[int, ...]:
 
 
 @attrs.frozen
+class RawRoom:
+    """Room for every thread to arrange 16 rows of a fresh matrix in, whichever of a job's matrices it is at."""
+
+    address: int
+    thread_bytes: int  # at least `raw_bytes` of each of these matrices
+
+
+NO_RAW_ROOM = RawRoom(0, 0)
+
+
+@attrs.frozen
 class Product:
     """The step that multiplies matrices of one shape with activations, and its arguments behind table and length."""
 
@@ -129,7 +140,7 @@ def product(
     settings: int,
     *,
     out_step: int = 0,
-    raw: int = 0,
+    raw: RawRoom = NO_RAW_ROOM,
 ) -> Product:
     """Return the step out[t] = matrix @ x[t] for rows t of x and all matrices of one shape in a table of entries.
 
@@ -141,7 +152,7 @@ def product(
         n_threads: threads that will share the work.
         settings: flags (see `entry.py`).
         out_step: bytes from the results of an entry's first matrix to those of its second.
-        raw: room to arrange fresh matrices in, of `raw_bytes` for each thread; needed only if there are any.
+        raw: room to arrange fresh matrices in; needed only if there are any.
     """
     kind, rows, cols = matrix.type, matrix.rows, matrix.cols
     pieces = n_threads * _CHUNKS_PER_THREAD
@@ -154,8 +165,8 @@ def product(
     area = x.packed[fmt.block_weights]
     chunk = round_up(max(1, -(-rows // ROWS) // pieces), 2)
     blocks = (rows, matrix.n_blocks, kind.block_bytes, fmt.block_weights, fmt.sums_per_block)
-    more = (settings, chunk, *blocks, area.xq, area.xs, area.xsum, out, out_step, out_stride, raw)
-    return Product(matmul_step(int(kind), area.planes), more)
+    more = (settings, chunk, *blocks, area.xq, area.xs, area.xsum, out, out_step, out_stride)
+    return Product(matmul_step(int(kind), area.planes), (*more, raw.address, raw.thread_bytes))
 
 
 def multiply(

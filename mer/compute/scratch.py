@@ -10,7 +10,7 @@ import numpy as np
 from mer.compute.kernels.attention import KV_TILE
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.tile import BlockFormat
-from mer.compute.matrix import FLOAT_BYTES, PackedArea, float_stride, raw_bytes
+from mer.compute.matrix import FLOAT_BYTES, PackedArea, RawRoom, float_stride, raw_bytes
 from mer.compute.program import Memory
 from mer.io.extents import ExpertMap, round_up
 from mer.io.ggml import GGMLType
@@ -44,12 +44,17 @@ def _formats(kinds: Iterable[GGMLType]) -> dict[int, BlockFormat]:
     return {fmt.block_weights: fmt for fmt in formats if fmt is not None}
 
 
+def _raw_bytes(experts: ExpertMap) -> int:
+    """Return the room that a thread needs to arrange any expert's matrix."""
+    shapes = {(p.type, p.cols) for layer in experts.experts for e in layer for p in e.parts}
+    return max(raw_bytes(*shape) for shape in shapes)
+
+
 def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str, int]:
     """Return name and bytes of every scratch area, packed activations and KV cache excepted."""
     t, r = limits.batch_tokens, limits.ffn_rows(spec)
     d, heads = float_stride(spec.d_model), spec.n_heads * spec.head_dim
     kv_heads = spec.n_kv_heads * spec.head_dim
-    shapes = {(p.type, p.cols) for layer in experts.experts for e in layer for p in e.parts}
     return {
         "x": t * d,  # residual stream
         "h": max(t, limits.outputs) * d,  # normalized
@@ -80,7 +85,7 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
         "logits": limits.outputs * float_stride(spec.vocab_size),
         "damaged": t * FLOAT_BYTES,  # rows whose router logits were not finite
         "constants": 2 * FLOAT_BYTES,  # eps, attention scale
-        "raw": limits.threads * max(raw_bytes(*shape) for shape in shapes),  # an expert's rows as they are in the file
+        "raw": limits.threads * _raw_bytes(experts),  # an expert's rows as they are in the file
     }
 
 
@@ -109,6 +114,7 @@ class Scratch:
         self.memory = Memory(scratch_bytes(spec, limits, kinds, experts))
         sizes = area_sizes(spec, limits, experts)
         self.address: Mapping[str, int] = {name: self.memory.cut(size) for name, size in sizes.items()}
+        self.raw = RawRoom(self.address["raw"], _raw_bytes(experts))
         self.packed: Mapping[str, dict[int, PackedArea]] = {
             name: {
                 size: PackedArea.cut(self.memory, fmt, rows, round_up(cols, size), limits.planes)

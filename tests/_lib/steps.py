@@ -15,7 +15,7 @@ from mer.compute.kernels.matmul import INTERLEAVE_STEPS
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.step import COUNTER, Step
 from mer.compute.kernels.tile import FORMATS
-from mer.compute.matrix import Activations, Matrix, PackedArea, float_stride, multiply, raw_bytes, stored_bytes
+from mer.compute.matrix import Activations, Matrix, PackedArea, RawRoom, float_stride, multiply, raw_bytes, stored_bytes
 from mer.compute.matrix import product as made_product
 from mer.compute.program import Program
 from mer.io.ggml import GGMLType
@@ -203,11 +203,11 @@ def products(
     for area in packed.values():
         program.add(pack, areas.put_entries(pieces), len(pieces), *area.arguments(cols, source, float_stride(cols)))
     results = areas.floats(2, max(sum(counts), 1), stride // 4)
-    raw_room = areas.room(n_threads * raw_bytes(kind, cols) + 64)
+    raw_room = RawRoom(address(areas.room(n_threads * raw_bytes(kind, cols))), raw_bytes(kind, cols))
     settings = flags(first, 2, x=ZERO if shared else ROW, out=PAIR)
     made = made_product(
         Matrix(kind, rows, cols, 0), Activations(1, source, float_stride(cols), packed), address(results), stride,
-        n_threads, settings, out_step=results[0].nbytes, raw=address(raw_room),
+        n_threads, settings, out_step=results[0].nbytes, raw=raw_room,
     )  # fmt: skip
     program.add(made.step, areas.put(np.array(words, np.int64)), len(words), *made.arguments)
     run_program(program, n_threads)

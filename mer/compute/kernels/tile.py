@@ -160,7 +160,7 @@ def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
 
     Arguments behind those of `entry.py`: n_rows, n_blocks, block_bytes, block_weights, sums_per_block, xq, xs, xsum,
     out, out_step_bytes (from the results of one matrix to those of the next), out_stride_bytes, raw (room for 16 rows
-    as in the file, for each thread).
+    as in the file) and raw_stride_bytes (from a thread's room to the next one's: other threads may be in other steps).
     """
     literally(kind)
     literally(planes)
@@ -170,7 +170,7 @@ def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
     out0, out_step, out_stride = load_i64(row, ARG0 + 12), load_i64(row, ARG0 + 13), load_i64(row, ARG0 + 14)
     add = load_i64(row, ARG0 + 2) >> 32
     n_tiles, tile_bytes = (n_rows + 15) // 16, 16 * n_blocks * block_bytes
-    raw = load_i64(row, ARG0 + 15) + thread * ((tile_bytes + 63) // 64 * 64)
+    raw = load_i64(row, ARG0 + 15) + thread * load_i64(row, ARG0 + 16)
     q_stride, sum_stride, s_stride = planes * n_blocks * block_weights, 4 * planes * n_blocks * sums, 4 * n_blocks
     while True:
         entry, matrix, r, last = claim(row, n_tiles)

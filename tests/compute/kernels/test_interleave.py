@@ -12,7 +12,7 @@ from mer.compute.kernels.interleave import FIELDS, rows_of_tiles
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.matrix import raw_bytes
 from mer.io.ggml import GGMLType
-from tests._lib.steps import U8, Areas, address, run_step
+from tests._lib.steps import CANARY, U8, Areas, address, run_step
 
 KINDS = [GGMLType(kind) for kind in FIELDS]
 
@@ -39,13 +39,16 @@ def tiled_in_place(kind: GGMLType, raw: U8, n_threads: int, chunk: int) -> U8:
     there = areas.room(n_tiles * 16 * row_bytes, shift=5)
     there[: raw.size] = raw.reshape(-1)
     there[raw.size :] = 0xEE
-    scratch = areas.room(n_threads * raw_bytes(kind, n_blocks * kind.block_size))
+    thread_bytes = raw_bytes(kind, n_blocks * kind.block_size) + 192  # room for a larger matrix of another step
+    scratch = areas.room(n_threads * thread_bytes)
     entry = areas.put(np.array([0, address(there), 0, 0, 0, 0, FRESH_INNER, 0], np.int64))
     run_step(
         matmul_step(int(kind), 1), entry, 1, flags(first=1), chunk, rows, n_blocks, kind.block_bytes, kind.block_size,
-        1, 0, 0, 0, 0, 0, 0, address(scratch), n_threads=n_threads,
+        1, 0, 0, 0, 0, 0, 0, address(scratch), thread_bytes, n_threads=n_threads,
     )  # fmt: skip
     areas.check()
+    assert (scratch[: (n_threads - 1) * thread_bytes] == CANARY).all(), "the last thread, which comes first, did it all"
+    assert (scratch[-192:] == CANARY).all()
     return there.reshape(n_tiles, -1).copy()
 
 
