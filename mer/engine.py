@@ -534,6 +534,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 load_s=load_s,
                 dense_bytes_read=dense_bytes_read,
                 bytes_read=model.gguf.header_bytes_read + reader.statistics().bytes_read,
+                stalled_s=store.stalled_s,
                 private_bytes=private_bytes(),
                 peak_rss_bytes=peak_rss_bytes(),
                 settings=settings,

@@ -56,6 +56,7 @@ class Statistics:
     load_s: float  # from opening to ready
     dense_bytes_read: int  # at load
     bytes_read: int  # all reads of the files, header and alignment padding included
+    stalled_s: float  # in which the scheduler waited for experts and had nothing to compute
     private_bytes: int  # anonymous memory and page tables now
     peak_rss_bytes: int
     settings: Settings

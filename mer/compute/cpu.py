@@ -112,17 +112,13 @@ class CPUWorker:
     """
 
     def __init__(self, forward: Forward, n_threads: int) -> None:
-        self._forward = forward
+        self._forward: Forward | None = forward  # None once closed, as weights, KV and scratch are its
+        self.staged_pairs = forward.staged_pairs  # see `ComputeWorker`
         self._team = Team(n_threads)
         self._program = Program()
         self._counters = _Counters()
         self.jobs, self._jobs = trio.open_memory_channel[Job](1)
         self._results, self.results = trio.open_memory_channel[Done](1)
-
-    @property
-    def staged_pairs(self) -> int:
-        """See `ComputeWorker`."""
-        return self._forward.staged_pairs
 
     def start_threads(self) -> None:
         """Start the threads.
@@ -133,8 +129,13 @@ class CPUWorker:
         self._team.open()
 
     def close(self) -> None:
-        """Stop the threads once a job that is running has finished. Closing twice is allowed."""
+        """Stop the threads once a job that is running has finished, and let go of weights, KV and scratch.
+
+        Closing twice is allowed.
+        """
         self._team.close()
+        self._forward = None
+        self._program = Program()
 
     async def run(self) -> None:
         """Serve jobs in order until the job channel is closed or the task is cancelled."""
@@ -167,7 +168,7 @@ class CPUWorker:
 
     async def _start(self, job: Job) -> None:
         """Build the job's program and let it run, unless it has no steps."""
-        forward, program = self._forward, self._program
+        forward, program = self._open_forward(), self._program
         program.clear()
         for operation in job.operations:
             match operation:
@@ -195,11 +196,16 @@ class CPUWorker:
 
     def _write_blocks(self, blocks: tuple[int, ...], data: tuple[Uint8Array, ...]) -> None:
         for block, content in zip(blocks, data, strict=True):
-            self._forward.write_block(block, content)
+            self._open_forward().write_block(block, content)
+
+    def _open_forward(self) -> Forward:
+        if self._forward is None:
+            raise RuntimeError("the worker is closed")
+        return self._forward
 
     def _done(self, job: Job, begun: float) -> Done:
         """Collect what the job's operations ask for, once its program has finished."""
-        forward = self._forward
+        forward = self._open_forward()
         ids = predicted = logits = damaged = None
         kv: tuple[Uint8Array, ...] | None = None
         for operation in job.operations:

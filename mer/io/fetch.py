@@ -54,7 +54,7 @@ class Fetch:
     inner_landed: bool = attrs.field(default=False, init=False)
     done: bool = attrs.field(default=False, init=False)
     error: ReadError | None = attrs.field(default=None, init=False)
-    _reads: list[ReadOperation] = attrs.field(factory=list, init=False)  # of gate, up and down: the latest of each
+    _reads: list[ReadOperation] = attrs.field(factory=list, init=False)  # latest of gate, up, down, while it needs them
     _tries: list[int] = attrs.field(factory=lambda: [0, 0, 0], init=False)
     _missing: set[int] = attrs.field(factory=lambda: {0, 1, 2}, init=False)  # parts that have not landed
     _reading: set[int] = attrs.field(factory=set, init=False)  # parts whose latest read is in flight
@@ -396,6 +396,7 @@ class Fetcher:
             self._classes[fetch.priority].landed += 1
             fetch.done = True
             fetch._over.set()
+            fetch._reads.clear()  # they refer to the slot's memory, and back to the fetch
             self._pool.landed(fetch.slot)
             if self._on_done is not None:
                 self._on_done(fetch)
@@ -469,6 +470,7 @@ class Fetcher:
     def _reclaim(self, fetch: Fetch) -> None:
         """Give back the slot of a fetch that did not land, if nothing needs it any more."""
         if fetch.done and fetch._missing and not fetch._reading and not fetch._holds:
+            fetch._reads.clear()
             self._pool.reclaim(fetch.slot)
 
     def _check_in_flight(self, fetch: Fetch) -> None:
