@@ -17,7 +17,7 @@ from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
 
 FLOAT_BYTES = 4
-_CHUNKS_PER_THREAD = 8  # work is handed out in about this many pieces per thread
+_CHUNKS_PER_THREAD = 4  # work is handed out in about this many pieces per thread
 
 
 @attrs.frozen
@@ -163,7 +163,7 @@ def product(
         arguments = (settings, chunk, *shape, x.address, x.stride, out, out_step, out_stride)
         return Product(matmul_step(int(kind), 1), arguments)
     area = x.packed[fmt.block_weights]
-    chunk = round_up(max(1, -(-rows // ROWS) // pieces), 2)
+    chunk = max(1, -(-rows // ROWS) // pieces)
     blocks = (rows, matrix.n_blocks, kind.block_bytes, fmt.block_weights, fmt.sums_per_block)
     more = (settings, chunk, *blocks, area.xq, area.xs, area.xsum, out, out_step, out_stride)
     return Product(matmul_step(int(kind), area.planes), (*more, raw.address, raw.thread_bytes))

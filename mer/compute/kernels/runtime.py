@@ -2,7 +2,7 @@
 
 Threads stay inside `follow` for life, so that they never touch the interpreter. `start` publishes a program and wakes
 them; every thread runs the same rows, and the last one to finish writes to an eventfd. Rows whose BARRIER word is set
-end in a barrier: poll briefly, then sleep on a futex.
+end in a barrier: poll and yield, then sleep on a futex.
 
 The control block's words lie on cache lines of their own; the offsets below are in bytes.
 """
@@ -43,17 +43,19 @@ _FUTEX, _WRITE, _YIELD = {"x86_64": (202, 1, 24), "aarch64": (98, 64, 124)}.get(
 if _FUTEX < 0:
     raise ConfigError(f"mer computes on x86_64 and aarch64 processors, not on {_MACHINE}")
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, process-private
-_POLLS, _YIELDS = 100, 8  # at a barrier a thread polls for some microseconds, yields, and so on; then it sleeps
+# A thread that waits polls for a microsecond, yields, and so on for some 0.3 ms; then it sleeps. On a virtual machine,
+# waking up from that takes some 50 us, longer than most barriers and than the time between two jobs.
+_POLLS, _YIELDS = 20, 300
 
 
 @njit
-def _wait_change(address, seen, yields):  # type: ignore[no-untyped-def]
+def _wait_change(address, seen):  # type: ignore[no-untyped-def]
     """Return once the int32 at `address` differs from `seen`.
 
     Whoever is waited for may be on this very core, held up by the polling; yielding lets it go on, and leaves both
     awake, so that the system moves one of them to a core that is free.
     """
-    for _ in range(yields):
+    for _ in range(_YIELDS):
         for _ in range(_POLLS):
             if atomic_load(address) != seen:
                 return
@@ -77,7 +79,7 @@ def _barrier(control, n_threads):  # type: ignore[no-untyped-def]
         atomic_store(control + ARRIVED, 0)
         _publish(control + PHASE)
     else:
-        _wait_change(control + PHASE, phase, _YIELDS)
+        _wait_change(control + PHASE, phase)
 
 
 @njit
@@ -94,7 +96,7 @@ def follow(control, thread, n_threads):  # type: ignore[no-untyped-def]
     """Run every program that is started in `control`, as `thread`, until stopped."""
     seen = 0
     while True:
-        _wait_change(control + GENERATION, seen, 0)
+        _wait_change(control + GENERATION, seen)
         seen = atomic_load(control + GENERATION)
         if atomic_load(control + STOP) != 0:
             return

@@ -41,7 +41,7 @@ from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
 from mer.compute.kernels.step import ARG0
 
 PLANE_SHIFT = 7  # the first of two planes counts 2**7 times the second
-_PREFETCH_BYTES = 2048  # weights are asked for so far ahead: the hardware's own prefetching stops at page boundaries
+_PREFETCH_BYTES = 8192  # weights are asked for so far ahead, across tiles: the hardware itself stops at pages
 _PREFETCH_COLUMNS = 4  # with more columns the arithmetic takes longer than the weights
 
 
@@ -106,7 +106,6 @@ def tile(
     kind: Any,
     planes: Any,
     columns: Any,
-    groups: Any,
     w: Any,
     n_blocks: Any,
     xq: Any,
@@ -116,37 +115,33 @@ def tile(
     out_stride: Any,
     add: Any,
 ) -> Any:
-    """Multiply `groups` adjacent tiles with one tile of `columns` activation columns; store or add float32 results.
+    """Multiply a tile with one tile of `columns` activation columns; store or add float32 results.
 
-    `kind`, `planes`, `columns` and `groups` are compile-time integers; the others are int64 addresses, counts, and
-    bytes.
+    `kind`, `planes` and `columns` are compile-time integers; the others are int64 addresses, counts, and bytes.
     """
-    fmt, n_planes = FORMATS[kind.literal_value], planes.literal_value
-    n_columns, n_groups = columns.literal_value, groups.literal_value
-    signature = types.void(kind, planes, columns, groups, *[types.int64] * 8)
+    fmt, n_planes, n_columns = FORMATS[kind.literal_value], planes.literal_value, columns.literal_value
+    signature = types.void(kind, planes, columns, *[types.int64] * 8)
 
     def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        w, n, xq, xs, xsum, out, out_stride, add = args[4:]
+        w, n, xq, xs, xsum, out, out_stride, add = args[3:]
         zero = const(V16F32, 0.0)
-        acc = [[cgutils.alloca_once_value(b, zero) for _ in range(n_columns)] for _ in range(n_groups)]
+        acc = [cgutils.alloca_once_value(b, zero) for _ in range(n_columns)]
         block = ROWS * fmt.block_bytes
         with cgutils.for_range(b, n, intp=I64) as loop:
             column = ActivationColumn(b, fmt, n_planes, n_columns, loop.index, xq, xs, xsum)
-            for g in range(n_groups):
-                base = b.add(b.add(w, b.mul(loop.index, i64(block))), b.mul(n, i64(block * g)))
-                if n_columns <= _PREFETCH_COLUMNS:
-                    for line in range(0, block, 64):
-                        prefetch(b, base, _PREFETCH_BYTES + line)
-                fmt.accumulate(b, base, column, n_columns, acc[g])
+            base = b.add(w, b.mul(loop.index, i64(block)))
+            if n_columns <= _PREFETCH_COLUMNS:
+                for line in range(0, block, 64):
+                    prefetch(b, base, _PREFETCH_BYTES + line)
+            fmt.accumulate(b, base, column, n_columns, acc)
         adds = b.icmp_signed("!=", add, i64(0))
-        for g in range(n_groups):
-            for c in range(n_columns):
-                offset = b.add(i64(4 * ROWS * g), b.mul(out_stride, i64(c)))
-                result = b.load(acc[g][c])
-                old = cgutils.alloca_once_value(b, zero)
-                with b.if_then(adds):
-                    b.store(load(b, out, offset, V16F32, 4), old)
-                store(b, b.fadd(b.load(old), result), out, offset, 4)
+        for c in range(n_columns):
+            offset = b.mul(out_stride, i64(c))
+            result = b.load(acc[c])
+            old = cgutils.alloca_once_value(b, zero)
+            with b.if_then(adds):
+                b.store(load(b, out, offset, V16F32, 4), old)
+            store(b, b.fadd(b.load(old), result), out, offset, 4)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -180,29 +175,24 @@ def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
         xq, xs, xsum = xq0 + x_row * q_stride, xs0 + x_row * s_stride, xsum0 + x_row * sum_stride
         out = out0 + matrix * out_step + out_row * out_stride
         while r < last:
-            width = 2 if n == 1 and r + 2 <= last else 1
             wr, to = w + r * tile_bytes, out + 64 * r
             if fresh != 0:
-                for g in range(r, r + width):
-                    here, ahead = w + g * tile_bytes, w + min(g + 1, last - 1) * tile_bytes
-                    interleave_tile(kind, here, here, min(16, n_rows - 16 * g), n_blocks, block_bytes, raw, ahead)
-            r += width
-            if width == 2:
-                tile(kind, planes, 1, 2, wr, n_blocks, xq, xs, xsum, to, out_stride, add)
-                continue
+                ahead = w + min(r + 1, last - 1) * tile_bytes
+                interleave_tile(kind, wr, wr, min(16, n_rows - 16 * r), n_blocks, block_bytes, raw, ahead)
+            r += 1
             t = 0
             while t < n:
                 q, s, u, o = xq + t * q_stride, xs + t * s_stride, xsum + t * sum_stride, to + t * out_stride
                 left = n - t
                 if left >= 8:
-                    tile(kind, planes, 8, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 8, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 8
                 elif left >= 4:
-                    tile(kind, planes, 4, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 4, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 4
                 elif left >= 2:
-                    tile(kind, planes, 2, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 2, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 2
                 else:
-                    tile(kind, planes, 1, 1, wr, n_blocks, q, s, u, o, out_stride, add)
+                    tile(kind, planes, 1, wr, n_blocks, q, s, u, o, out_stride, add)
                     t += 1
