@@ -15,7 +15,8 @@ MIN_VISITS: Final = 16
 """Visits of a layer before anything is predicted for it."""
 MIN_USES: Final = 2
 """Uses of an expert before it is predicted."""
-_DEVIATIONS: Final = 3.5  # standard deviations above uniform that no more than about one in 4000 experts has by chance
+_FEW: Final = 32  # experts that are looked through faster in Python
+_DEVIATIONS: Final = 4.0  # standard deviations above uniform that hardly any expert has by chance
 
 
 class Prediction(NamedTuple):
@@ -74,14 +75,18 @@ def bar(share: float, n_visits: int) -> float:
     """Return the probability that a prediction must reach after so many visits of its layer.
 
     `threshold`, and as long as there are few observations so much above the share that uniform routing would rarely
-    look like that: 3.5 standard deviations of a frequency over these visits.
+    look like that: four standard deviations of a frequency over these visits, and what Bernstein's inequality adds for
+    rare events.
     """
     if n_visits < MIN_VISITS:
         return math.inf
-    return max(threshold(share), share + _DEVIATIONS * math.sqrt(share * (1.0 - share) / n_visits))
+    chance = _DEVIATIONS * math.sqrt(share * (1.0 - share) / n_visits) + _DEVIATIONS**2 / (3.0 * n_visits)
+    return max(threshold(share), share + chance)
 
 
-def passing(layer: int, probabilities: npt.NDArray[np.float64], lowest: float, uses: Sequence[int]) -> list[Prediction]:
+def passing(
+    layer: int, probabilities: npt.NDArray[np.floating], lowest: float, uses: Sequence[int]
+) -> list[Prediction]:
     """Return the experts of a layer whose probability is at least `lowest` and whose use was seen, likeliest first.
 
     Args:
@@ -90,11 +95,14 @@ def passing(layer: int, probabilities: npt.NDArray[np.float64], lowest: float, u
         lowest: see `bar`.
         uses: [E], how often each has been used so far.
     """
-    experts = (probabilities >= lowest).nonzero()[0]
-    if not len(experts):
-        return []
-    pairs = zip(experts.tolist(), probabilities[experts].tolist(), strict=True)
-    found = [Prediction((layer, expert), value) for expert, value in pairs if uses[expert] >= MIN_USES]
+    if len(probabilities) > _FEW:
+        experts = (probabilities >= lowest).nonzero()[0]
+        pairs = zip(experts.tolist(), probabilities[experts].tolist(), strict=True)
+    else:
+        pairs = zip(range(len(probabilities)), probabilities.tolist(), strict=True)
+    found = [
+        Prediction((layer, expert), value) for expert, value in pairs if value >= lowest and uses[expert] >= MIN_USES
+    ]
     found.sort(key=_unlikely)
     return found
 

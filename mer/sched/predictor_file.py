@@ -9,7 +9,7 @@ import struct
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ _HEADER: Final = struct.Struct(f"<8sHHIIII{FINGERPRINT_BYTES}sII")
 """Magic, version, 0, L, E, K, contexts, fingerprint, compressed bytes, CRC-32 of them; CRC-32 of the header follows."""
 _CHECKSUM: Final = struct.Struct("<I")
 _MOST: Final = 1 << 53  # visits of a layer
-_LARGEST: Final = 1e9  # weight, or sum of squares, of a feature
+_LARGEST: Final = 1e18  # decayed sum of products of features; no model comes near
 
 
 class PredictorFileError(MerError):
@@ -52,10 +52,11 @@ def _fields(n_layers: int, n_experts: int, n_contexts: int) -> dict[str, tuple[s
     return {
         "visits": ("<i8", (n_layers,)),
         "uses": ("<i8", (n_layers, n_experts)),
-        "averages": ("<f8", (n_layers, len(SPANS) + 1, n_experts)),
+        "averages": ("<f4", (n_layers, len(SPANS) + 1, n_experts)),
         "sizes": ("<f8", (n_layers,)),
         "weights": ("<f8", (n_layers, N_FEATURES)),
-        "squares": ("<f8", (n_layers, N_FEATURES)),
+        "moments": ("<f8", (n_layers, N_FEATURES + 1, N_FEATURES + 1)),
+        "samples": ("<f8", (n_layers,)),
         "contexts": ("<i8", (n_contexts,)),
         "counts": ("<u2", (n_contexts, n_experts + 1)),
     }
@@ -93,8 +94,9 @@ def save_predictor(path: str | os.PathLike[str], predictor: MarkovPredictor, fin
         "uses": predictor.uses,
         "averages": predictor.averages,
         "sizes": predictor.sizes,
-        "weights": [regression.weights() for regression in predictor.regressions],
-        "squares": [regression.moments.diagonal()[:-1] for regression in predictor.regressions],
+        "weights": [regression.least for regression in predictor.regressions],
+        "moments": [regression.moments for regression in predictor.regressions],
+        "samples": [regression.n for regression in predictor.regressions],
         "contexts": contexts,
         "counts": counts,
     }
@@ -166,7 +168,7 @@ def load_predictor(
             path, 24, f"{n_contexts} contexts are more than the {_most_contexts(n_experts)} that are ever saved"
         )
     fields = _fields(n_layers, n_experts, n_contexts)
-    values: dict[str, npt.NDArray[np.int64 | np.float64 | np.uint16]] = {}
+    values: dict[str, npt.NDArray[Any]] = {}
     content, at = _inflated(path, payload, _n_bytes(fields)), 0
     for name, (kind, shape) in fields.items():
         n_bytes = _n_bytes({name: (kind, shape)})
@@ -179,10 +181,11 @@ def load_predictor(
     predictor.visits = values["visits"].tolist()
     predictor.uses = values["uses"].tolist()
     predictor.averages[...] = values["averages"]
-    predictor.shares = predictor.averages[:, -1].mean(axis=1).tolist()
+    predictor.shares = predictor.averages[:, -1].mean(axis=1, dtype=np.float64).tolist()
     predictor.sizes = values["sizes"].tolist()
-    for regression, weights, squares in zip(predictor.regressions, values["weights"], values["squares"], strict=True):
-        regression.resume(weights.astype(np.float64), squares.astype(np.float64))
+    learnt = (values["weights"].tolist(), values["moments"], values["samples"].tolist())
+    for regression, weights, moments, n in zip(predictor.regressions, *learnt, strict=True):
+        regression.resume(weights, moments, n)
     predictor.table.fill(values["contexts"].astype(np.int64), values["counts"].astype(np.uint16))
     return predictor
 
@@ -191,10 +194,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int, bytes, int
     """Return the numbers of the header (L, E, K, fingerprint, contexts), and the compressed payload."""
     # without waiting for what is no regular file
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise PredictorFileError(path, None, "no regular file; choose another one")
     with open(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise PredictorFileError(path, None, "no regular file; choose another one")
         header = stream.read(_HEADER.size + _CHECKSUM.size)
         if header[: len(MAGIC)] != MAGIC:
             raise PredictorFileError(path, 0, f"no saved predictor: it does not begin with {MAGIC!r}")
@@ -233,21 +237,27 @@ def _inflated(path: str | os.PathLike[str], payload: bytes, n_bytes: int) -> mem
     return memoryview(content)
 
 
-def _wrong(values: dict[str, npt.NDArray[np.int64 | np.float64 | np.uint16]], n_experts: int, most: int) -> str | None:
+def _wrong(values: dict[str, npt.NDArray[Any]], n_experts: int, most: int) -> str | None:
     """Return what is wrong with numbers that a predictor cannot have, None if nothing is."""
     visits, uses, counts, contexts = values["visits"], values["uses"], values["counts"], values["contexts"]
     sizes, averages = values["sizes"], values["averages"]
+    weights, moments, samples = values["weights"], values["moments"], values["samples"]
     if not ((visits >= 0) & (visits <= _MOST)).all():
         return "a layer has been visited less than never, or too often"
     if not ((uses >= 0) & (uses <= visits[:, None])).all():
         return "an expert has been used more often than its layer was visited"
     if not ((averages >= 0) & (averages <= 1)).all():
         return "an average is no probability"
+    if not (averages[:, -1] > 0).any(axis=1).all():
+        return "no expert of a layer is ever used"
     if not ((sizes > 0) & (sizes <= n_experts)).all():
         return "events use more experts than there are, or none"
-    for name in ("weights", "squares"):
-        if not ((values[name] >= 0) & (values[name] <= _LARGEST)).all():
-            return f"{name} must be from 0 to {_LARGEST}"
+    if not ((weights >= 0) & (weights <= 1)).all():
+        return "weights must be from 0 to 1"
+    if not (np.abs(moments) <= _LARGEST).all() or not (moments.diagonal(axis1=1, axis2=2) >= 0).all():
+        return f"moments must be from -{_LARGEST} to {_LARGEST}, and sums of squares not negative"
+    if not ((samples >= moments[:, -1, -1]) & (samples <= _LARGEST)).all():
+        return f"samples must be up to {_LARGEST}, and no fewer than the sum of their squares"
     if not ((contexts >= 0) & (contexts < most)).all() or not (np.diff(contexts) > 0).all():
         return f"contexts must be ascending numbers below {most}"
     if not ((counts <= counts[:, -1:]) & (counts[:, -1:] > 0) & (counts[:, -1:] <= MAX_VISITS)).all():

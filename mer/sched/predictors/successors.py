@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 WINDOW: Final = 8192
 """Visits after which a context's counts are halved: it forgets, and they fit into 16 bits."""
-_PRIOR: Final = np.float32(4.0)  # visits that the base rate weighs in the estimate of a row
-_DOUBT: Final = np.float32(4.0)  # variances of chance at which a lift counts half
-_TINY: Final = np.float32(1e-12)
+_PRIOR: Final = 4.0  # visits that the base rate weighs in the estimate of a row
+_DOUBT: Final = 4.0  # variances of chance at which a lift counts half
+_TINY: Final = 1e-12
 _CREDIT: Final = 127  # of the owner of a row that is contended for
 _CHECK: Final = 1024  # visits of the table between searches for rows that are full
 MAX_VISITS: Final = WINDOW + _CHECK
@@ -66,22 +66,23 @@ class SuccessorTable:
         """Memory taken."""
         return self.counts.nbytes + self.owners.nbytes + self.credits.nbytes
 
-    def look_up(self, first: Integers, second: Integers | None = None) -> Visit:
-        """Return what is known of different contexts of the first and of the second order."""
+    def look_up(self, contexts: Integers, n_first: int) -> Visit:
+        """Return what is known of different contexts.
+
+        Args:
+            contexts: [n], numbered on from order to order; those of the first order first.
+            n_first: how many these are.
+        """
         if not self.shared:
-            contexts = first if second is None else np.concatenate((first, second + self.n_contexts[0]))
-            return Visit(contexts, len(first), contexts, self.counts.take(contexts, 0))
-        rows = first % self.n_rows[0]
-        contexts = first
-        if second is not None:
-            rows = np.concatenate((rows, second % self.n_rows[1] + self.n_rows[0]))
-            contexts = np.concatenate((first, second + self.n_contexts[0]))
+            return Visit(contexts, n_first, contexts, self.counts.take(contexts, 0))
+        rows = contexts % self.n_rows[0]
+        rows[n_first:] = (contexts[n_first:] - self.n_contexts[0]) % self.n_rows[1] + self.n_rows[0]
         counts = self.counts.take(rows, 0)
         counts[self.owners.take(rows) != contexts] = 0
-        return Visit(contexts, len(first), rows, counts)
+        return Visit(contexts, n_first, rows, counts)
 
     def lift(
-        self, visit: Visit, base: npt.NDArray[np.float64], weights: npt.NDArray[np.float64] | None = None
+        self, visit: Visit, base: npt.NDArray[np.float32], weights: npt.NDArray[np.float32] | None = None
     ) -> npt.NDArray[np.float32]:
         """Return by how much the contexts of each order together raise what follows, a row for each order, [1 or 2, E].
 
@@ -95,22 +96,23 @@ class SuccessorTable:
         """
         counts = visit.counts.astype(np.float32)
         visits = counts[:, -1]
-        per_visit = 1.0 / (visits + _PRIOR)
+        per_visit = np.reciprocal(visits + _PRIOR)
         if weights is not None:
             per_visit *= weights
         n = visit.n_first
-        if n == len(counts):
-            by_order = per_visit[None]
-        else:
-            by_order = np.zeros((2, len(counts)), dtype=np.float32)
-            by_order[0, :n] = per_visit[:n]
-            by_order[1, n:] = per_visit[n:]
-        sums = by_order @ counts  # [orders, E + 1]
-        rates = base.astype(np.float32)
-        lift = sums[:, :-1] - sums[:, -1:] * rates
-        chance = (by_order @ (_DOUBT * per_visit * visits))[:, None] * (rates - rates * rates)
+        by_order = np.zeros((1 if n == len(counts) else 2, len(counts)), dtype=np.float32)
+        by_order[0, :n] = per_visit[:n]
+        by_order[-1, n:] = per_visit[n:]
+        sums = by_order.dot(counts)  # [orders, E + 1]
+        lift: npt.NDArray[np.float32] = sums[:, :-1] - sums[:, -1:] * base
+        per_visit *= visits
+        chance = by_order.dot(per_visit)[:, None] * (base - base * base)
+        chance *= _DOUBT
         square = lift * lift
-        lift *= square / (square + chance + _TINY)
+        chance += square
+        chance += _TINY
+        square /= chance
+        lift *= square
         return lift
 
     def add(self, visit: Visit, successors: npt.NDArray[np.uint16]) -> None:
@@ -132,8 +134,7 @@ class SuccessorTable:
         self.counts[rows] = counts
         self._visits += 1
         if self._visits % _CHECK == 0:
-            full = (self.counts[:, -1] >= WINDOW).nonzero()[0]
-            self.counts[full] >>= 1
+            self._forget()
 
     def rows(self, limit: int) -> tuple[Integers, npt.NDArray[np.uint16]]:
         """Return the contexts that are known, numbered on from order to order, ascending, and their counts, [n, E + 1].
@@ -164,6 +165,12 @@ class SuccessorTable:
             self.owners[rows] = contexts
             self.credits[rows] = np.minimum(counts[:, -1], _CREDIT)
         self.counts[rows] = counts
+        self._forget()
+
+    def _forget(self) -> None:
+        """Halve the rows that are full."""
+        full = (self.counts[:, -1] >= WINDOW).nonzero()[0]
+        self.counts[full] >>= 1
 
     def _contend(self, rows: Integers, contexts: Integers) -> None:
         """Let contexts claim rows that are others'; of several that claim the same, the last gets it."""
