@@ -81,6 +81,9 @@ def test_record_profile_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(len(event.experts) == 2 for event in events[6:])
     stats = first["stats"]
     assert sum(len(event.experts) for event in events) == stats["cache_hits"] + stats["cache_misses"]
+    assert run_app(["simulate", str(trace), "--policy", "lfru", "--slots", "9", "--json"]) == Exit.OK
+    replayed = json.loads(capsys.readouterr().out)["results"][0]
+    assert (replayed["hits"], replayed["misses"]) == (stats["cache_hits"], stats["cache_misses"])
     profile = HeatProfile.load(heat, fingerprint=fingerprint, n_layers=6, n_experts=8)
     counted = HeatProfile.count(fingerprint, 6, 8, [(event.layer, event.experts) for event in events])
     assert profile.counts.tolist() == counted.counts.tolist()

@@ -58,9 +58,7 @@ def test_few_slots_read_more_and_say_the_same(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_seed_decides(capsys: pytest.CaptureFixture[str]) -> None:
-    sampled = [
-        run_json(capsys, "Once", "-n", "12", "--temperature", "1.5", "--seed", seed)["tokens"] for seed in "112"
-    ]
+    sampled = [run_json(capsys, "Once", "-n", "12", "--temperature", "1.5", "--seed", seed)["tokens"] for seed in "112"]
     assert sampled[0] == sampled[1] != sampled[2]
 
 

@@ -163,23 +163,3 @@ def test_errors_say_what_and_have_codes(tmp_path: Path, capsys: pytest.CaptureFi
     HeatProfile.count(bytes(32), 2, 10, EVENTS).save(heat)
     assert "of another model" in refused(Exit.FAILED, trace, "--heat", str(heat))
     assert "No such file" in refused(Exit.FAILED, trace, "--save-heat", str(tmp_path / "no folder" / "h"))
-
-
-# --- what the default policy is chosen for, on short traces of real models ---
-
-DATA = Path(__file__).parents[1] / "data"
-
-
-@pytest.mark.parametrize("name", ["embedded", "smollm2"])
-def test_the_default_is_at_most_a_point_below_the_best(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of per-layer LRU, LFU, and a hot set that knows the trace in advance, from a layer's worth of slots up."""
-    report = run_json([str(DATA / f"{name}.trace"), "--slots", "8,25%,50%"], capsys)
-    rates = {(r["slots"], r["policy"]): 100 * r["hit_rate"] for r in report["results"]}
-    for n_slots in sorted({slots for slots, _ in rates}):
-        mine, bound = rates[n_slots, "lfru"], rates[n_slots, "belady"]
-        others = [rates[n_slots, other] for other in ("layer-lru", "lfu", "static")]
-        assert mine > max(others) - 1
-        assert mine > 5
-        assert bound > max(mine, *others)
-    most = max(slots for slots, _ in rates)
-    assert rates[most, "lfru"] > rates[most, "layer-lru"] + 4

@@ -13,7 +13,7 @@ from mer.bench.streams.skewed import skewed_stream
 from mer.errors import ConfigError
 from mer.sched.belady import simulate_belady
 from mer.sched.policies.layer_lru import LayerLRU
-from mer.sched.policies.registry import DEFAULT_POLICY, POLICIES, CacheShape, make_policy
+from mer.sched.policies.registry import POLICIES, CacheShape, make_policy
 from mer.sched.simulate import Event, Simulation, simulate
 from tests._lib.routing import routings
 
@@ -57,21 +57,6 @@ def test_golden_figures_of_the_skewed_stream_an_id_at_once(n_slots: int, lru: fl
     result = simulate(events, LayerLRU(1, n_slots), n_slots, n_layers=1)
     assert 100 * result.hit_rate == pytest.approx(lru, abs=0.05)
     assert 100 * simulate_belady(events, n_slots, n_layers=1).hit_rate == pytest.approx(belady, abs=0.05)
-
-
-@pytest.mark.parametrize("bypass", [False, True])
-def test_the_default_on_the_article_stream_is_no_worse_than_lru(bypass: bool) -> None:
-    shape = CacheShape(n_layers=1, n_experts=256, n_slots=16)
-    result = simulate(ARTICLE, make_policy(DEFAULT_POLICY, shape), 16, n_layers=1, bypass=bypass)
-    assert result.hits >= simulate(ARTICLE, LayerLRU(1, 16), 16, n_layers=1).hits == lru_hits(ARTICLE, 16)
-    assert result.hit_rate >= 0.147
-
-
-@pytest.mark.parametrize("bypass", [False, True])
-@pytest.mark.parametrize(("n_slots", "least"), [(16, 0.893), (32, 0.922), (64, 0.946)])
-def test_the_default_on_the_skewed_stream(n_slots: int, least: float, bypass: bool) -> None:
-    shape = CacheShape(n_layers=1, n_experts=256, n_slots=n_slots)
-    assert simulate(SKEWED, make_policy(DEFAULT_POLICY, shape), n_slots, n_layers=1, bypass=bypass).hit_rate >= least
 
 
 @given(routing=routings(max_layers=1), n_slots=st.integers(1, 8))

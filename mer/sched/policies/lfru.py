@@ -24,9 +24,11 @@ class LFRU:
     """Least frequently and recently used, with admission: keeps what is most likely to be used, and soon.
 
     The likelihood of an expert is a weighted sum of averages of its past uses over `SPANS` visits of its layer (while
-    a layer has been visited less often than a span, plain averages). The weights are those, none negative, that would
-    have predicted the uses seen so far with the least squared error; they are learnt from all layers together, so that
-    routing that repeats itself is kept as LRU does and routing that has favourites as LFU does.
+    a layer has been visited less often than a span, plain averages), and of the average over all experts of its layer.
+    The weights are those, none negative, that would have predicted the uses seen so far with the least squared error;
+    they are learnt from all layers together, so that routing that repeats itself is kept as LRU does and routing that
+    has favourites as LFU does. The average over all experts says nothing of any single one, but takes the weight of
+    what cannot be told from chance, and leaves the others' in proportion to what they foretell.
 
     An expert is worth its likelihood at its layer's next visit, divided by how many layers' visits it has to wait for
     that: what has to wait long for its chance would mostly be pushed out before by newcomers of the layers between. So
@@ -49,15 +51,16 @@ class LFRU:
         self, n_layers: int, n_experts: int, *, kinds: npt.ArrayLike | None = None, costs: FloatArray | None = None
     ) -> None:
         n_spans = len(SPANS)
-        self._averages = np.zeros((n_layers, n_experts, n_spans))  # [L, E, spans], of uses: 0 or 1 per visit
+        # [L, E, spans + 1], of uses, 0 or 1 per visit; last, over all experts of the layer and the longest span
+        self._averages = np.zeros((n_layers, n_experts, n_spans + 1))
         self._likelihoods = np.zeros((n_layers, n_experts))  # [L, E], at the next visit of their layers
         self._ranking = Ranking(self._likelihoods, kinds=kinds, weights=costs, impatient=True)
-        self._rates = 1.0 / np.array(SPANS)
+        self._rates = 1.0 / np.array((*SPANS, SPANS[-1]))
         self._visits = [0] * n_layers
         self._lessons = 0
-        self._weights = np.full(n_spans, 1.0 / n_spans)
+        self._weights = np.append(np.full(n_spans, 1.0 / n_spans), 0.0)
         # Normal equations of the fit; one observation of the first weights keeps them solvable.
-        self._products = np.eye(n_spans)
+        self._products = np.eye(n_spans + 1)
         self._targets = self._weights.copy()
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
@@ -68,12 +71,13 @@ class LFRU:
         self._visits[layer] = visits = visits + 1
         rates = self._rates if visits >= SPANS[-1] else np.maximum(self._rates, 1.0 / visits)
         averages *= 1.0 - rates
-        averages[used] += rates
+        averages[used, :-1] += rates[:-1]
+        averages[:, -1] += rates[-1] * len(used) / len(averages)
         np.matmul(averages, self._weights, out=self._likelihoods[layer])
         self._ranking.visited(layer)
 
     def _learn(self, averages: FloatArray, used: npt.NDArray[np.int64]) -> None:
-        """Add what the averages of a layer, [E, spans], said about this event, and fit the weights now and then."""
+        """Add what the averages of a layer, [E, spans + 1], said about this event, and fit the weights now and then."""
         self._products += averages.T @ averages
         self._targets += averages[used].sum(axis=0)
         self._lessons += 1

@@ -58,26 +58,46 @@ def test_lfu_needs_a_half_life(half_life: float) -> None:
 def test_lfru_likelihoods_are_weighted_averages_of_past_uses(routing: tuple[int, int, list[Event]]) -> None:
     n_layers, n_experts, events = routing
     policy = LFRU(n_layers, n_experts)
-    weights = np.ones(len(SPANS)) / len(SPANS)
+    assert policy._weights.tolist() == [1 / len(SPANS)] * len(SPANS) + [0.0]
+    policy._weights[:] = weights = np.array([0.3, 0.05, 0.1, 0.25, 0.1, 0.2])
     policy._learn = lambda averages, used: None  # type: ignore[method-assign]
     for layer, experts in events:
         policy.use(layer, experts)
     for layer in range(n_layers):
         visits = [experts for visited, experts in events if visited == layer]
+        averages = np.zeros((n_experts, len(SPANS)))
         for expert in range(n_experts):
-            averages = [0.0] * len(SPANS)
             for at, experts in enumerate(visits, 1):
                 for i, span in enumerate(SPANS):
                     window = min(span, at)
-                    averages[i] += ((expert in experts) - averages[i]) / window
-            assert policy.likelihood((layer, expert)) == pytest.approx(float(weights @ averages), abs=1e-12)
+                    averages[expert, i] += ((expert in experts) - averages[expert, i]) / window
+        for expert in range(n_experts):
+            expected = weights[:-1] @ averages[expert] + weights[-1] * averages[:, -1].mean()
+            assert policy.likelihood((layer, expert)) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_lfru_is_not_taken_in_by_favourites_of_chance() -> None:
+    """All experts are equally likely, and in 60 visits some happen to be used twice as often as others."""
+    rng = np.random.default_rng(1)
+    policy = LFRU(32, 8)
+    uses = np.zeros((32, 8))
+    for _ in range(60):
+        for layer in range(32):
+            experts = rng.choice(8, 2, replace=False)
+            uses[layer, experts] += 1
+            policy.use(layer, experts.tolist())
+    assert uses.max() > 2 * uses.min()
+    likelihoods = [policy.likelihood((layer, expert)) for layer in range(32) for expert in range(8)]
+    assert np.mean(likelihoods) == pytest.approx(0.25, abs=0.01)
+    assert np.std(likelihoods) < 0.02
 
 
 def test_lfru_learns_weights_of_least_squared_error() -> None:
     """Against a search for the non-negative weights by projected gradient descent over all lessons at once."""
     rng = np.random.default_rng(1)
     policy = LFRU(1, 6)
-    products, moments = np.eye(5), np.full(5, 0.2)
+    first = np.array([0.2] * 5 + [0.0])  # the average over all experts has no weight at first
+    products, moments = np.eye(6), first
     used = rng.choice(6, 2, replace=False)
     lessons = 0
     for at in range(4 * 8 * 60 + 1):  # a lesson every 4 visits, a fit every 8 lessons
@@ -92,7 +112,7 @@ def test_lfru_learns_weights_of_least_squared_error() -> None:
             lessons += 1
         policy.use(0, used.tolist())
     assert lessons == 8 * 60
-    best = np.full(5, 0.2)
+    best = first
     rate = 1 / np.linalg.eigvalsh(products)[-1]
     for _ in range(200_000):
         best = np.maximum(0, best - rate * (products @ best - moments))
