@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -26,14 +27,18 @@ from mer.sched.policy import Policy
 from mer.sched.store import ExpertStore
 
 
+def _nothing() -> None:
+    pass
+
+
 class _TimedLink(WorkerLink):
     """Adds up the time that the worker takes."""
 
     compute_s: float = 0.0
 
-    async def run(self, *operations: Operation) -> Done:
+    async def run(self, *operations: Operation, on_started: Callable[[], None] = _nothing) -> Done:
         """See `WorkerLink`."""
-        done = await super().run(*operations)
+        done = await super().run(*operations, on_started=on_started)
         self.compute_s += done.compute_s
         return done
 

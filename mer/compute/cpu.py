@@ -144,6 +144,7 @@ class CPUWorker:
                 begun = time.perf_counter()
                 try:
                     await self._start(job)
+                    job.on_started()
                     if self._program.length:
                         await self._team.wait()
                     done = self._done(job, begun)

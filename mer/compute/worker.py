@@ -7,6 +7,7 @@ layer `Attend`, one or more `RunExperts`, and `Combine`, at the end `Project`; s
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -114,6 +115,10 @@ class WriteBlocks:
     kv: tuple[Uint8Array, ...]  # the bytes of each block
 
 
+def _nothing() -> None:
+    pass
+
+
 Operation = Begin | Attend | RunExperts | Combine | Project | ReadBlocks | WriteBlocks
 
 
@@ -122,6 +127,7 @@ class Job:
     """Operations to run in order."""
 
     operations: tuple[Operation, ...]
+    on_started: Callable[[], None] = _nothing  # called in the trio thread once the job computes: that costs no time
 
 
 @attrs.frozen(eq=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
+from mer.compute.worker import LoadedExpert
 from mer.io.priority import Priority
 from mer.sched.policy import ExpertKey, Policy
 
@@ -18,6 +19,7 @@ class Resident:
     addresses: tuple[int, int, int]  # gate, up, down
     fresh: tuple[bool, bool]  # whether gate and up, and down, are still as the file has them
     speculation: Priority | None  # the class it was read in, until it is used for the first time; None if on demand
+    arranged: LoadedExpert | None = None  # what the worker is told of it, once nothing of it is fresh any more
 
 
 @attrs.frozen(kw_only=True)
@@ -35,12 +37,16 @@ class CacheStatistics:
 class ExpertCache:
     """The table of resident experts; pure and synchronous, it knows slots by number only.
 
+    The policy hears of lookups late, by `settle` or when it is asked next: what it learns then takes no time from a
+    layer that waits for its experts.
+
     Args:
         policy: ranks the residents.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        self._unsettled: list[tuple[int, Sequence[int]]] = []  # lookups that the policy has not heard of
         self._resident: dict[ExpertKey, Resident] = {}
         self._hits = self._misses = self._evictions = 0
 
@@ -53,7 +59,7 @@ class ExpertCache:
     def lookup(self, layer: int, experts: Iterable[int]) -> tuple[list[int], list[int]]:
         """Return the resident and the missing ones of a layer's experts, in the given order, and count them."""
         union = list(experts)
-        self._policy.use(layer, union)
+        self._unsettled.append((layer, union))
         hits: list[int] = []
         misses: list[int] = []
         for expert in union:
@@ -62,11 +68,29 @@ class ExpertCache:
         self._misses += len(misses)
         return hits, misses
 
+    def lookup_all(self, layer: int, experts: Sequence[int]) -> list[Resident] | None:
+        """Return a layer's experts and count them as hits, or None, and count nothing, if one of them is missing."""
+        resident = self._resident
+        found = [resident.get((layer, expert)) for expert in experts]
+        if None in found:
+            return None
+        self._unsettled.append((layer, experts))
+        self._hits += len(found)
+        return found  # type: ignore[return-value]
+
+    def settle(self) -> None:
+        """Let the policy hear of the lookups so far."""
+        if self._unsettled:
+            unsettled, self._unsettled = self._unsettled, []
+            for layer, experts in unsettled:
+                self._policy.use(layer, experts)
+
     def insert(self, key: ExpertKey, resident: Resident) -> None:
         """Note that an expert has landed."""
         if key in self._resident:
             raise RuntimeError(f"expert {key} is resident already")
         self._resident[key] = resident
+        self.settle()
         self._policy.insert(key)
 
     def victim_for(self, layer: int, evictable: Callable[[ExpertKey], bool], *, kind: int = 0) -> ExpertKey | None:
@@ -77,6 +101,7 @@ class ExpertCache:
             evictable: which residents may leave.
             kind: the class of slots that is needed.
         """
+        self.settle()
         return self._policy.victim(layer, evictable, kind=kind)
 
     def evict_for(self, layer: int, evictable: Callable[[ExpertKey], bool], *, kind: int = 0) -> Resident | None:
@@ -89,10 +114,12 @@ class ExpertCache:
 
     def likelihood(self, key: ExpertKey) -> float:
         """Return the policy's estimate of the probability that an expert is used at its layer's next visit."""
+        self.settle()
         return self._policy.likelihood(key)
 
     def drop(self, key: ExpertKey) -> Resident:
         """Forget a resident expert and return what it was."""
+        self.settle()
         self._policy.remove(key)
         return self._resident.pop(key)
 

@@ -12,6 +12,10 @@ from mer.errors import EngineClosed, MerError
 from mer.sched.store import Claim, ExpertStore
 
 
+def _nothing() -> None:
+    pass
+
+
 class WorkerLink:
     """Sends a worker one job at a time and waits for what it gives."""
 
@@ -19,8 +23,8 @@ class WorkerLink:
         self._jobs = jobs
         self._results = results
 
-    async def run(self, *operations: Operation) -> Done:
-        """Run operations as one job.
+    async def run(self, *operations: Operation, on_started: Callable[[], None] = _nothing) -> Done:
+        """Run operations as one job; once it computes, `on_started` is called, unless the job fails before.
 
         If cancelled while the job runs, its result stays behind: the link is of no use any more.
 
@@ -29,7 +33,7 @@ class WorkerLink:
             EngineClosed: the worker is gone.
         """
         try:
-            self._jobs.send_nowait(Job(operations))  # there is room: the job before has been answered
+            self._jobs.send_nowait(Job(operations, on_started))  # there is room: the job before has been answered
             done = await self._results.receive()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel):
             raise EngineClosed("the compute worker has stopped") from None
@@ -44,10 +48,6 @@ class LayerResult:
 
     pinned: tuple[LoadedExpert, ...]  # ready but not yet run: they go with the next job, then `unpin`
     failed: dict[int, MerError]  # {expert: why its bytes could not be had}
-
-
-def _nothing() -> None:
-    pass
 
 
 class LayerRun:

@@ -412,47 +412,61 @@ class Scheduler:
         operations: list[Operation] = [Begin(batch)]
         pinned_layer = 0
         pinned: tuple[LoadedExpert, ...] = ()
+        late: list[Callable[[], None]] = []  # what the next job's start should not wait for
         asks_gate = self._prefetcher is not None and self._prefetcher.asks_gate
 
         def wanted() -> bool:
             return any(member.alive for member in members)
 
+        def catch_up() -> None:
+            while late:
+                late.pop(0)()
+
         for layer in range(n_layers + 1):
             last = Project() if layer == n_layers else Attend(layer, predict=asks_gate)
             try:
-                done = await self._link.run(*operations, last)
+                done = await self._link.run(*operations, last, on_started=catch_up)
             except BaseException:
+                catch_up()
                 store.discard(pinned_layer, pinned)
                 raise
-            store.unpin(pinned_layer, pinned, used=True)
+            used = partial(store.unpin, pinned_layer, pinned, used=True)
             if layer == n_layers:
+                used()
                 if self._prefetcher is not None:
                     self._prefetcher.end_pass(comparable=len(batch.tokens) == len(members))
                 return done
             if not wanted():
+                used()
                 return None
             assert done.expert_ids is not None
             ids = done.expert_ids
             union = _union(ids, members)
-            if self._on_routed is not None:
-                self._on_routed(layer, len(ids), union)
-            look_ahead = partial(self._look_ahead, layer, union, done, members)
-            run = LayerRun(store, self._link, layer, staged=ids.size <= self._staged_pairs)
-            result = await run.run(union, wanted, look_ahead)
-            pinned_layer, pinned = layer, result.pinned
-            if not wanted():
-                store.unpin(pinned_layer, pinned, used=False)
-                return None
-            for expert, error in result.failed.items():
-                for member in members:
-                    if member.alive and np.any(ids[member.rows] == expert):
-                        member.sequence.fail(error)
+            routed = partial(self._routed, layer, union, done, members)
+            resident = store.pin_resident(layer, union)
+            if resident is not None:
+                late += used, store.claimed, routed
+                pinned_layer, pinned = layer, resident
+            else:
+                used()
+                run = LayerRun(store, self._link, layer, staged=ids.size <= self._staged_pairs)
+                result = await run.run(union, wanted, routed)
+                pinned_layer, pinned = layer, result.pinned
+                if not wanted():
+                    store.unpin(pinned_layer, pinned, used=False)
+                    return None
+                for expert, error in result.failed.items():
+                    for member in members:
+                        if member.alive and np.any(ids[member.rows] == expert):
+                            member.sequence.fail(error)
             operations = [RunExperts(layer, pinned), Combine(layer)]
         return None
 
-    def _look_ahead(self, layer: int, union: list[int], done: Done, members: list[_Member]) -> None:
-        """Ask for what the next layer needs, as far as that can be known or guessed."""
+    def _routed(self, layer: int, union: list[int], done: Done, members: list[_Member]) -> None:
+        """Tell of a layer's routing, and ask for what the next one needs, as far as it can be known or guessed."""
         assert done.expert_ids is not None
+        if self._on_routed is not None:
+            self._on_routed(layer, len(done.expert_ids), union)
         certain = self._is_next_certain(layer, done.expert_ids.shape, len(union) / len(self._experts), members)
         if certain:
             self._store.read_ahead((layer + 1) % self._n_layers, self._experts)

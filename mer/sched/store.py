@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 import trio
@@ -102,15 +102,30 @@ class ExpertStore:
         wrong guesses that are still being read are abandoned.
         """
         hits, misses = self.cache.lookup(layer, experts)
-        loaded = [self._pin((layer, expert)) for expert in hits]
+        loaded = [self._pinned(expert, self.cache[layer, expert]) for expert in hits]
         claims = [Claim((layer, expert)) for expert in misses]
         for claim in claims:
             self._claims[claim.key] = claim
             self._loading += 1
             self._start(claim)
+        self.claimed()
+        return loaded, claims
+
+    def pin_resident(self, layer: int, experts: Sequence[int]) -> tuple[LoadedExpert, ...] | None:
+        """Pin a layer's experts if all of them are resident; else do nothing and return None.
+
+        `claimed` follows, as soon as there is time.
+        """
+        residents = self.cache.lookup_all(layer, experts)
+        if residents is None:
+            return None
+        return tuple(map(self._pinned, experts, residents))
+
+    def claimed(self) -> None:
+        """Withdraw what was asked for in vain, and abandon wrong guesses that are still being read."""
+        self.cache.settle()
         self.drop_ahead()
         self._cancel_prefetches()
-        return loaded, claims
 
     def _start(self, claim: Claim) -> None:
         """Get a claimed expert on its way: join what is under way, or ask for a slot."""
@@ -181,8 +196,9 @@ class ExpertStore:
         """Let pinned experts go; with `used`, a job has run on them and has re-arranged their bytes."""
         for loaded in experts:
             resident = self.cache[layer, loaded.expert]
-            if used:
+            if used and resident.arranged is None:
                 resident.fresh = (False, False)
+                resident.arranged = LoadedExpert(loaded.expert, resident.addresses, resident.fresh)
             self.pool.unpin(resident.slot)
 
     def discard(self, layer: int, experts: Iterable[LoadedExpert]) -> None:
@@ -195,13 +211,12 @@ class ExpertStore:
         self.pool.unpin(resident.slot)
         self.pool.release(resident.slot)
 
-    def _pin(self, key: ExpertKey) -> LoadedExpert:
-        resident = self.cache[key]
+    def _pinned(self, expert: int, resident: Resident) -> LoadedExpert:
         self.pool.pin(resident.slot)
         if resident.speculation is not None:
             self._speculation[resident.speculation].used += 1
             resident.speculation = None
-        return LoadedExpert(key[1], resident.addresses, resident.fresh)
+        return resident.arranged or LoadedExpert(expert, resident.addresses, resident.fresh)
 
     # Speculation
 
