@@ -21,6 +21,7 @@ class Outcome:
     completion: Completion | None = None
     error: MerError | None = None
     cancelled: bool = False
+    scope: trio.CancelScope | None = None  # that the caller is in, from its arrival on
     log: list[tuple[float, str]] = attrs.Factory(list)  # when it received what
 
 
@@ -31,14 +32,14 @@ async def call(sim: SimEngine, request: SimRequest, outcome: Outcome) -> None:
     """
     await trio.sleep(request.arrives_s)
     patience_s = float("inf") if request.cancelled_after_s is None else request.cancelled_after_s
-    with trio.move_on_after(patience_s) as scope:
+    with trio.move_on_after(patience_s) as outcome.scope:
         await trio.lowlevel.checkpoint()
         try:
             await _read(sim, request, outcome)
         except MerError as error:
             outcome.error = error
             outcome.log.append((trio.current_time(), type(error).__name__))
-    outcome.cancelled = scope.cancelled_caught
+    outcome.cancelled = outcome.scope.cancelled_caught
 
 
 async def _read(sim: SimEngine, request: SimRequest, outcome: Outcome) -> None:
@@ -115,7 +116,7 @@ def judge(
         assert (outcome.completion.text, outcome.completion.finish_reason) == _text(request, tokens)
     elif error is None:
         assert outcome.cancelled, "neither tokens nor an error"
-        assert request.cancelled_after_s is not None
+        assert request.cancelled_after_s is not None or world.deserted_at_s is not None
     elif isinstance(error, FileSuspended):
         assert doubtful, "a file that nothing is wrong with was left alone"
     elif isinstance(error, ReadError):

@@ -14,9 +14,9 @@ MOST_STEPS = 1000
 
 
 class _CancelAtStep(trio.abc.Instrument):
-    """Cancels a scope when a task has made a number of steps."""
+    """Cancels a scope when a task, or with None any tasks together, have made a number of steps."""
 
-    def __init__(self, task: trio.lowlevel.Task, scope: trio.CancelScope, step: int) -> None:
+    def __init__(self, task: trio.lowlevel.Task | None, scope: trio.CancelScope, step: int) -> None:
         self._task = task
         self._scope = scope
         self._step = step
@@ -24,7 +24,7 @@ class _CancelAtStep(trio.abc.Instrument):
         self.fired = False
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        if task is self._task:
+        if self._task is None or task is self._task:
             self._made += 1
             if self._made == self._step:
                 self.fired = True
@@ -36,6 +36,7 @@ class Subject:
     """Runs the code under test in one round, and cancels it at this round's step."""
 
     step: int  # 0: cancelled before it begins
+    any_task: bool = False  # steps of all tasks are counted, not of the body's alone
     fired: bool = False  # whether the code made that many steps, so that it was cancelled
     _ran: bool = attrs.field(default=False, init=False)
 
@@ -48,7 +49,8 @@ class Subject:
         async def task() -> None:
             nonlocal finished
             with trio.CancelScope() as scope:
-                instrument = _CancelAtStep(trio.lowlevel.current_task(), scope, self.step)
+                counted = None if self.any_task else trio.lowlevel.current_task()
+                instrument = _CancelAtStep(counted, scope, self.step)
                 if self.step == 0:
                     self.fired = True
                     scope.cancel()
@@ -68,8 +70,11 @@ class Subject:
 Scenario: TypeAlias = Callable[[Subject], Awaitable[None]]
 
 
-def cancel_at_every_step(scenario: Scenario, *, seed: int = 0) -> int:
+def cancel_at_every_step(scenario: Scenario, *, any_task: bool = False, seed: int = 0) -> int:
     """Run `scenario` once for every step of the body it gives its subject, and once more uncancelled.
+
+    A body that waits makes few steps, while others work for it. With `any_task` it is cancelled after every step that
+    any task makes during it, so at every point at which somebody else's cancellation can strike.
 
     Each round is a `trio.run` of its own on an autojumping clock, and all have the same order of tasks up to the
     cancellation. So a scenario builds a fresh world, runs its body with `await subject.run(body)`, and asserts that
@@ -78,13 +83,14 @@ def cancel_at_every_step(scenario: Scenario, *, seed: int = 0) -> int:
 
     Args:
         scenario: one round.
+        any_task: count the steps of all tasks.
         seed: of the order of tasks.
 
     Returns:
         The number of rounds in which the body was cancelled.
     """
     for step in range(MOST_STEPS):
-        subject = Subject(step)
+        subject = Subject(step, any_task)
         try:
             run_seeded(scenario, subject, seed=seed)
         except BaseException as error:

@@ -220,5 +220,6 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
         worker_faults=worker_faults,
         closed_after_s=source.choice([1.0, 0.1, 0.01, 1e-3]) if Feature.CLOSING in features else None,
         requests=requests,
+        deserted_at_s=source.integer(0, 400) * 5e-5 if Feature.DESERTION in features else None,
         seed=source.integer(0, 3),
     )

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import attrs
 import trio
 
 from mer.io.pool import SlotState
@@ -53,7 +52,10 @@ def check_now(sim: SimEngine) -> None:
         )
     for priority in (Priority.READ_AHEAD, Priority.PREFETCH):
         guesses = sim.store.speculation(priority)
-        assert guesses.issued == sum(attrs.astuple(guesses)) - guesses.issued, "the fate of a guess is not known"
+        fates = (guesses.used, guesses.promoted, guesses.evicted_unused, guesses.cancelled, guesses.failed)
+        assert guesses.issued == sum(fates) + guesses.in_flight + guesses.resident_unused, (
+            "the fate of a guess is not known"
+        )
     assert 0 <= kv.free <= kv.free + kv.cached <= kv.n_blocks
     assert scheduler.submitted == (
         scheduler.finished

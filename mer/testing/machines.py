@@ -161,8 +161,8 @@ class TrioStateMachine(RuleBasedStateMachine):
         return MachineTestCase
 
 
-MACHINE_SETTINGS = Settings(deadline=None, suppress_health_check=list(HealthCheck))
-"""What machines are run with by default."""
+MACHINE_SETTINGS = Settings(deadline=None, suppress_health_check=list(set(HealthCheck) - {HealthCheck.nested_given}))
+"""What machines are run with by default. Hypofuzz leaves alone what may be nested."""
 
 
 def machine_test(machine: type[TrioStateMachine], settings: Settings | None = None) -> Callable[[], None]:
@@ -170,7 +170,7 @@ def machine_test(machine: type[TrioStateMachine], settings: Settings | None = No
 
     Args:
         machine: its class.
-        settings: of hypothesis; by default the profile's, without deadline and health checks.
+        settings: of hypothesis; by default the profile's, with neither deadline nor most health checks.
     """
     test = get_state_machine_test(machine, settings=MACHINE_SETTINGS if settings is None else settings)
     hypothesis: Any = vars(test)["hypothesis"]
@@ -186,7 +186,7 @@ def run_machine(machine: type[TrioStateMachine], settings: Settings | None = Non
 
     Raises:
         BaseException: what a rule, an invariant or a task raised in the smallest example that was found. Of several
-            at once it is the first, out of its groups.
+            at once, out of their groups, it is the first AssertionError, or the first.
     """
     machine_test(machine, settings)()
 
@@ -224,7 +224,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def _rank(error: BaseException) -> int:
-    """Return which of several exceptions hypothesis must see: what is its own or the user's, then real failures."""
+    """Return which of several exceptions is told: hypothesis' own, then what was asserted, then what came of it."""
     if isinstance(error, KeyboardInterrupt | StopTest):
         return 0
-    return 2 if isinstance(error, UnsatisfiedAssumption) else 1
+    return 3 if isinstance(error, UnsatisfiedAssumption) else 2 - isinstance(error, AssertionError)

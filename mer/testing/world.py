@@ -42,6 +42,7 @@ class Feature(enum.Enum):
     SAMPLING = "drawn tokens"
     STOP_STRINGS = "stop strings"
     CANCELLATIONS = "callers that leave"
+    DESERTION = "callers that leave all at once"
     FREEZES = "a disk that pauses"
     FAILING_READS = "reads that fail some times"
     UNREADABLE = "bytes that cannot be read"
@@ -125,4 +126,5 @@ class SimWorld:
     worker_faults: WorkerFaults = attrs.Factory(WorkerFaults)
     closed_after_s: float | None = None
     requests: tuple[SimRequest, ...] = ()
+    deserted_at_s: float | None = None  # when all that are there leave
     seed: int = 0  # of the disk: its bytes, its latencies

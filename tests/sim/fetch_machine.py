@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 
@@ -69,7 +70,7 @@ class FetchMachine(TrioStateMachine):
         super().__init__()
         self.experts, sizes = make_experts(MODEL)
         classes = self.experts.slot_classes(4096)
-        profile = DiskProfile(jitter=3.0)
+        profile = DiskProfile(jitter=3.0, bytes_per_s=1e7)
         self.disk = self.enter(open_sim_disk(sizes, profile=profile, n_threads=2, chunk_bytes=4096))
         self.pool = BufferPool((N_SLOTS,))
         self.arena = Arena((N_SLOTS,), classes.slot_bytes)
@@ -194,19 +195,25 @@ class FetchMachine(TrioStateMachine):
         assert known.fetch.priority is priority
 
     @precondition(lambda self: self.those(flying))
-    @rule(data=st.data())
-    def abandon(self, data: st.DataObject) -> None:
-        known = data.draw(st.sampled_from(self.those(flying)))
+    @rule(data=st.data(), held_one=st.booleans())
+    def abandon(self, data: st.DataObject, held_one: bool) -> None:
+        at_work = self.those(lambda known: flying(known) and held(known)) if held_one else []
+        known = data.draw(st.sampled_from(at_work or self.those(flying)))
         del self.flying[known.fetch.key]
         known.state = "abandoned"
         self.fetcher.abandon(known.fetch)
 
-    @precondition(lambda self: self.those(half_way))
+    @precondition(lambda self: self.those(flying))
     @rule(data=st.data())
     def hold(self, data: st.DataObject) -> None:
-        known = data.draw(st.sampled_from(self.those(half_way)))
-        self.fetcher.hold(known.fetch)
-        known.holds += 1
+        """Wait for two matrices of a fetch, and let a job work on them if they come before the third."""
+        known = data.draw(st.sampled_from(self.those(flying)))
+        self.change_the_disk("thaw")
+        with contextlib.suppress(ReadError):
+            self.await_(known.fetch.wait_gate_up())
+        if half_way(known):
+            self.fetcher.hold(known.fetch)
+            known.holds += 1
 
     @precondition(lambda self: self.those(held))
     @rule(data=st.data())

@@ -21,6 +21,7 @@ class Asked:
 
     ticket: Ticket
     returns: bool  # gives its slot back while it is told of it, as when a read is refused
+    layer: int  # whose expert it is for
     kind: int
     priority: Priority
 
@@ -35,15 +36,19 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.lines: dict[tuple[Priority, int], list[Asked]] = {}
         self.granted: list[Asked] = []  # by the pool, in order, since the model was last brought up to date
-        self.kept: set[int] = set()  # READY slots that their owner does not give up
+        self.kept: set[tuple[int, int]] = set()  # slots that their owner does not give up for a layer's experts
         self.evicting: list[int] = []  # slots given up since then
         self.pins: Counter[int] = Counter()
 
-    @initialize(counts=st.lists(st.integers(1, 4), min_size=1, max_size=2), reserve=st.integers(1, 3))
-    def open(self, counts: list[int], reserve: int) -> None:
+    @initialize(
+        counts=st.lists(st.integers(1, 3), min_size=1, max_size=2), reserve=st.integers(1, 2), favour=st.booleans()
+    )
+    def open(self, counts: list[int], reserve: int, favour: bool) -> None:
         self.pool = BufferPool(counts, reserve=reserve)
         self.pool.evict = self.give_up
         self.reserve = reserve
+        if favour:  # layer 1: nothing leaves for layer 0
+            self.kept = {(slot, 0) for slot in range(sum(counts))}
         self.states = [FREE] * sum(counts)
         self.kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
         self.lines = {(priority, kind): [] for priority in Priority for kind in range(len(counts))}
@@ -53,7 +58,8 @@ class PoolMachine(RuleBasedStateMachine):
     def give_up(self, ticket: Ticket) -> int | None:
         """Be the pool's `evict`: give up the last READY slot that is not kept."""
         for slot in reversed(range(len(self.kinds))):
-            if self.pool.state(slot) is READY and self.kinds[slot] == ticket.kind and slot not in self.kept:
+            ready = self.pool.state(slot) is READY and self.kinds[slot] == ticket.kind
+            if ready and (slot, ticket.key[0]) not in self.kept:
                 return slot
         return None
 
@@ -69,13 +75,15 @@ class PoolMachine(RuleBasedStateMachine):
     def of_kind(self, kind: int, states: Collection[SlotState]) -> list[int]:
         return [slot for slot, state in enumerate(self.states) if self.kinds[slot] == kind and state in states]
 
+    def evictable(self, asked: Asked) -> list[int]:
+        return [slot for slot in self.of_kind(asked.kind, [READY]) if (slot, asked.layer) not in self.kept]
+
     def next_grant(self) -> Asked | None:
         """Return whose turn it is, of those that can have a slot now."""
         for (priority, kind), line in self.lines.items():
-            evictable = [slot for slot in self.of_kind(kind, [READY]) if slot not in self.kept]
             headroom = len(self.of_kind(kind, [FREE, READY])) - self.reserve
             allowed = priority is Priority.DEMAND or headroom > 0
-            if line and allowed and (self.of_kind(kind, [FREE]) or evictable):
+            if line and allowed and (self.of_kind(kind, [FREE]) or self.evictable(line[0])):
                 return line[0]
         return None
 
@@ -91,9 +99,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert slot is not None
             assert self.kinds[slot] == asked.kind
             free = self.of_kind(asked.kind, [FREE])
-            assert self.states[slot] is FREE or (not free and self.states[slot] is READY and slot not in self.kept), (
-                "a slot in two leases"
-            )
+            assert slot in (free or self.evictable(asked)), "a slot in two leases"
             self.states[slot] = FREE if asked.returns else FILLING
         assert self.next_grant() is None, "somebody waits for a slot that is there"
 
@@ -101,13 +107,16 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(
         kind=st.integers(0, 1),
-        priority=st.sampled_from(Priority),
+        wishes=st.lists(st.tuples(st.integers(0, 1), st.sampled_from(Priority)), min_size=1, max_size=4),
         returns=st.sampled_from([False, False, False, True]),
     )
-    def request(self, kind: int, priority: Priority, returns: bool) -> None:
-        kind = min(kind, max(self.kinds))
-        ticket = Ticket((0, 0), kind, priority, lambda _: self.told(asked))
-        asked = Asked(ticket, returns, kind, priority)
+    def request(self, kind: int, wishes: list[tuple[int, Priority]], returns: bool) -> None:
+        for layer, priority in wishes:
+            self.ask(layer, min(kind, max(self.kinds)), priority, returns)
+
+    def ask(self, layer: int, kind: int, priority: Priority, returns: bool) -> None:
+        ticket = Ticket((layer, 0), kind, priority, lambda _: self.told(asked))
+        asked = Asked(ticket, returns, layer, kind, priority)
         self.lines[priority, kind].append(asked)
         self.pool.request(ticket)
         self.update()
@@ -118,7 +127,8 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting(*Priority))
     @rule(data=st.data())
     def withdraw(self, data: st.DataObject) -> None:
-        asked = data.draw(st.sampled_from(self.waiting(*Priority)))
+        heads = [line[0] for line in self.lines.values() if line]
+        asked = data.draw(st.sampled_from(heads) | st.sampled_from(self.waiting(*Priority)))
         self.lines[asked.priority, asked.kind].remove(asked)
         self.pool.withdraw(asked.ticket)
         self.update()
@@ -135,9 +145,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     # --- slots ---
 
-    @rule(data=st.data())
+    @rule(data=st.data(), n=st.integers(1, 4))
+    def steps(self, data: st.DataObject, n: int) -> None:
+        """Move slots on, in any way that their states allow."""
+        for _ in range(n):
+            self.step(data)
+
     def step(self, data: st.DataObject) -> None:
-        """Move a slot on, in any way that its state allows."""
         steps = [
             (name, slot)
             for name, (allowed, _) in STEPS.items()
@@ -155,14 +169,14 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.serve()  # its owner does
         self.update()
 
-    @rule(slot=st.integers(0, 7))
-    def keep(self, slot: int) -> None:
+    @rule(slot=st.integers(0, 3), layer=st.integers(0, 1))
+    def keep(self, slot: int, layer: int) -> None:
         """Let the owner change its mind about a slot."""
-        if slot in self.kept:
-            self.kept.remove(slot)
+        if (slot, layer) in self.kept:
+            self.kept.remove((slot, layer))
             self.pool.serve()
         else:
-            self.kept.add(slot)
+            self.kept.add((slot, layer))
         self.update()
 
     @invariant()

@@ -15,7 +15,7 @@ from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.invariants import check_now, watch
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simengine import SimEngine, open_sim_engine
-from mer.testing.simworker import SimModel
+from mer.testing.simworker import JobCost, SimModel
 
 MODEL = SimModel(n_layers=2, n_experts=5, top_k=2)
 OTHER = (9, 3, 4)
@@ -23,7 +23,9 @@ LONG = tuple(2 + i % 14 for i in range(40))
 
 
 @asynccontextmanager
-async def busy_engine(*, max_waiting: int = 8, max_sequences: int = 2) -> AsyncIterator[SimEngine]:
+async def busy_engine(
+    *, max_waiting: int = 8, max_sequences: int = 2, cost: JobCost | None = None
+) -> AsyncIterator[SimEngine]:
     """Run an engine with few slots on an uneven disk, all invariants watched; afterwards it must still be sound."""
     with trio.fail_after(1e5):
         async with open_sim_engine(
@@ -33,6 +35,7 @@ async def busy_engine(*, max_waiting: int = 8, max_sequences: int = 2) -> AsyncI
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             profile=DiskProfile(jitter=5.0),
+            cost=cost,
         ) as sim:
             with watch(lambda: check_now(sim)):
                 yield sim
@@ -65,16 +68,27 @@ async def stream(sim: SimEngine) -> None:
                 return  # leaves early of its own accord
 
 
+async def beside_another(subject: Subject, body: Body) -> None:
+    async with busy_engine() as sim, trio.open_nursery() as nursery:
+        nursery.start_soon(ask, sim, OTHER, 4)
+        finished = await subject.run(lambda: body(sim))
+        assert finished or subject.fired
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("body", "least"), [(generate, 4), (prefill, 10), (stream, 5)])
 def test_beside_another(body: Body, least: int, seed: int) -> None:
-    async def scenario(subject: Subject) -> None:
-        async with busy_engine() as sim, trio.open_nursery() as nursery:
-            nursery.start_soon(ask, sim, OTHER, 4)
-            finished = await subject.run(lambda: body(sim))
-            assert finished or subject.fired
+    assert cancel_at_every_step(lambda subject: beside_another(subject, body), seed=seed) >= least
 
-    assert cancel_at_every_step(scenario, seed=seed) >= least
+
+async def alone(subject: Subject) -> None:
+    """Generate so that experts land while others are computed."""
+    async with busy_engine(cost=JobCost(job_s=2e-4)) as sim:
+        await subject.run(lambda: ask(sim, (5, 6, 7, 8, 9), 1))
+
+
+def test_alone_after_every_step_of_any_task() -> None:
+    assert cancel_at_every_step(alone, any_task=True, seed=1) >= 50  # test_testers.py has seed 0
 
 
 @pytest.mark.parametrize("seed", range(3))
