@@ -114,7 +114,7 @@ def main() -> None:
     print(f"kernels {FORM.value}")
     for n_threads in (1, 2):
         rate = len(weights.bytes) / read_s(weights, n_threads) / 1e9
-        print(f"{n_threads} threads  read   {rate:6.1f} GB/s")
+        print(f"{n_threads} threads  read    {rate:6.1f} GB/s")
         for kind in kinds:
             keep, put = BITS.get(kind, (0xBFBFBFBFBFBFBFBF, 0))  # every half float finite
             np.bitwise_or(noise & np.uint64(keep), np.uint64(put), out=weights.bytes.view(np.uint64))
@@ -123,7 +123,7 @@ def main() -> None:
             gemv = n * each / product_s(kind, n, 1, n_threads, weights) / 1e9
             operations = 2 * ROWS * COLS * GEMM_COLUMNS * GEMM_MATRICES
             gemm = operations / product_s(kind, GEMM_MATRICES, GEMM_COLUMNS, n_threads, weights) / 1e9
-            print(f"{n_threads} threads  {kind.name:5}  {gemv:6.1f} GB/s GEMV  {gemm:7.0f} GOPS GEMM", flush=True)
+            print(f"{n_threads} threads  {kind.name:6}  {gemv:6.1f} GB/s GEMV  {gemm:7.0f} GOPS GEMM", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,21 @@
 Weights are dequantized as GGML does, in float32; all other arithmetic is float64. Activations can be rounded to int8
 blocks as the integer kernels do it, so that what remains of the difference is only the kernels' float32 summation.
 
-Block layouts are those of ggml (ggml-org/ggml, src/ggml-common.h). Shape letters as in ModelSpec.
+`reference_types` takes the quantized types apart. Shape letters as in ModelSpec.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
+from mer.compute.reference_types import F32, UNPACK, Raw, unpack
 from mer.io.extents import ExpertPart, map_experts
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile, read_gguf
@@ -24,75 +25,11 @@ from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec, RopeStyle, Routing
 
-F32: TypeAlias = npt.NDArray[np.float32]
 F64: TypeAlias = npt.NDArray[np.float64]
 I8: TypeAlias = npt.NDArray[np.int8]
-U8: TypeAlias = npt.NDArray[np.uint8]
-Raw: TypeAlias = bytes | U8
 
 
 # --- weights --------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class _Blocks:
-    """Quantized weights taken apart: weight j of a block is `scale * factor[j // run] * q[j] + minimum`."""
-
-    q: npt.NDArray[np.int64]  # [blocks, block_size]
-    scale: F32  # [blocks, 1]
-    factor: npt.NDArray[np.int64]  # [blocks, runs]: integer scales within a block
-    minimum: F32  # [blocks, 1]
-
-
-def _halves(blocks: U8, first: int) -> F32:
-    """Return the float16 number that starts at byte `first` of every block, as float32 [blocks, 1]."""
-    return np.ascontiguousarray(blocks[:, first : first + 2]).view(np.float16).astype(np.float32)
-
-
-def _nibbles(packed: U8) -> npt.NDArray[np.int64]:
-    """Return the low halves of all bytes, then the high halves."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.int64)
-
-
-def _plain(q: npt.NDArray[np.int64], scale: F32, minimum: F32 | None = None) -> _Blocks:
-    return _Blocks(q, scale, np.ones((len(q), 1), np.int64), np.zeros_like(scale) if minimum is None else minimum)
-
-
-def _q4_0(blocks: U8) -> _Blocks:
-    return _plain(_nibbles(blocks[:, 2:]) - 8, _halves(blocks, 0))
-
-
-def _q4_1(blocks: U8) -> _Blocks:
-    return _plain(_nibbles(blocks[:, 4:]), _halves(blocks, 0), _halves(blocks, 2))
-
-
-def _q8_0(blocks: U8) -> _Blocks:
-    return _plain(np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.int64), _halves(blocks, 0))
-
-
-def _q6_k(blocks: U8) -> _Blocks:
-    low = blocks[:, :128].reshape(-1, 2, 2, 32).astype(np.int64)  # two halves of the block, two runs of bytes each
-    high = blocks[:, 128:192].reshape(-1, 2, 32).astype(np.int64)
-    runs = [
-        ((low[:, :, run % 2] >> (4 * (run // 2))) & 15) | (((high >> (2 * run)) & 3) << 4)  # [blocks, 2, 32]
-        for run in range(4)
-    ]
-    q = np.stack(runs, axis=2).reshape(-1, 256) - 32
-    factor = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.int64)
-    scale = _halves(blocks, 208)
-    return _Blocks(q, scale, factor, np.zeros_like(scale))
-
-
-_UNPACK: Final[dict[GGMLType, Callable[[U8], _Blocks]]] = {
-    GGMLType.Q4_0: _q4_0,
-    GGMLType.Q4_1: _q4_1,
-    GGMLType.Q8_0: _q8_0,
-    GGMLType.Q6_K: _q6_k,
-}
-
-
-def _unpack(type: GGMLType, raw: Raw) -> _Blocks:
-    return _UNPACK[type](np.frombuffer(raw, np.uint8).reshape(-1, type.block_bytes))
 
 
 def dequantize(type: GGMLType, raw: Raw, shape: tuple[int, ...]) -> F32:
@@ -104,11 +41,12 @@ def dequantize(type: GGMLType, raw: Raw, shape: tuple[int, ...]) -> F32:
         return data.view(np.float16).astype(np.float32).reshape(shape)
     if type is GGMLType.BF16:
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    parts = _unpack(type, raw)
+    parts = unpack(type, raw)
+    run = type.block_size // parts.factor.shape[1]
     scales = parts.scale * parts.factor.astype(np.float32)  # [blocks, runs], in float32
-    weights = np.repeat(scales, type.block_size // scales.shape[1], axis=1) * parts.q.astype(np.float32)
-    if type is GGMLType.Q4_1:  # adding zero elsewhere would lose the sign of negative zeros
-        weights = weights + parts.minimum
+    weights = np.repeat(scales, run, axis=1) * parts.q.astype(np.float32)
+    if parts.minimum is not None:  # adding zero elsewhere would lose the sign of negative zeros
+        weights = weights + np.repeat(parts.minimum * parts.lift.astype(np.float32), run, axis=1)
     return weights.reshape(shape)
 
 
@@ -128,7 +66,7 @@ def quantize_q8_0(x: npt.ArrayLike) -> tuple[I8, F32]:
 
 
 def quantize_q8_k(x: npt.ArrayLike) -> tuple[I8, F32]:
-    """Return `(q, scales)` as `quantize_q8_0` does, in blocks of 256: the partner of Q6_K weights."""
+    """Return `(q, scales)` as `quantize_q8_0` does, in blocks of 256: the partner of the K types."""
     return _quantize_int8(x, 256)
 
 
@@ -146,28 +84,33 @@ def _quantize_int8(x: npt.ArrayLike, block: int) -> tuple[I8, F32]:
 def matmul_quantized(type: GGMLType, raw: Raw, x: npt.ArrayLike) -> F64:
     """Return `x @ W.T` [T, rows] as an exact integer kernel computes it, from W's raw bytes and x [T, cols].
 
-    x is rounded to int8 (Q6_K: blocks of 256, the other quantized types: blocks of 32), each block's dot product with
-    the integer weights is exact, and the scaled block results are summed in float64. Q4_1 adds its minimum times the
-    sum of the rounded x. With F32, F16 and BF16 weights x is only rounded to float32.
+    x is rounded to int8 in blocks as long as those of the weights, each block's dot product with the integer weights is
+    exact, and the scaled block results are summed in float64. Types with minima add these times sums of the rounded x.
+    With F32, F16 and BF16 weights x is only rounded to float32.
     """
     values = np.asarray(x, np.float32)
     n_tokens, cols = values.shape
-    if type not in _UNPACK:
+    if type not in UNPACK:
         rows = len(np.frombuffer(raw, np.uint8)) // (cols * type.block_bytes)
         return values.astype(np.float64) @ dequantize(type, raw, (rows, cols)).astype(np.float64).T
-    parts = _unpack(type, raw)
-    q, scales = quantize_q8_k(values) if type is GGMLType.Q6_K else quantize_q8_0(values)
-    n_blocks = cols // type.block_size
-    factors = np.repeat(parts.factor, type.block_size // parts.factor.shape[1], axis=1)
-    weights = (
-        (parts.q * factors).astype(np.float64).reshape(-1, n_blocks, type.block_size)
-    )  # integers, exact in float64
+    parts = unpack(type, raw)
+    q, scales = _quantize_int8(values, type.block_size)
+    n_blocks, n_runs = cols // type.block_size, parts.factor.shape[1]
+    factors = np.repeat(parts.factor, type.block_size // n_runs, axis=1)
+    weights = (parts.q * factors).astype(np.float64).reshape(-1, n_blocks, type.block_size)  # integers, exact
     columns = q.astype(np.float64).reshape(n_tokens, n_blocks, type.block_size)
-    dots = columns.transpose(1, 0, 2) @ weights.transpose(1, 2, 0)  # [blocks, T, rows], exact
-    weight_scales = parts.scale.astype(np.float64).reshape(-1, n_blocks)  # [rows, blocks]
-    minima = parts.minimum.astype(np.float64).reshape(-1, n_blocks)
     x_scales = scales.astype(np.float64)  # [T, blocks]
-    out: F64 = np.einsum("btr,rb,tb->tr", dots, weight_scales, x_scales) + (columns.sum(-1) * x_scales) @ minima.T
+
+    def scaled(left: F64, right: F64, scale: F32) -> F64:
+        """Return the sum over blocks of (left [T, B, n] @ right [R, B, n]) * scale [R, B] * x_scales."""
+        dots = left.transpose(1, 0, 2) @ right.transpose(1, 2, 0)  # [blocks, T, rows], exact
+        out: F64 = np.einsum("btr,rb,tb->tr", dots, scale.astype(np.float64).reshape(-1, n_blocks), x_scales)
+        return out
+
+    out = scaled(columns, weights, parts.scale)
+    if parts.minimum is not None:
+        sums = columns.reshape(n_tokens, n_blocks, n_runs, -1).sum(-1)
+        out += scaled(sums, parts.lift.astype(np.float64).reshape(-1, n_blocks, n_runs), parts.minimum)
     return out
 
 

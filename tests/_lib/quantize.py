@@ -1,4 +1,4 @@
-"""Weights as the bytes of GGML types and back, by the `gguf` package; Q6_K, which it cannot write, by our own."""
+"""Weights as the bytes of GGML types and back, by the `gguf` package; types that it cannot write, by our own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from tests._lib import k_quants
+
 Type = gguf.GGMLQuantizationType
+
+# Where in a block the half floats lie of types that have any.
+HALVES: dict[Type, tuple[int, ...]] = {
+    Type.Q4_0: (0,),
+    Type.Q4_1: (0, 2),
+    Type.Q5_0: (0,),
+    Type.Q5_1: (0, 2),
+    Type.Q8_0: (0,),
+    Type.Q2_K: (80, 82),
+    Type.Q3_K: (108,),
+    Type.Q4_K: (0, 2),
+    Type.Q5_K: (0, 2),
+    Type.Q6_K: (208,),
+    Type.IQ4_NL: (0,),
+    Type.IQ4_XS: (0,),
+}
 
 
 def encode(array: npt.NDArray[np.float32], kind: Type) -> npt.NDArray[np.uint8]:
     """Return an array [..., cols] as the bytes [..., row bytes] of a GGML type."""
-    if kind == Type.Q6_K:
-        return q6_k(array)
+    if kind in k_quants.ENCODERS:
+        return k_quants.encode(array, kind)
     raw = gguf.quants.quantize(np.ascontiguousarray(array), kind)
     return np.ascontiguousarray(raw).view(np.uint8)
 
@@ -20,32 +38,3 @@ def encode(array: npt.NDArray[np.float32], kind: Type) -> npt.NDArray[np.uint8]:
 def decode(raw: npt.NDArray[np.uint8], kind: Type) -> npt.NDArray[np.float32]:
     """Return bytes [..., row bytes] of a GGML type as an array [..., cols]."""
     return np.ascontiguousarray(gguf.quants.dequantize(raw, kind), np.float32)
-
-
-def q6_k(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Return an array [..., cols] as Q6_K: blocks of 256 with 16 int8 scales and one float16 scale of these.
-
-    Scales come from the largest magnitude of each 16 weights; no search for better ones.
-    """
-    groups = array.reshape(-1, 16, 16).astype(np.float32)  # [blocks, groups, weights]
-    peaks = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)[..., 0]
-    steps = peaks / np.float32(-32)  # [blocks, groups]
-    widest = np.take_along_axis(steps, np.abs(steps).argmax(-1, keepdims=True), -1)
-    scale = (widest / np.float32(-128)).astype(np.float16)
-    wide = scale.astype(np.float32)
-    scales = np.rint(np.divide(steps, wide, out=np.zeros_like(steps), where=wide != 0)).clip(-128, 127).astype(np.int8)
-    step = (wide * scales)[..., None]
-    q = np.rint(np.divide(groups, step, out=np.zeros_like(groups), where=step != 0)).clip(-32, 31).astype(np.int64) + 32
-    halves = q.reshape(-1, 2, 4, 32)  # two halves of four runs of 32 weights
-    low = (halves[:, :, :2] & 15) | ((halves[:, :, 2:] & 15) << 4)
-    high = ((halves >> 4) << np.array([0, 2, 4, 6]).reshape(1, 1, 4, 1)).sum(2)
-    blocks = np.concatenate(
-        [
-            low.reshape(-1, 128).astype(np.uint8),
-            high.reshape(-1, 64).astype(np.uint8),
-            scales.view(np.uint8),
-            scale.view(np.uint8),
-        ],
-        axis=1,
-    )
-    return blocks.reshape(*array.shape[:-1], array.shape[-1] // 256 * 210)

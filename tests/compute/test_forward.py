@@ -14,12 +14,17 @@ import pytest
 from mer.compute.reference import ReferenceModel
 from mer.compute.worker import LoadedExpert
 from mer.io.extents import MATRIX_TYPES
+from mer.io.ggml import GGMLType
 from tests._lib.resident import batch, joined, logits, run
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
 KINDS = [Type(int(kind)) for kind in sorted(MATRIX_TYPES)]
-QUANTIZED = [kind for kind in KINDS if kind.name.startswith("Q")]
-BLOCK_256: dict[str, Any] = {"d_model": 256, "d_ff": 256, "n_heads": 8}  # Q6_K needs rows of 256
+QUANTIZED = [kind for kind in KINDS if GGMLType(int(kind)).block_size > 1]
+
+
+def rows_for(kind: Type, **otherwise: Any) -> dict[str, Any]:
+    """Return the sizes of a model whose rows are whole blocks of 256, for the types that need these."""
+    return {"d_model": 256, "d_ff": 256, "n_heads": 8} if GGMLType(int(kind)).block_size == 256 else otherwise
 
 
 def some_tokens(n: int, vocab_size: int = 300, seed: int = 7) -> list[int]:
@@ -99,14 +104,13 @@ def test_quantized_models_equal_the_reference_on_int8_activations(arch: Any, kin
     """
     errors = []
     for seed in (3, 4, 5):
-        shape = BLOCK_256 if kind is Type.Q6_K else {}
-        path = tiny_model(tmp_path / f"{seed}.gguf", arch, weight_type=kind, seed=seed, **shape).path
+        path = tiny_model(tmp_path / f"{seed}.gguf", arch, weight_type=kind, seed=seed, **rows_for(kind)).path
         tokens = some_tokens(24, seed=seed)
         want = ReferenceModel(path, int8_activations=True).logits(tokens)
         part = safe(path, tokens, int8_activations=True)
         errors.append(error(logits(path, tokens), want)[part])
     every = np.concatenate(errors)
-    assert (every < 0.04).all()
+    assert (every < 0.08).all()
     assert np.median(every) < 1e-5
 
 
@@ -116,7 +120,7 @@ def test_quantized_models_on_15_bit_activations_are_close_to_the_reference_on_fl
     arch: Any, kind: Type, tmp_path: Path
 ) -> None:
     """A rounding is off by at most 1/32512 of its block's largest, and all experts are used: no routing can flip."""
-    shape = {"n_experts": 3, "top_k": 3} | (BLOCK_256 if kind is Type.Q6_K else {})
+    shape = {"n_experts": 3, "top_k": 3} | rows_for(kind)
     path = tiny_model(tmp_path / "m.gguf", arch, weight_type=kind, seed=3, **shape).path
     tokens = some_tokens(40)
     want = ReferenceModel(path).logits(tokens)
@@ -149,7 +153,7 @@ def test_types_may_differ_between_tensors(kind: Type, tmp_path: Path) -> None:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """A model of each type, in turns of both architectures, whose rows are no multiples of 16."""
     kind: Type = request.param
-    shape = BLOCK_256 if kind is Type.Q6_K else {"d_ff": 96 if kind.name.startswith("Q") else 90}
+    shape = rows_for(kind, d_ff=96 if kind in QUANTIZED else 90)
     arch: Any = "llama" if KINDS.index(kind) % 2 else "qwen3moe"
     return tiny_model(tmp_path_factory.mktemp("m") / "m.gguf", arch, weight_type=kind, seed=9, vocab_size=299, **shape)
 

@@ -21,6 +21,7 @@ from mer.compute.scratch import Limits
 from mer.compute.worker import Attend, Begin, Combine, Done, LoadedExpert, Project, RunExperts, Stage
 from mer.errors import ComputeError
 from mer.io.extents import MATRIX_TYPES
+from mer.io.ggml import GGMLType
 from tests._lib.resident import Resident, Split, batch, joined, logits, open_resident, run
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
@@ -32,8 +33,8 @@ Array = npt.NDArray[np.float32]
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """A model of each type, in turns of both architectures, whose rows are no multiples of 16."""
     kind: Type = request.param
-    shape: dict[str, Any] = {"d_ff": 96 if kind.name.startswith("Q") else 90}
-    if kind is Type.Q6_K:
+    shape: dict[str, Any] = {"d_ff": 90 if GGMLType(int(kind)).block_size == 1 else 96}
+    if GGMLType(int(kind)).block_size == 256:
         shape = {"d_model": 256, "d_ff": 256, "n_heads": 8}
     arch: Any = "llama" if KINDS.index(kind) % 2 else "qwen3moe"
     path = tmp_path_factory.mktemp("m") / "m.gguf"

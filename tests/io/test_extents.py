@@ -112,6 +112,6 @@ def test_wrong_expert_tensors_are_refused(tmp_path: Path, kwargs: dict[str, Any]
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_an_expert_type_without_arithmetic_is_refused_by_name(tmp_path: Path, merged: bool) -> None:
-    path = random_gguf(tmp_path / "m.gguf", merged=merged, down_type=Type.Q5_0, **SHAPE)
-    with pytest.raises(UnsupportedModel, match=r"ffn_down.*Q5_0.*Q4_0"):
+    path = random_gguf(tmp_path / "m.gguf", merged=merged, down_type=Type.TQ2_0, **SHAPE | {"d_ff": 256})
+    with pytest.raises(UnsupportedModel, match=r"ffn_down.*TQ2_0.*Q4_0"):
         experts_of(path)

@@ -2,6 +2,8 @@
 
 A type's block is a list of fields; a field is `count` units of 1, 2 or 4 bytes from `offset` on. In the tile, each
 unit of the 16 rows lies side by side, unit after unit, field after field. Bytes may be exclusive-or'ed on the way.
+Units of 1 or 4 bytes move as vectors, 16 bytes of each row at once; what is left of a field, and units of 2 bytes,
+move one by one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from llvmlite import ir
 from numba import types
 
 from mer.compute.kernels.ir import (
+    I8,
     I16,
     I32,
     V16I32,
@@ -38,13 +41,22 @@ _L2 = 2  # locality of a prefetch that goes past the first cache
 FIELDS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     2: ((0, 2, 1, 0), (2, 4, 4, 0)),  # Q4_0: scale, nibbles
     3: ((0, 2, 1, 0), (2, 2, 1, 0), (4, 4, 4, 0)),  # Q4_1: scale, minimum, nibbles
+    6: ((0, 2, 1, 0), (2, 4, 5, 0)),  # Q5_0: scale, high bits with nibbles
+    7: ((0, 4, 6, 0),),  # Q5_1: scale with minimum, high bits, nibbles
     8: ((0, 2, 1, 0), (2, 4, 8, 0x80808080)),  # Q8_0: scale, weights made unsigned
+    10: ((80, 4, 1, 0), (0, 4, 20, 0)),  # Q2_K: scale with minimum, sub-scales with sub-minima, weights
+    11: ((108, 2, 1, 0), (0, 4, 27, 0)),  # Q3_K: scale, high bits, low bits, sub-scales
+    12: ((0, 4, 36, 0),),  # Q4_K: scale with minimum, sub-scales, nibbles
+    13: ((0, 4, 44, 0),),  # Q5_K: scale with minimum, sub-scales, high bits, nibbles
     14: (
         (208, 2, 1, 0),
         (192, 1, 16, 0),
         (0, 4, 32, 0),
         (128, 4, 16, 0),
     ),  # Q6_K: scale, sub-scales, low, high bits
+    20: ((0, 2, 1, 0), (2, 4, 4, 0)),  # IQ4_NL: scale, nibbles
+    23: ((0, 4, 34, 0),),  # IQ4_XS: scale with upper bits of sub-scales, their lower bits, nibbles
+    39: ((0, 1, 1, 0), (1, 4, 4, 0)),  # MXFP4: exponent, nibbles
 }
 
 
@@ -112,13 +124,11 @@ def interleave_block(_ctx: Any, kind: Any, out: Any, block: Any, row_bytes: Any,
     def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
         _, out, block, row_bytes, ahead = args
         lines = range(0, ROWS * sum(unit * count for _, unit, count, _ in fields), 64)
-        groups = sum(unit * count // 16 for _, unit, count, _ in fields)  # of 16 bytes of each row
+        groups = sum(unit * count // 16 for _, unit, count, _ in fields if unit != 2)  # of 16 bytes of each row
         group = position = 0
         for offset, unit, count, flip in fields:
-            for row in range(ROWS if unit == 2 else 0):
-                half = load(b, block, b.add(b.mul(row_bytes, i64(row)), i64(offset)), I16)
-                store(b, half, out, position + 2 * row, 1)
-            for first in range(0, unit * count - 15, 16):
+            moved = 0 if unit == 2 else unit * count // 16 * 16
+            for first in range(0, moved, 16):
                 for line in lines[len(lines) * group // groups : len(lines) * (group + 1) // groups]:
                     prefetch(b, ahead, line, _L2)
                 group += 1
@@ -126,6 +136,12 @@ def interleave_block(_ctx: Any, kind: Any, out: Any, block: Any, row_bytes: Any,
                     flipped = b.xor(vector, const(V16I32, flip))
                     bytes_ = _split(b, flipped) if unit == 1 else flipped
                     store(b, bytes_, out, position + ROWS * first + 64 * j, 1)
+            single = {1: I8, 2: I16, 4: I32}[unit]
+            for first in range(moved, unit * count, unit):
+                for row in range(ROWS):
+                    value = load(b, block, b.add(b.mul(row_bytes, i64(row)), i64(offset + first)), single)
+                    flipped = b.xor(value, ir.Constant(single, flip & ((1 << 8 * unit) - 1)))
+                    store(b, flipped, out, position + ROWS * first + unit * row, 1)
             position += ROWS * unit * count
         return context.get_dummy_value()
 

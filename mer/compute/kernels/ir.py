@@ -7,6 +7,7 @@ targets with narrower registers, so that every instruction-set form computes the
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import binding, ir
@@ -93,6 +94,13 @@ def widen_half(b: ir.IRBuilder, half: Any) -> Any:
     return b.bitcast(b.or_(b.select(special, forced, scaled), sign), V16F32)
 
 
+def half_pair(b: ir.IRBuilder, address: Any, offset: int) -> tuple[Any, Any]:
+    """Return the first and the second half float of each of 16 words as float32."""
+    words = load(b, address, offset, V16I32)
+    first, second = b.trunc(words, V16I16), b.trunc(b.lshr(words, const(V16I32, 16)), V16I16)
+    return widen_half(b, first), widen_half(b, second)
+
+
 def widen_bfloat(b: ir.IRBuilder, brain: Any) -> Any:
     """Convert 16 bfloat16, given as <16 x i16>, to float32, exactly."""
     return b.bitcast(b.shl(b.zext(brain, V16I32), const(V16I32, 16)), V16F32)
@@ -108,6 +116,28 @@ def dot4(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
         pick = [b.shuffle_vector(v, ir.Constant(V64I8, ir.Undefined), lanes) for v in (unsigned, signed)]
         total = b.add(total, b.mul(b.zext(pick[0], V16I32), b.sext(pick[1], V16I32)))
     return total
+
+
+def dot2(b: ir.IRBuilder, total: Any, left: Any, right: Any) -> Any:
+    """Add to each of 16 int32 lanes the dot product of its 2 and 2 signed int16, both given as <32 x i16>."""
+    if FORM is Form.AVX512_VNNI:  # with the addition one instruction
+        return b.add(total, call(b, "llvm.x86.avx512.pmaddw.d.512", V16I32, left, right))
+    for word in range(2):
+        lanes = ir.Constant(V16I32, [2 * lane + word for lane in range(16)])
+        pick = [b.sext(b.shuffle_vector(v, ir.Constant(V32I16, ir.Undefined), lanes), V16I32) for v in (left, right)]
+        total = b.add(total, b.mul(*pick))
+    return total
+
+
+def lookup16(b: ir.IRBuilder, table: Sequence[int], index: Any) -> Any:
+    """Return entry `index` (0 to 15) of a table of 16 unsigned bytes for each of 64 bytes."""
+    if FORM is Form.AVX512_VNNI:
+        return call(b, "llvm.x86.avx512.pshuf.b.512", V64I8, ir.Constant(V64I8, [*table] * 4), index)
+    entries = [const(V64I8, value) for value in table]
+    for bit in range(4):  # halve the choice with each
+        is_set = b.icmp_unsigned("!=", b.and_(index, const(V64I8, 1 << bit)), const(V64I8, 0))
+        entries = [b.select(is_set, odd, even) for even, odd in zip(entries[::2], entries[1::2], strict=True)]
+    return entries[0]
 
 
 def sum16(b: ir.IRBuilder, vector: Any) -> Any:

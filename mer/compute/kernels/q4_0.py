@@ -31,7 +31,7 @@ def nibble_dot(b: Any, zero: int, low: list[Any], high: list[Any], column: Activ
     """Return the 16 int32 dot products of 32 nibbles per row, less `zero`, with column c's activations."""
     planes = []
     for plane in range(column.planes):
-        total = column.sum(plane, c, 0, -zero) if zero else const(V16I32, 0)
+        total = column.sum(plane, c, [0], -zero) if zero else const(V16I32, 0)
         for part, vectors in enumerate((low, high)):
             for j, vector in enumerate(vectors):
                 total = dot4(b, total, vector, column.quad(plane, c, 16 * part + 4 * j, V64I8))

@@ -1,7 +1,7 @@
 """Q4_1: blocks of 32 weights, half-float scale and minimum, 16 bytes of nibbles; weight = scale * nibble + minimum.
 
-Tile block, 320 bytes: 16 half scales, 16 half minima, then 4 vectors of nibbles as in Q4_0. Format: ggml's
-`block_q4_1`.
+Two fmas per block: that of the nibbles, then that of the minimum. Tile block, 320 bytes: 16 half scales, 16 half
+minima, then 4 vectors of nibbles as in Q4_0. Format: ggml's `block_q4_1`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_r
 KIND = 3  # ggml type id
 
 
+def add_with_minimum(b: Any, total: Any, scale: Any, minimum: Any, column: ActivationColumn, c: int, acc: Any) -> None:
+    """Add to `acc` a block's integer sum times its scale, then the sum of its activations times its minimum."""
+    activation = column.scale(c)
+    value = fma(b, b.sitofp(total, V16F32), b.fmul(scale, activation), b.load(acc))
+    lift = b.sitofp(joined(b, [column.sum(plane, c, [0], 1) for plane in range(column.planes)]), V16F32)
+    b.store(fma(b, lift, b.fmul(minimum, activation), value), acc)
+
+
 class Q4_1:
     """Decoder of the Q4_1 tile."""
 
@@ -30,11 +38,7 @@ class Q4_1:
         minimum = widen_half(b, load(b, weights, 32, V16I16))
         low, high = nibbles(b, weights, 64)
         for c in range(columns):
-            total = nibble_dot(b, 0, low, high, column, c)
-            activation = column.scale(c)
-            value = fma(b, b.sitofp(total, V16F32), b.fmul(scale, activation), b.load(acc[c]))
-            lift = b.sitofp(joined(b, [column.sum(plane, c, 0, 1) for plane in range(column.planes)]), V16F32)
-            b.store(fma(b, lift, b.fmul(minimum, activation), value), acc[c])
+            add_with_minimum(b, nibble_dot(b, 0, low, high, column, c), scale, minimum, column, c, acc[c])
 
 
 FORMATS[KIND] = Q4_1()

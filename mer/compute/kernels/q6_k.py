@@ -1,47 +1,37 @@
-"""Q6_K: super-blocks of 256 weights of 6 bits, 16 int8 sub-scales, one half-float scale; weight = scale * sub * (q -
-32).
+"""Q6_K: super-blocks of 256 weights of 6 bits in 16 sub-blocks with int8 sub-scales, one half-float scale; weight =
+scale * sub-scale * (q - 32).
 
-The integer sum of a whole super-block is exact in int32 (256 * 32 * 127 * 128 < 2**28); one fma per super-block
-follows. Tile block, 3360 bytes: 16 half scales, 16 vectors of 16 int8 sub-scales, the 128 bytes of low nibbles of each
-row as 32 vectors and its 64 bytes of high bit pairs as 16 vectors, 4 bytes of each row to a vector, in the file's
-order. Format: ggml's `block_q6_K` (ql[128], qh[64], scales[16], d).
+Arithmetic as in `super_block.py`: the integer sum of a plane is at most 256 * 32 * 127 * 128 < 2**28, and two do not
+fit int32 together. Tile block, 3360 bytes: 16 half scales, 16 vectors of 16 int8 sub-scales, the 128 bytes of low
+nibbles of each row as 32 vectors and its 64 bytes of high bit pairs as 16 vectors, 4 bytes of each row to a vector, in
+the file's order. Format: ggml's `block_q6_K` (ql[128], qh[64], scales[16], d).
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import (
-    I64,
-    V16F32,
-    V16I8,
-    V16I16,
-    V16I32,
-    V32I16,
-    V64I8,
-    const,
-    dot4,
-    fma,
-    i64,
-    load,
-    widen_half,
-)
-from mer.compute.kernels.numba_api import cgutils
+from mer.compute.kernels.ir import V16I8, V16I16, V16I32, V32I16, V64I8, const, load, widen_half
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, PLANE_SHIFT, ActivationColumn, matmul_rows
+from mer.compute.kernels.super_block import Part, add_planes, begin_of_halves, halves, integer_sums, times
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
 
 KIND = 14  # ggml type id
 _SCALES, _LOW, _HIGH = 32, 288, 2336  # byte offsets in the tile block
 
 
 class Q6_K:
-    """Decoder of the Q6_K tile."""
+    """Decoder of the Q6_K tile. A turn is every second sub-block of a half: one of each quarter."""
 
     block_weights = 256
     block_bytes = 210
     sums_per_block = 16
+
+    def begin(self, b: Any, turn: Any) -> tuple[Any, Any]:
+        """See `SubBlocks`."""
+        return begin_of_halves(b, turn)
 
     def _weights(self, b: Any, low: list[Any], high: list[Any], quarter: int) -> list[Any]:
         """Return 4 vectors with the 16 six-bit weights of each row from quarter `quarter` of a half, as bytes."""
@@ -59,35 +49,24 @@ class Q6_K:
             vectors.append(b.or_(nibble, b.and_(b.bitcast(pairs, V64I8), const(V64I8, 0x30))))
         return vectors
 
+    def parts(self, b: Any, weights: Any, turn: Any) -> Iterator[Part]:
+        """See `SubBlocks`."""
+        half, odd = halves(b, turn)
+        scales = b.add(weights, times(b, b.add(times(b, half, 8), odd), 16))
+        low = b.add(weights, b.add(times(b, half, 64 * 16), times(b, odd, 64 * 4)))
+        high = b.add(weights, times(b, turn, 64 * 4))
+        lows = [load(b, low, _LOW + 64 * (8 * run + j), V32I16) for run in range(2) for j in range(4)]
+        highs = [load(b, high, _HIGH + 64 * j, V32I16) for j in range(4)]
+        for quarter in range(4):
+            scale = b.sext(load(b, scales, _SCALES + 16 * 2 * quarter, V16I8), V16I32)
+            yield Part(scale, self._weights(b, lows, highs, quarter), 32 * quarter, 32, (2 * quarter,))
+
     def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
-        """See `BlockFormat`. A loop over (half, odd), so that the code of 16 sub-blocks is compiled as that of 4."""
-        planes = range(column.planes)
-        totals = [[cgutils.alloca_once_value(b, const(V16I32, 0)) for _ in range(columns)] for _ in planes]
-        with cgutils.for_range(b, i64(4), intp=I64) as loop:
-            half, odd = b.lshr(loop.index, i64(1)), b.and_(loop.index, i64(1))
-            sub = b.add(b.mul(half, i64(8)), odd)  # the first of sub-blocks sub, sub + 2, sub + 4, sub + 6
-            scales = b.add(weights, b.mul(sub, i64(16)))
-            low = b.add(weights, b.add(b.mul(half, i64(64 * 16)), b.mul(odd, i64(64 * 4))))
-            high = b.add(weights, b.mul(loop.index, i64(64 * 4)))
-            lows = [load(b, low, _LOW + 64 * (8 * run + j), V32I16) for run in range(2) for j in range(4)]
-            highs = [load(b, high, _HIGH + 64 * j, V32I16) for j in range(4)]
-            here = column.advanced(b.mul(sub, i64(16)), sub)
-            for quarter in range(4):
-                vectors = self._weights(b, lows, highs, quarter)
-                scale = b.sext(load(b, scales, _SCALES + 16 * 2 * quarter, V16I8), V16I32)
-                for c, plane in itertools.product(range(columns), planes):
-                    part = here.sum(plane, c, 2 * quarter, -32)
-                    for j, vector in enumerate(vectors):
-                        part = dot4(b, part, vector, here.quad(plane, c, 32 * quarter + 4 * j, V64I8))
-                    total = totals[plane][c]
-                    b.store(b.add(b.load(total), b.mul(part, scale)), total)
+        """See `BlockFormat`."""
+        sums = integer_sums(b, self, weights, column, columns)
         scale = widen_half(b, load(b, weights, 0, V16I16))
         for c in range(columns):
-            both = b.fmul(scale, column.scale(c))
-            for plane in planes:  # joined as floats: two planes of a super-block do not fit int32 together
-                weight = const(V16F32, float(1 << PLANE_SHIFT * (column.planes - 1 - plane)))
-                total = b.sitofp(b.load(totals[plane][c]), V16F32)
-                b.store(fma(b, total, b.fmul(both, weight), b.load(acc[c])), acc[c])
+            b.store(add_planes(b, sums[c], b.fmul(scale, column.scale(c)), b.load(acc[c])), acc[c])
 
 
 FORMATS[KIND] = Q6_K()

@@ -30,7 +30,7 @@ class Q8_0:
         for c in range(columns):
             planes = []
             for plane in range(column.planes):
-                total = column.sum(plane, c, 0, -128)
+                total = column.sum(plane, c, [0], -128)
                 for j, vector in enumerate(vectors):
                     total = dot4(b, total, vector, column.quad(plane, c, 4 * j, V64I8))
                 planes.append(total)

@@ -46,6 +46,7 @@ def _all_finite(_ctx: Any, scores: Any, n: Any) -> Any:
     """Return whether n scores are finite."""
 
     def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        scores, n = args
         largest = cgutils.alloca_once_value(b, const(V16I32, 0))
 
         def look(_first: Any, vector: Any, exists: Any) -> None:
@@ -53,7 +54,7 @@ def _all_finite(_ctx: Any, scores: Any, n: Any) -> Any:
             magnitude, so_far = b.select(exists, magnitude, const(V16I32, 0)), b.load(largest)
             b.store(b.select(b.icmp_signed(">", magnitude, so_far), magnitude, so_far), largest)
 
-        _for_vectors(b, *args, look)
+        _for_vectors(b, scores, n, look)
         top = call(b, "llvm.vector.reduce.smax.v16i32", I32, b.load(largest))
         return b.icmp_signed("<", top, ir.Constant(I32, 0x7F800000))
 

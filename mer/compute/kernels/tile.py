@@ -16,6 +16,8 @@ int8 activation; two are a 15-bit one, 128 times the first plus the second, for 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from llvmlite import ir
@@ -25,10 +27,12 @@ from mer.compute.kernels.entry import claim, rows_of_piece
 from mer.compute.kernels.interleave import ROWS, interleave_tile
 from mer.compute.kernels.ir import (
     F32,
+    I16,
     I32,
     I64,
     V16F32,
     V16I32,
+    V32I16,
     const,
     i64,
     load,
@@ -42,7 +46,9 @@ from mer.compute.kernels.step import ARG0
 
 PLANE_SHIFT = 7  # the first of two planes counts 2**7 times the second
 _PREFETCH_BYTES = 8192  # weights are asked for so far ahead, across tiles: the hardware itself stops at pages
+_L2 = 2  # locality of a prefetch that goes past the first cache, which is too small to hold so much until it is used
 _PREFETCH_COLUMNS = 4  # with more columns the arithmetic takes longer than the weights
+_SMALL_BLOCK_BYTES = 1024  # a larger block asks for what lies ahead bit by bit: more requests at once would wait
 
 
 class BlockFormat(Protocol):
@@ -83,14 +89,38 @@ class ActivationColumn:
         """The block's float32 scale, broadcast."""
         return splat(self._b, load(self._b, self._xs, 4 * column, F32, 4), V16F32)
 
-    def sum(self, plane: int, column: int, index: int, factor: int) -> Any:
-        """The int32 activation sum `index` of the block times a constant, broadcast."""
-        offset = 4 * ((plane * self._columns + column) * self._fmt.sums_per_block + index)
-        value = load(self._b, self._xsum, offset, I32, 4)
-        return splat(self._b, self._b.mul(value, ir.Constant(I32, factor)), V16I32)
+    def sum(self, plane: int, column: int, indices: Sequence[int], factor: int) -> Any:
+        """The block's int32 activation sums of these indices together, times a constant, broadcast."""
+        first = (plane * self._columns + column) * self._fmt.sums_per_block
+        values = [load(self._b, self._xsum, 4 * (first + index), I32, 4) for index in indices]
+        total = functools.reduce(self._b.add, values)
+        return splat(self._b, self._b.mul(total, ir.Constant(I32, factor)), V16I32)
+
+    def sum_pairs(self, plane: int, column: int, per_sum: int) -> list[Any]:
+        """The sums of each 16 * `per_sum` (1 or 2) weights of a block of 256, as pairs of int16 broadcast as V32I16.
+
+        Of each four sums the first and the third are a pair, then the second and the fourth: as the bytes of a word
+        fall into int16.
+        """
+        b, count = self._b, self._fmt.sums_per_block
+        sums = load(b, self._xsum, 4 * count * (plane * self._columns + column), V16I32, 4)
+        order = [per_sum * (four + i) for four in range(0, 16 // per_sum, 4) for i in (0, 2, 1, 3)]
+        wide = ir.VectorType(I32, len(order))
+        parts = [b.shuffle_vector(sums, sums, ir.Constant(wide, [i + j for i in order])) for j in range(per_sum)]
+        total = parts[0] if per_sum == 1 else b.add(*parts)
+        pairs = b.bitcast(b.trunc(total, ir.VectorType(I16, len(order))), ir.VectorType(I32, len(order) // 2))
+        picks = (const(V16I32, i) for i in range(len(order) // 2))
+        return [b.bitcast(b.shuffle_vector(pairs, pairs, pick), V32I16) for pick in picks]
 
 
 FORMATS: dict[int, BlockFormat] = {}  # {ggml type id: format}
+
+
+def ask_ahead(b: Any, weights: Any, n_bytes: int, columns: int) -> None:
+    """Ask for the `n_bytes` of weights that are as far ahead of `weights` as is useful with so many columns."""
+    if columns <= _PREFETCH_COLUMNS:
+        for line in range(0, n_bytes, 64):
+            prefetch(b, weights, _PREFETCH_BYTES + line, _L2)
 
 
 def joined(b: Any, planes: list[Any]) -> Any:
@@ -130,9 +160,8 @@ def tile(
         with cgutils.for_range(b, n, intp=I64) as loop:
             column = ActivationColumn(b, fmt, n_planes, n_columns, loop.index, xq, xs, xsum)
             base = b.add(w, b.mul(loop.index, i64(block)))
-            if n_columns <= _PREFETCH_COLUMNS:
-                for line in range(0, block, 64):
-                    prefetch(b, base, _PREFETCH_BYTES + line)
+            if block <= _SMALL_BLOCK_BYTES:
+                ask_ahead(b, base, block, n_columns)
             fmt.accumulate(b, base, column, n_columns, acc)
         adds = b.icmp_signed("!=", add, i64(0))
         for c in range(n_columns):

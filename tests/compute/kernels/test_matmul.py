@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from mer.compute.kernels.matmul import STEPS, block_format
 from mer.compute.reference import matmul_quantized
+from mer.compute.reference_types import unpack
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
+from tests._lib import quantize
 from tests._lib.quantize import decode
 from tests._lib.steps import F32, U8, product, products
 
@@ -20,13 +22,18 @@ F64 = npt.NDArray[np.float64]
 KINDS = sorted(MATRIX_TYPES)
 FLOATS = [kind for kind in KINDS if kind.block_size == 1]
 BLOCKS = [kind for kind in KINDS if kind.block_size > 1]
-HALVES = {GGMLType.Q4_0: (0,), GGMLType.Q4_1: (0, 2), GGMLType.Q8_0: (0,), GGMLType.Q6_K: (208,)}
+HALVES = {kind: quantize.HALVES.get(quantize.Type(int(kind)), ()) for kind in BLOCKS}
 LARGEST = {1: 127, 2: 127 * 128}  # {planes: the largest integer of an activation}
 ROUNDING = 2.0**-24  # the largest relative error of one float32 operation
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 every_form = pytest.mark.parametrize(
-    ("kind", "planes"), [(kind, planes) for kind in KINDS for planes in ((1, 2) if kind in BLOCKS else (1,))]
+    ("kind", "planes"),
+    [
+        pytest.param(kind, planes, id=f"{kind.name}-{planes}")
+        for kind in KINDS
+        for planes in ((1, 2) if kind in BLOCKS else (1,))
+    ],
 )
 
 
@@ -42,6 +49,8 @@ def random_weights(kind: GGMLType, rows: int, cols: int, rng: np.random.Generato
         scales[special < 0.1] = 0
         scales[special > 0.95] = 65504  # the largest half
         raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    if kind is GGMLType.MXFP4:
+        raw[..., 0] = rng.integers(128 - 40, 128 + 40, raw.shape[:2])
     return raw.reshape(rows, -1)
 
 
@@ -56,25 +65,24 @@ def exact_activations(n: int, cols: int, rng: np.random.Generator, planes: int =
 
 
 def magnitudes(kind: GGMLType, raw: U8, cols: int) -> F64:
-    """Return for each weight a bound of the terms that make it up; Q4_1 adds two that may cancel."""
-    weights = np.abs(decode(raw, gguf.GGMLQuantizationType(int(kind))).astype(np.float64))
-    if kind is not GGMLType.Q4_1:
-        return weights
-    blocks = raw.reshape(len(raw), -1, kind.block_bytes)
-    scale, minimum = (
-        np.abs(np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16).astype(np.float64)) for at in (0, 2)
-    )
-    return np.repeat(15 * scale[..., 0] + minimum[..., 0], 32, axis=1)
+    """Return for each weight a bound of the terms that make it up; with a minimum they are two that may cancel."""
+    if kind in FLOATS:
+        return np.abs(decode(raw, gguf.GGMLQuantizationType(int(kind))).astype(np.float64))
+    parts = unpack(kind, raw.reshape(-1))
+    run = kind.block_size // parts.factor.shape[1]
+    size = np.abs(parts.scale.astype(np.float64) * np.repeat(parts.factor, run, axis=1) * parts.q)
+    if parts.minimum is not None:
+        size += np.abs(parts.minimum.astype(np.float64) * np.repeat(parts.lift, run, axis=1))
+    return size.reshape(len(raw), cols)
 
 
 def tolerance(kind: GGMLType, raw: U8, x: F32) -> F64:
     """Return the bound of the error [n, rows]: one rounding for each term that is added, and a few for the factors.
 
-    A block adds one term; Q4_1 adds its minimum too, and Q6_K one for each plane.
+    A block adds up to three terms: one for each plane, and its minimum.
     """
     cols = x.shape[1]
-    per_block = 2 if kind in (GGMLType.Q4_1, GGMLType.Q6_K) else 1
-    additions = per_block * cols // kind.block_size if kind in BLOCKS else cols // 16
+    additions = 3 * cols // kind.block_size if kind in BLOCKS else cols // 16
     size = np.abs(x.astype(np.float64)) @ magnitudes(kind, raw, cols).T
     return (additions + 8) * ROUNDING * size + 1e-38
 
@@ -127,6 +135,8 @@ def test_every_byte_at_every_place_stands_for_its_weight(kind: GGMLType, planes:
     raw = np.arange(256, dtype=np.uint8)[:, None] + place * np.uint8(7)
     for at in HALVES[kind]:
         raw[:, at : at + 2] = np.array([0.5 if at != 2 else -3.25], np.float16).view(np.uint8)
+    if kind is GGMLType.MXFP4:
+        raw[:, 0] = 128 - 20 + np.arange(256) % 40
     weights = decode(raw, gguf.GGMLQuantizationType(int(kind)))
     got = product(kind, raw, 256, 127 * np.eye(kind.block_size, dtype=np.float32), planes=planes)
     assert np.array_equal(got, 127 * weights.T)
@@ -147,26 +157,42 @@ def test_every_half_float_and_bfloat_is_exact(kind: GGMLType) -> None:
         assert np.array_equal(got[0], numbers, equal_nan=True)
         return
     halves = bits.view(np.float16).astype(np.float64)
+    finite, infinite = np.isfinite(halves), np.isinf(halves)
+    x = np.zeros((1, kind.block_size), np.float32)
+    x[0, 0] = 127
     for at in HALVES[kind]:
-        block = np.zeros(kind.block_bytes, np.uint8)
-        if kind is GGMLType.Q6_K:
-            block[192:208] = 1  # sub-scales
+        block = np.full(kind.block_bytes, 0x55, np.uint8)
+        for other in HALVES[kind]:
+            block[other : other + 2] = 0
+        block[at : at + 2] = np.array([1], np.float16).view(np.uint8)
+        factor = float(decode(block[None], gguf.GGMLQuantizationType(int(kind)))[0, 0])
+        assert factor != 0
         raw = np.tile(block, (len(bits), 1))
         raw[:, at : at + 2] = bits.view(np.uint8).reshape(-1, 2)
-        if at == 0 and kind is not GGMLType.Q4_0:
-            raw[:, 2 * len(HALVES[kind])] = 1  # the first weight; Q4_0 has -8 already
-        x = np.zeros((1, kind.block_size), np.float32)
-        x[0, 0] = 127
-        factor = {GGMLType.Q4_0: -8, GGMLType.Q6_K: -32}.get(kind, 1)
         got = product(kind, raw, len(bits), x)
-        finite = np.isfinite(halves)
         assert np.array_equal(got[0, finite], (127 * factor * halves[finite]).astype(np.float32))
         assert np.array_equal(np.isnan(got[0]), np.isnan(halves))
-        infinite = np.isinf(halves)
         assert np.array_equal(got[0, infinite], factor * halves[infinite])
 
 
-@every_kind
+@pytest.mark.parametrize("planes", [1, 2])
+def test_every_exponent_of_mxfp4(planes: int) -> None:
+    """From subnormal powers of two to the largest; none stands for NaN or infinity."""
+    raw = np.zeros((256, 17), np.uint8)
+    raw[:, 0] = np.arange(256)
+    raw[:, 1:] = 0xA1  # 1, and -2 in the high nibbles
+    x = np.zeros((2, 32), np.float32)
+    x[0, 0] = x[1, 16] = 127 * 2.0**-7
+    powers = np.ldexp(1.0, np.arange(-128, 128))
+    weights = decode(raw[:255], gguf.GGMLQuantizationType.MXFP4)  # the last, -2**128, is no float32
+    assert np.array_equal(weights[:, [0, 16]], np.stack([powers[:255], -2 * powers[:255]], axis=1))
+    got = product(GGMLType.MXFP4, raw, 256, x, planes=planes)
+    want = np.stack([powers, -2 * powers]) * x.max()
+    assert np.array_equal(got[:, 12:], want[:, 12:])
+    assert np.allclose(got, want, rtol=0, atol=2.0**-139)  # of the smallest the product of both scales loses bits
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in FLOATS or HALVES[kind]], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("n", [1, 7, 8])
 def test_a_damaged_weight_reaches_its_row_and_no_other(kind: GGMLType, bad: float, n: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 from llvmlite import binding
 
 from mer.compute.kernels.target import FORM, Form
+from mer.io.extents import MATRIX_TYPES
 from tests._lib.tiny_models import Type, tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +31,7 @@ def python(code: str, *arguments: str | Path, **environment: str | None) -> subp
     variables = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_") and k != "MER_KERNELS"}
     variables |= {name: value for name, value in environment.items() if value is not None}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900, check=False)
 
 
 def output(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -52,7 +53,7 @@ print(*(f"{name} {step.compile()}" for name, step in steps.items()), sep="\\n")
 
 def test_the_second_process_finds_every_kernel_in_the_cache() -> None:
     first, second = output(python(COMPILE_ALL)), output(python(COMPILE_ALL))
-    assert len(first) == len(second) >= 20
+    assert len(first) == len(second) >= 40
     assert [line for line in second if not line.endswith(" True")] == []
 
 
@@ -95,7 +96,7 @@ print(FORM.value)
 @needs_vnni
 def test_every_form_gives_the_same_bits(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"d_model": 256, "d_ff": 256, "n_heads": 8, "n_layers": 1}
-    kinds = (Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.Q6_K)
+    kinds = [Type(int(kind)) for kind in sorted(MATRIX_TYPES)]
     paths = [tiny_model(tmp_path / f"{kind.name}.gguf", "qwen3moe", weight_type=kind, **shape).path for kind in kinds]
     wide, portable = tmp_path / "wide.npz", tmp_path / "portable.npz"
     assert output(python(LOGITS, wide, *paths, MER_KERNELS="avx512-vnni")) == ["avx512-vnni"]
@@ -169,7 +170,7 @@ def test_products_use_512_bit_integer_dot_products(cpu: str | None, tmp_path: Pa
     done = python(ASSEMBLY, XDG_CACHE_HOME=str(tmp_path), NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features)
     cached, wide, narrow = output(done)[0].split()
     assert cached == "False"  # numba does not show the assembly of what it finds in a cache
-    assert int(wide) >= 8 * (8 + 4 + 2 + 1 + 2)  # 8 for each column of each tile width
+    assert int(wide) >= 8 * (8 + 4 + 2 + 1)  # 8 for each column of each tile width
     assert int(narrow) == 0
 
 
@@ -250,5 +251,6 @@ for name, planes, rows, cols in [line.split(":") for line in sys.argv[1:]]:
 def test_products_touch_no_byte_behind_any_of_their_areas() -> None:
     """Every area ends at a page that may not be touched."""
     cases = ["F32:1:7:21", "F16:1:7:21", "BF16:1:7:21"]
-    cases += [f"{name}:{planes}:37:256" for name in ("Q4_0", "Q4_1", "Q8_0", "Q6_K") for planes in (1, 2)]
+    quantized = [kind.name for kind in sorted(MATRIX_TYPES) if kind.block_size > 1]
+    cases += [f"{name}:{planes}:37:256" for name in quantized for planes in (1, 2)]
     assert output(python(GUARDED, *cases)) == [case.split(":")[0] for case in cases]

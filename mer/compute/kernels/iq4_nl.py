@@ -1,0 +1,58 @@
+"""IQ4_NL: blocks of 32 weights, a half-float scale and 16 bytes of nibbles; weight = scale * VALUES[nibble].
+
+The values are looked up with 128 added, so that they are the unsigned operand of the dot product; that is taken back
+through the sum of the activations. Tile block as in Q4_0. Format: ggml's `block_iq4_nl` (d, qs[16]).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.ir import V16F32, V16I16, fma, load, lookup16, widen_half
+from mer.compute.kernels.q4_0 import nibble_dot, nibbles
+from mer.compute.kernels.step import step
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+
+KIND = 20  # ggml type id
+VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+OFFSET = 128
+
+
+class IQ4_NL:
+    """Decoder of the IQ4_NL tile."""
+
+    block_weights = 32
+    block_bytes = 18
+    sums_per_block = 1
+
+    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+        """See `BlockFormat`."""
+        scale = widen_half(b, load(b, weights, 0, V16I16))
+        table = [value + OFFSET for value in VALUES]
+        low, high = ([lookup16(b, table, v) for v in part] for part in nibbles(b, weights, 32))
+        for c in range(columns):
+            total = nibble_dot(b, OFFSET, low, high, column, c)
+            both = b.fmul(scale, column.scale(c))
+            b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
+
+
+FORMATS[KIND] = IQ4_NL()
+
+
+@step
+def matmul_iq4_nl(row: int, thread: int, _n_threads: int) -> None:
+    """IQ4_NL matrix product on int8 activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, thread, KIND, 1)
+
+
+@step
+def matmul_iq4_nl_a15(row: int, thread: int, _n_threads: int) -> None:
+    """IQ4_NL matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, thread, KIND, 2)
+
+
+@step
+def interleave_iq4_nl(row: int, thread: int, n_threads: int) -> None:
+    """Tiles of IQ4_NL from rows as in the file; arguments as in `interleave_rows`."""
+    interleave_rows(row, thread, n_threads, KIND)

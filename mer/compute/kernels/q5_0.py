@@ -1,0 +1,71 @@
+"""Q5_0: blocks of 32 weights of 5 bits and a half-float scale; weight = scale * (q - 16).
+
+Tile block, 352 bytes: 16 half scales, a vector with each row's 32 high bits, bit i for weight i, then 4 vectors of
+nibbles as in Q4_0. Format: ggml's `block_q5_0` (d, qh[4], qs[16]).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.ir import I32, V16F32, V16I16, V64I8, const, fma, load, widen_half
+from mer.compute.kernels.q4_0 import nibble_dot, nibbles
+from mer.compute.kernels.step import step
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+
+KIND = 6  # ggml type id
+
+
+def five_bits(b: Any, weights: Any, offset: int) -> tuple[list[Any], list[Any]]:
+    """Return weights 0 to 15 and 16 to 31 of each row as 4 vectors of bytes each; the high bits are at `offset`."""
+    low, high = nibbles(b, weights, offset + 64)
+    bits = load(b, weights, offset, V64I8)
+    out = []
+    for four, vector in enumerate((*low, *high)):  # of weights
+        place = ir.Constant(ir.VectorType(I32, 64), [byte // 4 * 4 + four // 2 for byte in range(64)])
+        mask = ir.Constant(V64I8, [1 << 4 * (four % 2) + byte % 4 for byte in range(64)])
+        chosen = b.and_(b.shuffle_vector(bits, bits, place), mask)
+        fifth = b.select(b.icmp_unsigned("!=", chosen, const(V64I8, 0)), const(V64I8, 16), const(V64I8, 0))
+        out.append(b.or_(vector, fifth))
+    return out[:4], out[4:]
+
+
+class Q5_0:
+    """Decoder of the Q5_0 tile."""
+
+    block_weights = 32
+    block_bytes = 22
+    sums_per_block = 1
+
+    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+        """See `BlockFormat`."""
+        scale = widen_half(b, load(b, weights, 0, V16I16))
+        low, high = five_bits(b, weights, 32)
+        for c in range(columns):
+            total = nibble_dot(b, 16, low, high, column, c)
+            both = b.fmul(scale, column.scale(c))
+            b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
+
+
+FORMATS[KIND] = Q5_0()
+
+
+@step
+def matmul_q5_0(row: int, thread: int, _n_threads: int) -> None:
+    """Q5_0 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, thread, KIND, 1)
+
+
+@step
+def matmul_q5_0_a15(row: int, thread: int, _n_threads: int) -> None:
+    """Q5_0 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, thread, KIND, 2)
+
+
+@step
+def interleave_q5_0(row: int, thread: int, n_threads: int) -> None:
+    """Tiles of Q5_0 from rows as in the file; arguments as in `interleave_rows`."""
+    interleave_rows(row, thread, n_threads, KIND)

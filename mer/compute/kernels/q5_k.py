@@ -1,0 +1,60 @@
+"""Q5_K: Q4_K with a fifth bit for each weight; weight = scale * sub-scale * q - minimum * sub-minimum, q from 0 to 31.
+
+Arithmetic and order as in Q4_K (256 * 31 * 63 * 127 < 2**26). Tile block, 2816 bytes, 4 bytes of each row to a vector,
+in the file's order: scale and minimum, 3 vectors of sub-scales and sub-minima, 8 of high bits, where bit s of byte i
+belongs to weight i of sub-block s, 32 of nibbles. Format: ggml's `block_q5_K` (d, dmin, scales[12], qh[32], qs[128]).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.ir import I16, V32I16, V64I8, const, load, splat
+from mer.compute.kernels.q4_k import Q4_K
+from mer.compute.kernels.step import step
+from mer.compute.kernels.super_block import times
+from mer.compute.kernels.tile import FORMATS, matmul_rows
+
+KIND = 13  # ggml type id
+_HIGH = 256  # byte offset of the high bits in the tile block
+
+
+class Q5_K(Q4_K):
+    """Decoder of the Q5_K tile."""
+
+    block_bytes = 176
+    _low = 768
+
+    def _weights(self, b: Any, weights: Any, turn: Any) -> list[list[Any]]:
+        """Return 8 vectors of bytes for either sub-block."""
+        shift = splat(b, b.trunc(times(b, turn, 2), I16), V32I16)
+        bits = [b.lshr(load(b, weights, _HIGH + 64 * j, V32I16), shift) for j in range(8)]
+        return [
+            [
+                b.or_(nibble, b.and_(b.bitcast(b.shl(bit, const(V32I16, 4 - part)), V64I8), const(V64I8, 16)))
+                for nibble, bit in zip(nibbles, bits, strict=True)
+            ]
+            for part, nibbles in enumerate(super()._weights(b, weights, turn))
+        ]
+
+
+FORMATS[KIND] = Q5_K()
+
+
+@step
+def matmul_q5_k(row: int, thread: int, _n_threads: int) -> None:
+    """Q5_K matrix product on int8 activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, thread, KIND, 1)
+
+
+@step
+def matmul_q5_k_a15(row: int, thread: int, _n_threads: int) -> None:
+    """Q5_K matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    matmul_rows(row, thread, KIND, 2)
+
+
+@step
+def interleave_q5_k(row: int, thread: int, n_threads: int) -> None:
+    """Tiles of Q5_K from rows as in the file; arguments as in `interleave_rows`."""
+    interleave_rows(row, thread, n_threads, KIND)
