@@ -16,6 +16,7 @@ concurrent  8 generations at once against one: the ratio of the tokens/s of all 
 from __future__ import annotations
 
 import argparse
+import random
 import resource
 import statistics
 import subprocess
@@ -62,7 +63,8 @@ async def decode(engine: Engine, arguments: argparse.Namespace, disk: Disk) -> f
     memory_rate = memory_bytes_per_s(engine.plan.limits.threads)
     before_rate = disk.probe()
     events: list[tuple[float, Statistics, int]] = []
-    async with engine.stream(prompt(engine, PROMPT_TOKENS, 0), max_tokens=n_tokens, ignore_eos=True) as stream:
+    prompt_ids = prompt(engine, PROMPT_TOKENS, random.randrange(1 << 16))  # no round knows what another has learnt
+    async with engine.stream(prompt_ids, max_tokens=n_tokens, ignore_eos=True) as stream:
         async for event in stream:
             if isinstance(event, mer.TokenEvent) and event.index in (0, n_tokens - 1):
                 faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
@@ -81,9 +83,11 @@ async def decode(engine: Engine, arguments: argparse.Namespace, disk: Disk) -> f
         f"{n / took_s:6.2f} tokens/s = {n / took_s / limit:4.0%} of {limit:.2f}; "
         f"read {read / took_s / 1e9:.2f} GB/s = {read / took_s / disk_rate:4.0%} of {disk_rate / 1e9:.2f}; "
         f"{read / n / 1e6:.0f} MB a token, the misses need {needed / n / 1e6:.0f}; "
-        f"hits {1 - misses / lookups:.0%}; stalled {(after.stalled_s - before.stalled_s) / took_s:.0%}; "
+        f"hits {1 - misses / lookups:.0%}; reading {(after.reader.busy_s - before.reader.busy_s) / took_s:.0%}, "
+        f"stalled {(after.stalled_s - before.stalled_s) / took_s:.0%}, "
         f"computing {(after.worker.compute_s - before.worker.compute_s) / took_s:.0%}; "
         f"guesses {prefetch.issued}, right {prefetch.used + prefetch.promoted}; "
+        f"{(after.worker.jobs - before.worker.jobs) / n / engine.spec.n_layers:.1f} jobs a layer; "
         f"major faults {(faults_after - faults_before) / n:.1f} a token",
         flush=True,
     )

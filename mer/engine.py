@@ -506,7 +506,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         stack.callback(arena.close)
         pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
         cache = ExpertCache(residency.policy)
-        store = ExpertStore(cache, pool, plan.classes.kind_of)
+        everything = (model.spec.n_layers, model.spec.n_experts) if plan.slots == plan.total_experts else None
+        store = ExpertStore(cache, pool, plan.classes.kind_of, everything)
         fetcher = Fetcher(pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.wake)
         store.attach(fetcher)
         guessing = await open_guessing(config, model, plan, store, reader)

@@ -22,7 +22,7 @@ from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
 from mer.sched.experts import ExpertCache
 from mer.sched.keys import ExpertKey
-from mer.sched.layer import LayerRun, WorkerLink
+from mer.sched.layer import WORTH_BYTES, LayerRun, WorkerLink
 from mer.sched.policy import Policy
 from mer.sched.store import ExpertStore
 
@@ -121,7 +121,8 @@ class MerRun:
         begun_s = time.perf_counter()
         for at, (layer, experts) in enumerate(events):
             link.compute_s = 0.0
-            result = await LayerRun(store, link, layer, staged=True).run(experts, _always)
+            run = LayerRun(store, link, layer, staged=True, rows=1, worth_bytes=WORTH_BYTES)
+            result = await run.run(experts, _always)
             for error in result.failed.values():
                 store.unpin(layer, result.pinned, used=False)
                 raise error

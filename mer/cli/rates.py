@@ -5,44 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
-from mer.io.arena import map_anonymous
-from mer.io.extents import ExpertMap, aligned_hull
-from mer.io.files import ModelFile
+from mer.bench import probe
+from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
+from mer.io.extents import ExpertMap
 from mer.io.gguf import GGUFFile
 
-READ_THREADS = 4  # as many reads at once as an engine has by default
-MAX_READ_BYTES = 256 << 20
 MEMORY_BYTES = 128 << 20  # far more than the processor caches
 _PASSES = 3
 
 
 def disk_bytes_per_s(gguf: GGUFFile, experts: ExpertMap) -> float:
-    """Return how fast experts are read, spread over the model as routing would spread them; at most 256 MiB."""
+    """Return how fast experts are read, spread over the model as routing would spread them."""
     every = [part for layer in experts.experts for extents in layer for part in extents.parts]
-    longest = max(part.n_bytes for part in every)
-    n_reads = max(1, min(len(every), MAX_READ_BYTES // longest))
-    chosen = list(islice(every, 0, None, max(1, len(every) // n_reads)))[:n_reads]
-    files = [ModelFile(path) for path in gguf.paths]
-    buffers = [memoryview(map_anonymous(longest + 3 * 4096)) for _ in range(READ_THREADS)]
-
-    def read(thread: int) -> int:
-        done = 0
-        for part in chosen[thread::READ_THREADS]:
-            file = files[part.file]
-            start, length, lead = aligned_hull(part.offset, part.n_bytes, file.mode.alignment)
-            file.read_into(buffers[thread][:length], start, lead + part.n_bytes)
-            done += length
-        return done
-
-    try:
-        return _rate(read, READ_THREADS)
-    finally:
-        for file in files:
-            file.close()
+    extents = [(part.offset, part.n_bytes) for part in every if part.file == every[0].file]
+    path = Path(gguf.paths[every[0].file])
+    return probe.disk_bytes_per_s(path, extents, chunk_bytes=DEFAULT_CHUNK_BYTES, depth=DEFAULT_THREADS)
 
 
 def memory_bytes_per_s(threads: int) -> float:

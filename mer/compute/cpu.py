@@ -22,6 +22,7 @@ from mer.compute.worker import (
     Project,
     ReadBlocks,
     RunExperts,
+    RunResident,
     Stage,
     Uint8Array,
     WorkerStatistics,
@@ -114,6 +115,7 @@ class CPUWorker:
     def __init__(self, forward: Forward, n_threads: int) -> None:
         self._forward: Forward | None = forward  # None once closed, as weights, KV and scratch are its
         self.staged_pairs = forward.staged_pairs  # see `ComputeWorker`
+        self.resident_rows = forward.resident_rows  # see `ComputeWorker`
         self._team = Team(n_threads)
         self._program = Program()
         self._counters = _Counters()
@@ -176,6 +178,8 @@ class CPUWorker:
                 case RunExperts(layer, experts):
                     forward.run_experts(program, layer, experts)
                     self._counters.expert_runs += len(experts) - [e.stage for e in experts].count(Stage.INNER)
+                case RunResident(layer, addresses):
+                    forward.run_resident(program, layer, addresses)
                 case Combine():
                     forward.combine(program)
                 case Attend(layer, predict):
@@ -207,13 +211,18 @@ class CPUWorker:
     def _done(self, job: Job, begun: float) -> Done:
         """Collect what the job's operations ask for, once its program has finished."""
         forward = self._open_forward()
-        ids = predicted = logits = damaged = None
+        ids = predicted = routes = logits = damaged = None
         kv: tuple[Uint8Array, ...] | None = None
+        through = True
         for operation in job.operations:
             match operation:
                 case Attend():
                     ids, predicted, damaged = forward.routed(), forward.predicted(), forward.damaged()
-                case Project():
+                case RunResident():
+                    routes, through = forward.routes()
+                    layers = (routes if through else routes[:-1]).reshape(-1, routes[0].size).tolist()
+                    self._counters.expert_runs += sum(len(set(experts)) for experts in layers)
+                case Project() if through:
                     logits, damaged = forward.logits(), forward.damaged()
                 case ReadBlocks(blocks):
                     kv = tuple(forward.read_block(block) for block in blocks)
@@ -222,6 +231,7 @@ class CPUWorker:
         return Done(
             expert_ids=ids,
             predicted_ids=predicted,
+            routes=routes,
             logits=logits,
             damaged=damaged,
             kv=kv,

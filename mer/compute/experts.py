@@ -158,6 +158,19 @@ class RoutedExperts:
             filled += count
         self._add(program, group)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all experts of a layer have matrices of the same types and shapes."""
+        return all(steps == layer[0] for layer in self._steps for steps in layer)
+
+    def run_table(self, program: Program, layer: int, table: int, n: int) -> None:
+        """Add the feed-forward networks of the experts in a table of n entries, for a layer whose experts are alike."""
+        steps = self._steps[layer][0][self._n_tokens > 1]
+        for stage in (steps.prepare, steps.inner, (steps.activate,), (steps.outer,)):
+            for made in stage:
+                program.add(made.step, table, n, *made.arguments)
+            program.barrier()
+
     def _check(self, loaded: LoadedExpert, layer: int, staged: bool, pairs: int) -> None:
         """Refuse a stage that cannot be computed, and keep account of those that can."""
         number, stage = loaded.expert, loaded.stage

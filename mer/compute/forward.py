@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from mer.compute.experts import RoutedExperts
 from mer.compute.kernels.attention import attention, rope_store
+from mer.compute.kernels.dispatch import dispatch
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
@@ -18,7 +19,8 @@ from mer.compute.matrix import FLOAT_BYTES, Activations, Matrix, float_stride, i
 from mer.compute.program import Program
 from mer.compute.scratch import Limits, Scratch, kv_block_bytes
 from mer.compute.weights import DenseWeights
-from mer.compute.worker import Batch, Float32Array, Int32Array, LoadedExpert, Uint8Array
+from mer.compute.worker import Batch, Float32Array, Int32Array, Int64Array, LoadedExpert, Uint8Array
+from mer.errors import ComputeError
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
@@ -26,6 +28,7 @@ from mer.model.spec import ModelSpec, RopeStyle
 
 _NO_ROWS = np.zeros(0, np.int32)
 _NO_ROWS.flags.writeable = False
+_FEW_ROWS = 32
 _KEPT_SHAPES = 8  # numbers of tokens for which a layer's attention steps are kept
 
 
@@ -46,6 +49,9 @@ class Forward:
         self._batch: Batch | None = None
         self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
         self._predicts = False  # whether the last Attend did
+        # all layers' steps for one place of the experts, number of tokens, and blocks
+        self._resident_rows: tuple[tuple[int, int, int], list[int], npt.NDArray[np.int64]] | None = None
+        self._routed_from = 0  # layer that the last run_resident began with
         # {(layer, tokens, blocks, predict): steps}
         self._attend_rows: dict[tuple[int, int, int, bool], npt.NDArray[np.int64]] = {}
 
@@ -53,6 +59,11 @@ class Forward:
     def staged_pairs(self) -> int:
         """See `ComputeWorker`."""
         return self._routed_experts.staged_pairs
+
+    @property
+    def resident_rows(self) -> int:
+        """See `ComputeWorker`."""
+        return self._limits.resident_rows(self._spec) if self._routed_experts.alike else 0
 
     @property
     def batch(self) -> Batch:
@@ -171,7 +182,9 @@ class Forward:
     def damaged(self) -> Int32Array:
         """Return the batch rows for which a router logit was not finite so far; read-only."""
         damaged = self.scratch.damaged[: len(self.batch.tokens)]
-        return np.flatnonzero(damaged).astype(np.int32) if damaged.any() else _NO_ROWS
+        # looking at a few rows takes Python less time than setting up NumPy's `any`
+        found = any(damaged.data) if len(damaged) <= _FEW_ROWS else damaged.any()
+        return np.flatnonzero(damaged).astype(np.int32) if found else _NO_ROWS
 
     def logits(self) -> Float32Array:
         """Return the logits [N, V] of the rows that the batch asked for, once `project` has run."""
@@ -198,6 +211,56 @@ class Forward:
             ComputeError: a stage that the batch is too large for, or that comes out of turn.
         """
         self._routed_experts.run(program, layer, experts)
+
+    def run_resident(self, program: Program, layer: int, addresses: Int64Array) -> None:
+        """Add all layers from the experts of this one on, to follow its `attend`; see `RunResident`.
+
+        Raises:
+            ComputeError: the batch is too large for it, or experts of a layer differ in types.
+        """
+        n = len(self.batch.tokens)
+        if n > self.resident_rows:
+            raise ComputeError(
+                f"a batch of {n} rows cannot run all layers at once, only one of at most {self.resident_rows}; "
+                "run layer by layer"
+            )
+        key = int(addresses.ctypes.data), n, self.batch.tables.shape[1]
+        if self._resident_rows is None or self._resident_rows[0] != key:
+            built, starts = Program(), []
+            for number in range(self._spec.n_layers):
+                starts.append(built.length)
+                self._dispatch(built, number, key[0])
+                self.combine(built)
+                if number + 1 < self._spec.n_layers:
+                    self.attend(built, number + 1)
+            self._resident_rows = key, starts, built.rows[: built.length]
+        _, starts, rows = self._resident_rows
+        program.extend(rows[starts[layer] :])
+        self.scratch.stop[0] = 0
+        self._routed_from = layer
+
+    def _dispatch(self, program: Program, layer: int, addresses: int) -> None:
+        """Add the experts of a layer that the router has chosen, or the end of the program if one is not there."""
+        spec, a = self._spec, self.scratch.address
+        pairs = len(self.batch.tokens) * spec.top_k
+        n = min(pairs, spec.n_experts)
+        log = a["routes"] + FLOAT_BYTES * pairs * layer
+        program.add(
+            dispatch, a["expert_ids"], pairs, spec.top_k, spec.n_experts, addresses + 24 * spec.n_experts * layer,
+            a["expert_ends"], a["table_entries"], n, a["places"], a["order"], log, a["stop"], layer,
+        )  # fmt: skip
+        program.barrier(a["stop"])
+        self._routed_experts.run_table(program, layer, a["table_entries"], n)
+
+    def routes(self) -> tuple[Int32Array, bool]:
+        """Return the choices [layers, T, K] of the routers that `run_resident` has come to, and whether it is through.
+
+        If it is not, the batch's next step is the experts of the last of these layers.
+        """
+        n, k = len(self.batch.tokens), self._spec.top_k
+        every = self.scratch.routes[: self._spec.n_layers * n * k].reshape(-1, n, k)
+        stop = int(self.scratch.stop[0])
+        return every[self._routed_from : stop or self._spec.n_layers].copy(), not stop
 
     def combine(self, program: Program) -> None:
         """Add the step that adds the weighted expert outputs to the residual stream."""
@@ -240,4 +303,4 @@ def steps_for(kinds: Collection[GGMLType], planes: int) -> list[Step]:
     """Return every kernel step that a model of these weight types uses with activations of so many planes."""
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
-    return [*steps, pack, rms_norm, gather, swiglu, combine, rope_store, attention, route]
+    return [*steps, pack, rms_norm, gather, swiglu, combine, rope_store, attention, route, dispatch]

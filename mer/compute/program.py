@@ -89,10 +89,14 @@ class Program:
         self.rows[self.length : self.length + len(rows)] = rows
         self.length += len(rows)
 
-    def barrier(self) -> None:
-        """Let every thread finish all steps so far before any goes on; the end of a program is a barrier anyway."""
+    def barrier(self, stop: int = 1) -> None:
+        """Let every thread finish all steps so far before any goes on; the end of a program is a barrier anyway.
+
+        Args:
+            stop: address of an int64 that these steps set if the program is to end here; by default there is none.
+        """
         if self.length:
-            self.rows[self.length - 1, BARRIER] = 1
+            self.rows[self.length - 1, BARRIER] = max(stop, int(self.rows[self.length - 1, BARRIER]))
 
     def _grow(self, n_rows: int) -> None:
         """Make room for more rows."""

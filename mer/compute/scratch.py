@@ -8,6 +8,7 @@ import attrs
 import numpy as np
 
 from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.entry import ENTRY_WORDS
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.tile import BlockFormat
 from mer.compute.matrix import FLOAT_BYTES, PackedArea, RawRoom, float_stride, raw_bytes
@@ -15,6 +16,8 @@ from mer.compute.program import Memory
 from mer.io.extents import ExpertMap, round_up
 from mer.io.ggml import GGMLType
 from mer.model.spec import ModelSpec
+
+RESIDENT_ROWS = 16
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +31,10 @@ class Limits:
     kv_blocks: int  # KV blocks in all
     threads: int
     planes: int = 1  # int8 planes of an activation that meets quantized weights: 1 or 2
+
+    def resident_rows(self, spec: ModelSpec) -> int:
+        """Rows of a batch up to which all layers may be one program; larger ones have more to do than setting it up."""
+        return max(1, min(RESIDENT_ROWS, self.ffn_rows(spec) // spec.top_k))
 
     def ffn_rows(self, spec: ModelSpec) -> int:
         """Rows of gate and up computed at once: a whole batch on one expert, or one token on all of its experts."""
@@ -74,6 +81,10 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
         "predicted_weights": t * FLOAT_BYTES * spec.top_k,
         "places": t * FLOAT_BYTES * spec.top_k,
         "order": t * FLOAT_BYTES * spec.top_k,
+        "expert_ends": FLOAT_BYTES * spec.n_experts,
+        "table_entries": 8 * ENTRY_WORDS * min(spec.n_experts, limits.resident_rows(spec) * spec.top_k),
+        "stop": 8,
+        "routes": FLOAT_BYTES * spec.n_layers * limits.resident_rows(spec) * spec.top_k,
         "positions": t * FLOAT_BYTES,
         "sequences": t * FLOAT_BYTES,
         "outputs": limits.outputs * FLOAT_BYTES,
@@ -128,6 +139,8 @@ class Scratch:
         self.predicted_ids = self.memory.ints(self.address["predicted_ids"], t * k)
         self.places = self.memory.ints(self.address["places"], t * k)
         self.order = self.memory.ints(self.address["order"], t * k)
+        self.stop = self.memory.view(self.address["stop"], 8).view(np.int64)
+        self.routes = self.memory.ints(self.address["routes"], spec.n_layers * limits.resident_rows(spec) * k)
         self.positions = self.memory.ints(self.address["positions"], t)
         self.sequences = self.memory.ints(self.address["sequences"], t)
         self.outputs = self.memory.ints(self.address["outputs"], limits.outputs)

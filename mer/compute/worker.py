@@ -18,6 +18,7 @@ import trio
 from mer.errors import MerError
 
 Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 Uint8Array = npt.NDArray[np.uint8]
 
@@ -88,6 +89,19 @@ class RunExperts:
     experts: tuple[LoadedExpert, ...]
 
 
+@attrs.frozen(eq=False)
+class RunResident:
+    """Go on behind `Attend` of a layer, through all layers, as long as the experts that routers choose are in memory.
+
+    If one of a layer is not, the job ends behind that layer's `Attend`, and operations that follow are not run. The
+    result's `routes` are filled in, and `expert_ids` with the last of them. For batches of at most
+    `ComputeWorker.resident_rows` rows.
+    """
+
+    layer: int
+    addresses: Int64Array  # [L, E, 3] of gate, up and down of every expert, none of them fresh; 0 if it is not there
+
+
 @attrs.frozen
 class Combine:
     """Add the weighted expert outputs of a layer to the residual stream, in router order."""
@@ -119,7 +133,7 @@ def _nothing() -> None:
     pass
 
 
-Operation = Begin | Attend | RunExperts | Combine | Project | ReadBlocks | WriteBlocks
+Operation = Begin | Attend | RunExperts | RunResident | Combine | Project | ReadBlocks | WriteBlocks
 
 
 @attrs.frozen(eq=False)
@@ -136,6 +150,7 @@ class Done:
 
     expert_ids: Int32Array | None = None  # [T, K] of the job's Attend, in descending order of router weight
     predicted_ids: Int32Array | None = None  # [T, K] of the job's predicting Attend, in the next layer
+    routes: Int32Array | None = None  # [layers, T, K] experts of the layers that the job's RunResident has come to
     logits: Float32Array | None = None  # [N, V] of the job's Project
     damaged: Int32Array | None = None  # rows of the batch whose router logits were not finite so far
     kv: tuple[Uint8Array, ...] | None = None  # of the job's ReadBlocks: read-only, a copy or the worker's own memory
@@ -169,6 +184,10 @@ class ComputeWorker(Protocol):
 
         Of such a batch the worker keeps the inner activations of all pairs; a larger one must run experts WHOLE.
         """
+
+    @property
+    def resident_rows(self) -> int:
+        """Most rows of a batch for `RunResident`; 0 if the worker cannot."""
 
     async def run(self) -> None:
         """Serve jobs until the job channel is closed or the task is cancelled."""

@@ -187,6 +187,10 @@ class Fetcher:
         """Bytes of experts read so far: the sum of the aligned hulls of the reads that landed."""
         return self._counts.bytes_read
 
+    def expert_bytes(self, layer: int, expert: int) -> int:
+        """Return the bytes of an expert's matrices."""
+        return self._experts[layer][expert].n_bytes
+
     def in_flight(self, layer: int, expert: int) -> Fetch | None:
         """Return the fetch that is bringing an expert, or None."""
         return self._in_flight.get((layer, expert))

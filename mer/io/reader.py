@@ -55,7 +55,8 @@ class ThreadReader:
         n_threads: threads of each drive, and so of reads that it sees at once.
         chunk_bytes: the largest read in bytes, a multiple of 4096; below about 1 MiB the disk's full rate is not
             reached.
-        prefetch_threads: threads that may read prefetches at once, so that the others are there when demand comes.
+        prefetch_threads: threads that may read prefetches at once, so that the others are there when demand comes; by
+            default half of them, which reach a disk's full rate with chunks of this size.
         token: the event loop that `on_landed` is called in; the running one by default.
 
     Raises:
@@ -70,7 +71,7 @@ class ThreadReader:
         expected: Sequence[FileIdentity] | None = None,
         n_threads: int = DEFAULT_THREADS,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-        prefetch_threads: int = 1,
+        prefetch_threads: int | None = None,
         token: trio.lowlevel.TrioToken | None = None,
     ) -> None:
         if not paths:
@@ -86,7 +87,10 @@ class ThreadReader:
         self._chunk_bytes = chunk_bytes
         self._token = token
         self._queue = ChunkQueue(
-            n_copies=1 + len(mirrors), n_threads=n_threads, chunk_bytes=chunk_bytes, prefetch_threads=prefetch_threads
+            n_copies=1 + len(mirrors),
+            n_threads=n_threads,
+            chunk_bytes=chunk_bytes,
+            prefetch_threads=max(1, n_threads // 2) if prefetch_threads is None else prefetch_threads,
         )
         self._lock = threading.Lock()  # guards the queue and what follows
         self._drives: tuple[_Drive, ...] = ()

@@ -78,6 +78,10 @@ class ExpertCache:
         self._hits += len(found)
         return found  # type: ignore[return-value]
 
+    def note_hits(self, n: int) -> None:
+        """Count experts that were found without a lookup, in a cache that has room for all: nothing ever leaves it."""
+        self._hits += n
+
     def settle(self) -> None:
         """Let the policy hear of the lookups so far."""
         if self._unsettled:

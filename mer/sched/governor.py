@@ -61,9 +61,10 @@ class Governor:
 
     In `auto` a candidate must also pay. What a right guess hides of a read that takes `read_s` is what gets done
     of it before the layer asks, once the prefetches in front of it are through. A wrong one may keep a demand read
-    waiting for one chunk, and what leaves for it must be read again if it is used:
+    waiting for one chunk, and what leaves for it must be read again if it is used; for a right one the same would leave
+    when the layer asks:
 
-        p * min(read_s, needed_in_s - queue_s)  >  (1 - p) * chunk_s + victim * read_s
+        p * min(read_s, needed_in_s - queue_s)  >  (1 - p) * (chunk_s + victim * read_s)
 
     where p is the predicted probability times how often such predictions have come true lately, at most once as often
     as expected. And whether all that is worth it is tried out: see `Trial`, whose costs are the stall times that the
@@ -111,7 +112,7 @@ class Governor:
             chunk_s = min(conditions.chunk_bytes, candidate.n_bytes) / conditions.bytes_per_s
             p = self._believed(candidate.probability)
             gain_s = p * min(read_s, max(0.0, candidate.needed_in_s - queue_s))
-            if gain_s > (1.0 - p) * chunk_s + victims[len(chosen)] * read_s:
+            if gain_s > (1.0 - p) * (chunk_s + victims[len(chosen)] * read_s):
                 chosen.append(candidate.key)
                 queue_s += read_s
         return chosen

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 import attrs
 import trio
@@ -50,21 +51,39 @@ class LayerResult:
     failed: dict[int, MerError]  # {expert: why its bytes could not be had}
 
 
+WORTH_BYTES: Final = 8 << 20
+"""Computing so many bytes of weights, or fewer for several rows, takes longer than a job's way there and back, for
+which the next expert to land would have to wait."""
+
+
 class LayerRun:
     """The experts of one layer for one batch.
 
     All missing experts are asked for at once. Resident ones are computed while the others load, landed ones as they
-    come, with `staged` even before their last matrix has landed. A layer that needs more slots than there are goes in
+    come, with `staged` even before their last matrix has landed, where there is enough to do for a job of its own; the
+    rest goes with the job that follows the last one. A layer that needs more slots than there are goes in
     waves: what has been computed is let go, and its slot goes to the next in line. This run waits only when nothing is
     ready to compute; then every slot that it could use is being filled, and each of these fetches ends.
+
+    Args:
+        store: brings the experts.
+        link: to the worker.
+        layer: whose experts they are.
+        staged: whether the batch may be computed in stages.
+        rows: of the batch.
+        worth_bytes: weights times rows from which on a job of its own pays.
     """
 
-    def __init__(self, store: ExpertStore, link: WorkerLink, layer: int, *, staged: bool) -> None:
+    def __init__(
+        self, store: ExpertStore, link: WorkerLink, layer: int, *, staged: bool, rows: int, worth_bytes: int
+    ) -> None:
         self._store, self._link, self._layer, self._staged = store, link, layer, staged
+        self._rows, self._worth_bytes = rows, worth_bytes
         self._claims: list[Claim] = []
         self._ready: list[LoadedExpert] = []
         self._inner: list[Claim] = []  # those of the claims whose gate and up go with the next job
         self._failed: dict[int, MerError] = {}
+        self._claimed: Callable[[], None] = _nothing  # still to be called
 
     async def run(
         self, experts: Sequence[int], wanted: Callable[[], bool], claimed: Callable[[], None] = _nothing
@@ -76,7 +95,7 @@ class LayerRun:
         Args:
             experts: numbers of the routed experts, each once.
             wanted: looked at between jobs and when something changes in the store; false gives the layer up.
-            claimed: called once, when all missing experts have been asked for: what is asked for now comes behind them.
+            claimed: called once, after all missing experts have been asked for, while a job runs if there is one.
 
         Raises:
             MerError: a job failed; the experts it ran on are dropped.
@@ -84,12 +103,13 @@ class LayerRun:
         store = self._store
         self._ready, self._claims = store.claim(self._layer, experts)
         try:
-            claimed()
+            self._claimed = claimed
             while self._claims and wanted():
                 self._collect()
-                if self._inner or (self._ready and self._claims):
+                if self._claims and self._has_a_job():
                     await self._run_ready()
                 elif self._claims:
+                    self._tell()
                     store.fail_starved()
                     if all(claim.error is None for claim in self._claims):
                         await store.wait_for_change()
@@ -98,11 +118,29 @@ class LayerRun:
             raise
         finally:
             store.give_up(self._claims)
+        self._tell()
         return LayerResult(tuple(self._ready), self._failed)
+
+    def _tell(self) -> None:
+        """Call `claimed`, if that has not been done."""
+        claimed, self._claimed = self._claimed, _nothing
+        claimed()
+
+    def _has_a_job(self) -> bool:
+        """Return whether to compute what is ready before the rest lands; it must be if that waits for slots."""
+        if self._inner or not self._ready:
+            return bool(self._inner)
+        slots_awaited = all(claim.fetch is None for claim in self._claims)
+        return slots_awaited or self._is_worth_a_job(loaded.expert for loaded in self._ready)
+
+    def _is_worth_a_job(self, experts: Iterable[int]) -> bool:
+        n_bytes = sum(self._store.fetcher.expert_bytes(self._layer, expert) for expert in experts)
+        return n_bytes * self._rows >= self._worth_bytes
 
     def _collect(self) -> None:
         """Sort out what has landed and what has failed."""
         store, waiting = self._store, []
+        self._inner = []
         for claim in self._claims:
             if claim.error is not None:
                 self._failed[claim.key[1]] = claim.error
@@ -111,7 +149,7 @@ class LayerRun:
                 self._ready.append(store.take(claim))
             else:
                 waiting.append(claim)
-                if self._staged and store.inner_ready(claim):
+                if self._staged and store.inner_ready(claim) and self._is_worth_a_job([claim.key[1]]):
                     self._inner.append(claim)
         self._claims = waiting
 
@@ -122,7 +160,7 @@ class LayerRun:
         inner, self._inner = self._inner, []
         parts = [store.begin_inner(claim) for claim in inner]
         try:
-            await self._link.run(RunExperts(self._layer, (*ready, *parts)))
+            await self._link.run(RunExperts(self._layer, (*ready, *parts)), on_started=self._tell)
         except BaseException:  # the job failed, or the engine closes while the worker is still at it
             for claim in inner:
                 store.end_inner(claim, done=False)

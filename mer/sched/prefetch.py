@@ -19,7 +19,7 @@ from mer.sched.predictors.gate import GatePredictor
 from mer.sched.predictors.markov import MarkovPredictor
 from mer.sched.store import ExpertStore
 
-_GUESSES_AT_ONCE: Final = 2  # one is read, and one is ready to be read next
+_GUESSES_AT_ONCE: Final = 4  # some are read, and some are ready to be read next
 _SMOOTHING: Final = 1 / 32  # of the time between a layer's last read and the next layer's first
 
 
@@ -43,7 +43,7 @@ class DiskFacts:
 class Prefetcher:
     """Turns predictions for the next layer into reads.
 
-    A guess is read only while no layer waits for a read, one at a time, and only into a slot that is free or
+    A guess is read only while no layer waits for a read, a few at a time, and only into a slot that is free or
     whose expert is less likely to be used than the guess. When the next layer asks, what it needs becomes demand and
     the rest is given up. Synchronous; used by the scheduler's task and by the store's callbacks.
 

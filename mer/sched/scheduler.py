@@ -24,12 +24,13 @@ from mer.compute.worker import (
     Project,
     ReadBlocks,
     RunExperts,
+    RunResident,
     WriteBlocks,
 )
 from mer.errors import EngineClosed, MerError, NumericsError
 from mer.sched.admission import AdmissionQueue
 from mer.sched.kv import KVBlocks, Lease, NextBlock
-from mer.sched.layer import LayerRun, WorkerLink
+from mer.sched.layer import WORTH_BYTES, LayerRun, WorkerLink
 from mer.sched.prefetch import Prefetcher
 from mer.sched.prefix import PrefixNode
 from mer.sched.sequence import Sequence, Status
@@ -87,7 +88,7 @@ class Scheduler:
 
     A batch walks the layers; each layer's experts are looked up once, by the union over the batch. A sequence whose
     reader is behind is left out until its channel has room. Cancelled sequences are noticed between layers and between
-    jobs.
+    jobs. If there is a slot for every expert, small batches go as far as the experts are in memory in one job.
 
     A sequence that is left out keeps its place and its KV blocks only while nobody needs them: between batches it is
     preempted for the first in line, and goes back in line, before newcomers, when its reader has emptied half of its
@@ -109,6 +110,7 @@ class Scheduler:
         bytes_read: returns the bytes of experts read so far.
         prefetcher: guesses what layers to come need, or None.
         on_routed: told of each layer's union of experts in a batch: layer, rows, numbers of the experts in order.
+        worth_bytes: see `LayerRun`.
     """
 
     def __init__(
@@ -125,10 +127,13 @@ class Scheduler:
         bytes_read: Callable[[], int],
         prefetcher: Prefetcher | None = None,
         on_routed: Callable[[int, int, Seq[int]], None] | None = None,
+        worth_bytes: int = WORTH_BYTES,
     ) -> None:
         self._n_layers = n_layers
         self._experts = range(n_experts)
         self._staged_pairs = worker.staged_pairs
+        self._resident_rows = worker.resident_rows if store.addresses is not None else 0
+        self._worth_bytes = worth_bytes
         self._prefetcher = prefetcher
         self._on_routed = on_routed
         self._link = WorkerLink(worker.jobs, worker.results)
@@ -408,12 +413,11 @@ class Scheduler:
 
     async def _walk(self, members: list[_Member], batch: Batch) -> Done | None:
         """Run the layers; return None as soon as nobody wants the batch any more."""
-        store, n_layers = self._store, self._n_layers
+        store = self._store
         operations: list[Operation] = [Begin(batch)]
         pinned_layer = 0
         pinned: tuple[LoadedExpert, ...] = ()
         late: list[Callable[[], None]] = []  # what the next job's start should not wait for
-        asks_gate = self._prefetcher is not None and self._prefetcher.asks_gate
 
         def wanted() -> bool:
             return any(member.alive for member in members)
@@ -422,16 +426,18 @@ class Scheduler:
             while late:
                 late.pop(0)()
 
-        for layer in range(n_layers + 1):
-            last = Project() if layer == n_layers else Attend(layer, predict=asks_gate)
+        layer = 0
+        while True:
             try:
-                done = await self._link.run(*operations, last, on_started=catch_up)
+                done = await self._link.run(*operations, *self._next(layer, batch), on_started=catch_up)
             except BaseException:
                 catch_up()
                 store.discard(pinned_layer, pinned)
                 raise
             used = partial(store.unpin, pinned_layer, pinned, used=True)
-            if layer == n_layers:
+            if done.routes is not None:
+                layer += self._note_passed(layer, done, members)
+            if done.logits is not None:
                 used()
                 if self._prefetcher is not None:
                     self._prefetcher.end_pass(comparable=len(batch.tokens) == len(members))
@@ -449,7 +455,8 @@ class Scheduler:
                 pinned_layer, pinned = layer, resident
             else:
                 used()
-                run = LayerRun(store, self._link, layer, staged=ids.size <= self._staged_pairs)
+                staged = ids.size <= self._staged_pairs
+                run = LayerRun(store, self._link, layer, staged=staged, rows=len(ids), worth_bytes=self._worth_bytes)
                 result = await run.run(union, wanted, routed)
                 pinned_layer, pinned = layer, result.pinned
                 if not wanted():
@@ -460,7 +467,27 @@ class Scheduler:
                         if member.alive and np.any(ids[member.rows] == expert):
                             member.sequence.fail(error)
             operations = [RunExperts(layer, pinned), Combine(layer)]
-        return None
+            layer += 1
+
+    def _next(self, layer: int, batch: Batch) -> tuple[Operation, ...]:
+        """Return what follows the experts of the layer before this one."""
+        if layer == self._n_layers:
+            return (Project(),)
+        if len(batch.tokens) > self._resident_rows:
+            return (Attend(layer, predict=self._prefetcher is not None and self._prefetcher.asks_gate),)
+        assert self._store.addresses is not None
+        return Attend(layer), RunResident(layer, self._store.addresses), Project()
+
+    def _note_passed(self, layer: int, done: Done, members: list[_Member]) -> int:
+        """Account for the layers from this one on that the worker has passed by itself; return how many."""
+        assert done.routes is not None
+        passed = done.routes if done.logits is not None else done.routes[:-1]
+        for number, ids in enumerate(passed, layer):
+            union = _union(ids, members)
+            self._store.cache.note_hits(len(union))
+            if self._on_routed is not None:
+                self._on_routed(number, len(ids), union)
+        return len(passed)
 
     def _routed(self, layer: int, union: list[int], done: Done, members: list[_Member]) -> None:
         """Tell of a layer's routing, and ask for what the next one needs, as far as it can be known or guessed."""

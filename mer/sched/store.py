@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import attrs
+import numpy as np
 import trio
 
-from mer.compute.worker import LoadedExpert, Stage
+from mer.compute.worker import Int64Array, LoadedExpert, Stage
 from mer.errors import MerError, ReadError
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.pool import BufferPool, SlotState, Ticket
@@ -42,6 +43,8 @@ class ExpertStore:
     """Pins the experts that a layer needs, and brings missing ones into slots that the cache gives up.
 
     Attributes:
+        addresses: where gate, up and down of every expert lie that is there for good and arranged, [L, E, 3], 0 for the
+            others; None if experts may leave.
         on_idle: called when nothing is being read any more that a layer waits for.
         stalled_s: time spent in `wait_for_change` so far: the worker had nothing to do.
 
@@ -52,9 +55,17 @@ class ExpertStore:
         cache: the residents.
         pool: the accounting of the slots; the store answers its `evict`.
         kind_of: returns the class of slots that an expert fits.
+        shape: layers, and experts of a layer, if there is a slot for each of them: then none ever leaves.
     """
 
-    def __init__(self, cache: ExpertCache, pool: BufferPool, kind_of: Callable[[int, int], int]) -> None:
+    def __init__(
+        self,
+        cache: ExpertCache,
+        pool: BufferPool,
+        kind_of: Callable[[int, int], int],
+        shape: tuple[int, int] | None = None,
+    ) -> None:
+        self.addresses: Int64Array | None = None if shape is None else np.zeros((*shape, 3), np.int64)
         self.cache = cache
         self.pool = pool
         pool.evict = self._evict
@@ -199,6 +210,8 @@ class ExpertStore:
             if used and resident.arranged is None:
                 resident.fresh = (False, False)
                 resident.arranged = LoadedExpert(loaded.expert, resident.addresses, resident.fresh)
+                if self.addresses is not None:
+                    self.addresses[layer, loaded.expert] = resident.addresses
             self.pool.unpin(resident.slot)
 
     def discard(self, layer: int, experts: Iterable[LoadedExpert]) -> None:
@@ -208,6 +221,8 @@ class ExpertStore:
 
     def _discard(self, key: ExpertKey) -> None:
         resident = self.cache.drop(key)
+        if self.addresses is not None:
+            self.addresses[key] = 0
         self.pool.unpin(resident.slot)
         self.pool.release(resident.slot)
 

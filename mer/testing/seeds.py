@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import trio
 
-from mer.compute.worker import Attend, Begin, Combine, Job, Operation, Project, RunExperts
+from mer.compute.worker import Attend, Begin, Combine, Job, Operation, Project, RunExperts, RunResident
 from mer.testing.callers import Outcome, call, judge
 from mer.testing.deterministic import run_seeded
 from mer.testing.drawing import RandomSource, draw_features, draw_world
@@ -85,11 +85,19 @@ async def _run(world: SimWorld, sim: SimEngine) -> str:
         await trio.sleep(after_s)
         sim.engine.close()
 
+    async def desert(at_s: float) -> None:
+        await trio.sleep(at_s)
+        for outcome in outcomes:
+            if outcome.scope is not None:
+                outcome.scope.cancel()
+
     async with trio.open_nursery() as nursery:
         for at_s, for_s in world.freezes:
             nursery.start_soon(pause, at_s, for_s)
         if world.closed_after_s is not None:
             nursery.start_soon(close, world.closed_after_s)
+        if world.deserted_at_s is not None:
+            nursery.start_soon(desert, world.deserted_at_s)
         for request, outcome in zip(world.requests, outcomes, strict=True):
             nursery.start_soon(call, sim, request, outcome)
     for request, outcome in zip(world.requests, outcomes, strict=True):
@@ -148,6 +156,8 @@ def _job(job: Job) -> str:
                 return f"attend {layer}"
             case RunExperts(layer, experts):
                 return f"run {layer}: {[(loaded.expert, loaded.fresh) for loaded in experts]}"
+            case RunResident(layer):
+                return f"go on from {layer}"
             case Combine(layer):
                 return f"combine {layer}"
             case Project():

@@ -274,7 +274,9 @@ async def open_sim_engine(
         )
         cache = ExpertCache(make_policy(policy, ranks))
         heat = HeatCounter(bytes(FINGERPRINT_BYTES), model.n_layers, model.n_experts)
-        store = ExpertStore(cache, pool, classes.kind_of)
+        total = model.n_layers * model.n_experts
+        shape = (model.n_layers, model.n_experts) if n_slots >= total and prefetch == "off" else None
+        store = ExpertStore(cache, pool, classes.kind_of, shape)
         fetcher = Fetcher(
             pool,
             arena,
@@ -310,6 +312,7 @@ async def open_sim_engine(
             bytes_read=lambda: fetcher.bytes_read,
             prefetcher=prefetcher,
             on_routed=lambda layer, _n_tokens, used: heat.use(layer, used),
+            worth_bytes=0,
         )
         layout = KVLayout(
             fingerprint=seed.to_bytes(FINGERPRINT_BYTES),

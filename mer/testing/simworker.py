@@ -25,12 +25,14 @@ from mer.compute.worker import (
     Begin,
     Combine,
     Done,
+    Int64Array,
     Job,
     LoadedExpert,
     Operation,
     Project,
     ReadBlocks,
     RunExperts,
+    RunResident,
     Stage,
     Uint8Array,
     WorkerStatistics,
@@ -121,10 +123,14 @@ class SimModel:
 
 
 @functools.lru_cache(4096)
+def _crc(disk_seed: int, file: int, offset: int, n_bytes: int) -> int:
+    return zlib.crc32(content(disk_seed, file, offset, n_bytes).data)
+
+
 def matrix_crcs(disk_seed: int, experts: ExpertMap, layer: int, expert: int) -> tuple[int, ...]:
     """Return the checksums of an expert's gate, up and down matrices as the simulated files have them."""
     parts = experts.experts[layer][expert].parts
-    return tuple(zlib.crc32(content(disk_seed, part.file, part.offset, part.n_bytes).data) for part in parts)
+    return tuple(_crc(disk_seed, part.file, part.offset, part.n_bytes) for part in parts)
 
 
 def file_crc(disk_seed: int, experts: ExpertMap, layer: int, expert: int) -> int:
@@ -156,6 +162,7 @@ class SimWorker:
         cost: how long jobs take.
         failures: numbers of the jobs, from 0, that fail half-way.
         staged_pairs: see `ComputeWorker`.
+        resident_rows: see `ComputeWorker`.
     """
 
     def __init__(
@@ -168,8 +175,10 @@ class SimWorker:
         cost: JobCost | None = None,
         failures: frozenset[int] = frozenset(),
         staged_pairs: int = 12,
+        resident_rows: int = 3,
     ) -> None:
         self.staged_pairs = staged_pairs
+        self.resident_rows = resident_rows
         self._model, self._arena, self._experts, self._disk_seed = model, arena, experts, disk_seed
         self._slot_addresses = [arena.address(slot) for slot in range(arena.n_slots)]
         self._cost, self._failures = cost or JobCost(), failures
@@ -183,6 +192,7 @@ class SimWorker:
         self._x: list[int] = []
         self._nan: list[bool] = []
         self._routes: list[list[int]] = []
+        self._is_away = False  # an expert that the last RunResident has come to
         self._inner: set[int] = set()  # experts of the layer whose INNER has run, and not their OUTER
         self._outputs: list[dict[int, int]] = []  # for each row {expert: output}
         self._layer = -1
@@ -200,8 +210,11 @@ class SimWorker:
                 fails = self._n_jobs in self._failures
                 self._n_jobs += 1
                 done = Done()
+                job.on_started()
                 for operation in job.operations:
                     done = await self._run_operation(operation, done, fails=fails)
+                    if done.routes is not None and self._is_away:
+                        break
                 if fails:
                     done = Done(error=ComputeError("a simulated job failed"))
                 self._compute_s += trio.current_time() - begun_s
@@ -234,6 +247,8 @@ class SimWorker:
                 )
             case RunExperts(layer, experts):
                 await self._run_experts(layer, experts, fails=fails)
+            case RunResident(layer, addresses):
+                done = await self._run_resident(layer, addresses, done, fails=fails)
             case Combine(layer):
                 self._combine(layer)
             case Project():
@@ -248,6 +263,29 @@ class SimWorker:
                     for block, data in zip(blocks, kv, strict=True):
                         self._write_block(block, data)
         return done
+
+    async def _run_resident(self, layer: int, addresses: Int64Array, done: Done, *, fails: bool) -> Done:
+        assert len(self._x) <= self.resident_rows
+        assert addresses.shape == (self._model.n_layers, self._model.n_experts, 3)
+        routes = [self._routes]
+        while True:
+            chosen = sorted({expert for route in self._routes for expert in route})
+            there = addresses[layer, chosen].tolist()
+            self._is_away = any(gate == 0 for gate, _, _ in there)
+            if self._is_away:
+                break
+            loaded = tuple(
+                LoadedExpert(expert, (gate, up, down), (False, False))
+                for expert, (gate, up, down) in zip(chosen, there, strict=True)
+            )
+            await self._run_experts(layer, loaded, fails=fails)
+            self._combine(layer)
+            layer += 1
+            if layer == self._model.n_layers:
+                break
+            done = await self._run_operation(Attend(layer), done, fails=fails)
+            routes.append(self._routes)
+        return attrs.evolve(done, routes=np.array(routes, np.int32))
 
     @property
     def block_bytes(self) -> int:

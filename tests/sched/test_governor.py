@@ -69,8 +69,11 @@ def test_small_experts_keep_demand_waiting_for_no_more_than_themselves() -> None
 
 def test_each_guess_is_weighed_against_what_leaves_for_it() -> None:
     wanted = [candidate(expert) for expert in range(3)]
-    assert Governor("auto").select(wanted, conditions(victims=[0.0, 0.95, 0.0])) == keys(1)
-    assert Governor("auto").select(wanted, conditions(victims=[0.5, 0.0, 0.0])) == keys(3)
+    doubted = [candidate(expert, probability=0.5, needed_in_s=0.6) for expert in range(3)]
+    assert Governor("auto").select(doubted, conditions(victims=[0.0, 0.0, 0.0])) == keys(1), "the second comes too late"
+    assert Governor("auto").select(doubted, conditions(victims=[0.6, 0.0, 0.0])) == [], "0.3 s against 0.35 s"
+    assert Governor("auto").select(doubted, conditions(victims=[0.4, 0.0, 0.0])) == keys(1), "0.3 s against 0.25 s"
+    assert Governor("auto").select(wanted, conditions(victims=[0.0, 0.95, 0.0])) == keys(3), "what is wrong costs little"
 
 
 PARTS = st.integers(0, 64).map(lambda part: part / 64)
@@ -97,7 +100,7 @@ def test_auto_chooses_what_gains_more_than_it_risks(
             break
         p = Fraction(probability)
         done = min(Fraction(n_bytes), max(Fraction(0), Fraction(eighths, 8) * 1024 - ahead))
-        surplus = p * done - (1 - p) * min(chunk, n_bytes) - Fraction(victims[len(chosen)]) * n_bytes
+        surplus = p * done - (1 - p) * (min(chunk, n_bytes) + Fraction(victims[len(chosen)]) * n_bytes)
         assume(surplus == 0 or abs(surplus) > Fraction(1, 1000))
         if surplus > 0:
             chosen.append(key)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.errors import ConfigError
-from mer.sched.predict import Prediction, bar, distance, passing
+from mer.sched.predict import Prediction, bar, distance
 
 MIN_OFFERS: Final = 8
 """Experts of a rank that were offered and came up, or not, before that rank predicts anything."""
@@ -33,7 +33,8 @@ class GatePredictor:
 
     A router that is applied to the residual stream before its layer's turn ranks the experts for each token; `offer`
     takes that. The probability of an expert is the measured precision of its best rank: how often, in this layer and
-    for batches of about this many tokens, an expert offered at that rank was then used.
+    for batches of about this many tokens, an expert offered at that rank was then used. The router knows what it
+    offers, so that an expert may be predicted that was never used before.
 
     Args:
         n_layers: L.
@@ -57,7 +58,6 @@ class GatePredictor:
         self._right = np.zeros(shape)  # those of them that were used
         self._shares = [top_k / n_experts] * n_layers  # of a layer's experts that an event uses
         self._visits = [0] * n_layers
-        self._uses = [[0] * n_experts for _ in range(n_layers)]
         self._offers: dict[int, _Offer] = {}  # {layer: the latest}
         self._last: int | None = None
 
@@ -94,9 +94,6 @@ class GatePredictor:
             self._learn(layer, offer, set(experts))
         self._visits[layer] += 1
         self._shares[layer] += (len(experts) / self.n_experts - self._shares[layer]) / min(_SPAN, self._visits[layer])
-        uses = self._uses[layer]
-        for expert in experts:
-            uses[expert] += 1
         self._last = layer
 
     def _learn(self, layer: int, offer: _Offer, used: set[int]) -> None:
@@ -117,6 +114,11 @@ class GatePredictor:
         offered = self._offered[layer, offer.size]
         precision = (self._right[layer, offer.size] + _PRIOR * share) / (offered + _PRIOR)
         precision[offered < MIN_OFFERS] = 0.0
-        probabilities = np.zeros(self.n_experts)
-        probabilities[list(offer.ranks)] = precision[list(offer.ranks.values())]
-        return passing(layer, probabilities, bar(share, self._visits[layer]), self._uses[layer])
+        lowest, of_rank = bar(share, self._visits[layer]), precision.tolist()
+        found = [
+            Prediction((layer, expert), of_rank[rank])
+            for expert, rank in offer.ranks.items()
+            if of_rank[rank] >= lowest
+        ]
+        found.sort(key=lambda prediction: -prediction.probability)
+        return found
