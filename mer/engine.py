@@ -508,7 +508,9 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         cache = ExpertCache(residency.policy)
         everything = (model.spec.n_layers, model.spec.n_experts) if plan.slots == plan.total_experts else None
         store = ExpertStore(cache, pool, plan.classes.kind_of, everything)
-        fetcher = Fetcher(pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.wake)
+        fetcher = Fetcher(
+            pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.inner_landed
+        )
         store.attach(fetcher)
         guessing = await open_guessing(config, model, plan, store, reader)
         if guessing is not None:

@@ -91,7 +91,7 @@ class MerRun:
         self._cache = ExpertCache(policy)
         self._store = ExpertStore(self._cache, pool, classes.kind_of)
         self._fetcher = _TimedFetcher(
-            pool, arena, classes, data.experts, reader, on_done=self._landed, on_inner=self._store.wake
+            pool, arena, classes, data.experts, reader, on_done=self._landed, on_inner=self._store.inner_landed
         )
         self._store.attach(self._fetcher)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import attrs
@@ -102,6 +102,9 @@ class LayerRun:
         """
         store = self._store
         self._ready, self._claims = store.claim(self._layer, experts)
+        for claim in self._claims:
+            n_bytes = store.fetcher.expert_bytes(*claim.key)
+            claim.staged = self._staged and n_bytes * self._rows >= self._worth_bytes
         try:
             self._claimed = claimed
             while self._claims and wanted():
@@ -112,7 +115,7 @@ class LayerRun:
                     self._tell()
                     store.fail_starved()
                     if all(claim.error is None for claim in self._claims):
-                        await store.wait_for_change()
+                        await store.wait_for_change(self._worth_bytes // self._rows - self._ready_bytes())
         except BaseException:
             store.unpin(self._layer, self._ready, used=False)
             raise
@@ -131,11 +134,10 @@ class LayerRun:
         if self._inner or not self._ready:
             return bool(self._inner)
         slots_awaited = all(claim.fetch is None for claim in self._claims)
-        return slots_awaited or self._is_worth_a_job(loaded.expert for loaded in self._ready)
+        return slots_awaited or self._ready_bytes() * self._rows >= self._worth_bytes
 
-    def _is_worth_a_job(self, experts: Iterable[int]) -> bool:
-        n_bytes = sum(self._store.fetcher.expert_bytes(self._layer, expert) for expert in experts)
-        return n_bytes * self._rows >= self._worth_bytes
+    def _ready_bytes(self) -> int:
+        return sum(self._store.fetcher.expert_bytes(self._layer, loaded.expert) for loaded in self._ready)
 
     def _collect(self) -> None:
         """Sort out what has landed and what has failed."""
@@ -149,7 +151,7 @@ class LayerRun:
                 self._ready.append(store.take(claim))
             else:
                 waiting.append(claim)
-                if self._staged and store.inner_ready(claim) and self._is_worth_a_job([claim.key[1]]):
+                if claim.staged and store.inner_ready(claim):
                     self._inner.append(claim)
         self._claims = waiting
 

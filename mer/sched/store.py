@@ -29,6 +29,7 @@ class Claim:
         landed: it is resident now, and pinned.
         error: why it cannot be had.
         inner_done: its gate and up matrices have done their work in the running batch.
+        staged: they may do so before its down matrix has landed.
     """
 
     key: ExpertKey
@@ -37,6 +38,7 @@ class Claim:
     landed: bool = False
     error: MerError | None = None
     inner_done: bool = False
+    staged: bool = False
 
 
 class ExpertStore:
@@ -83,9 +85,11 @@ class ExpertStore:
         self.on_idle: Callable[[], None] = lambda: None
         self._last_error: ReadError | None = None
         self._changed = trio.Event()
+        self._awaited_bytes = 0  # experts whose landing is worth a wake-up while others load
+        self._landed_bytes = 0  # since the wait began
 
     def attach(self, fetcher: Fetcher) -> None:
-        """Use a fetcher whose `on_done` is this store's `landed` and whose `on_inner` is its `wake`."""
+        """Use a fetcher whose `on_done` is this store's `landed` and whose `on_inner` is its `inner_landed`."""
         self._fetcher = fetcher
 
     @property
@@ -327,7 +331,20 @@ class ExpertStore:
                 self.pool.serve()
         if not self._loading:
             self.on_idle()
-        self.wake()
+        self._landed_bytes += self.fetcher.expert_bytes(*key)
+        if fetch.error is not None or self._landed_bytes >= self._awaited_bytes or not self._reads_for_claims():
+            self.wake()
+
+    def _reads_for_claims(self) -> bool:
+        """Return whether anything that is claimed is being read; the rest waits for slots, which the layer may hold."""
+        claims = self._claims.values()
+        return any(claim.fetch is not None and not claim.landed and claim.error is None for claim in claims)
+
+    def inner_landed(self, fetch: Fetch) -> None:
+        """Take note that two matrices of an expert have landed; called by the fetcher."""
+        claim = self._claims.get(fetch.key)
+        if claim is not None and claim.staged:
+            self.wake()
 
     def _granted(self, ticket: Ticket) -> None:
         """Start the fetch that a slot was asked for; called by the pool."""
@@ -378,13 +395,18 @@ class ExpertStore:
 
     # Waiting
 
-    def wake(self, _fetch: Fetch | None = None) -> None:
+    def wake(self) -> None:
         """Make whoever is in `wait_for_change` look again."""
         self._changed.set()
         self._changed = trio.Event()
 
-    async def wait_for_change(self) -> None:
-        """Wait until a part of a fetch or a fetch ends, or for the next `wake`; changes nothing if cancelled."""
+    async def wait_for_change(self, n_bytes: int = 0) -> None:
+        """Wait until there is something to do, or for the next `wake`; changes nothing if cancelled.
+
+        That is when experts of so many bytes have landed, all that are being read have, one has failed, or gate and up
+        of one that is `staged` have landed.
+        """
+        self._awaited_bytes, self._landed_bytes = n_bytes, 0
         began_s = trio.current_time()
         try:
             await self._changed.wait()

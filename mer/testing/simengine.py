@@ -284,7 +284,7 @@ async def open_sim_engine(
             experts,
             disk,
             on_done=store.landed,
-            on_inner=store.wake,
+            on_inner=store.inner_landed,
             read_deadline_s=read_deadline_s,
         )
         store.attach(fetcher)

@@ -35,6 +35,7 @@ class Script:
     """Stands in for `Forward`: calls `build` with each layer that is attended, and `act` when its program runs."""
 
     staged_pairs = 3
+    resident_rows = 0
 
     def __init__(
         self, act: Callable[[int], None] = lambda layer: None, build: Callable[[int], None] = lambda layer: None

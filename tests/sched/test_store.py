@@ -91,7 +91,7 @@ async def open_rig(n_slots: int, *, reserve: int = 1, profile: DiskProfile | Non
         pool = BufferPool((n_slots,), reserve=reserve)
         cache = ExpertCache(LayerLRU(LAYERS, n_slots))
         store = ExpertStore(cache, pool, classes.kind_of)
-        fetcher = Fetcher(pool, arena, classes, experts, disk, on_done=store.landed, on_inner=store.wake)
+        fetcher = Fetcher(pool, arena, classes, experts, disk, on_done=store.landed, on_inner=store.inner_landed)
         store.attach(fetcher)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fetcher.run)
@@ -225,6 +225,7 @@ async def test_a_failed_read_fails_its_claim_and_counts_as_a_failed_guess_otherw
 async def test_gate_and_up_are_arranged_once_whoever_asked_for_them(autojump_clock: MockClock) -> None:
     async with open_rig(6, profile=DiskProfile(bytes_per_s=1e5)) as rig:  # so slow that the down matrix comes later
         _, (claim,) = rig.store.claim(0, (2,))
+        claim.staged = True
         while not rig.store.inner_ready(claim):
             await rig.store.wait_for_change()
         assert not claim.landed
@@ -245,6 +246,7 @@ async def test_bytes_that_a_failed_job_may_have_half_arranged_are_read_again(
 ) -> None:
     async with open_rig(6, profile=DiskProfile(bytes_per_s=1e5)) as rig:
         _, (claim,) = rig.store.claim(0, (2,))
+        claim.staged = True
         while not rig.store.inner_ready(claim):
             await rig.store.wait_for_change()
         rig.store.begin_inner(claim)
@@ -259,6 +261,26 @@ async def test_bytes_that_a_failed_job_may_have_half_arranged_are_read_again(
         assert rig.cache[0, 2].fresh == (True, True)
         assert rig.fetcher.statistics().started == 2
         rig.check_bytes(0, [rig.store.take(again)])
+
+
+@pytest.mark.parametrize(("n_slots", "landed"), [(6, 3), (2, 2)])
+async def test_whoever_waits_for_much_is_woken_when_nothing_more_can_land(
+    autojump_clock: MockClock, n_slots: int, landed: int
+) -> None:
+    """With slots for all of them, and with one that waits for a slot that the layer itself holds."""
+    async with open_rig(n_slots) as rig:
+        _, claims = rig.store.claim(0, (0, 1, 2))
+        await rig.store.wait_for_change(1 << 40)
+        assert sum(claim.landed for claim in claims) == landed
+        rig.store.give_up(claims)
+
+
+async def test_whoever_waits_for_little_is_woken_by_the_first(autojump_clock: MockClock) -> None:
+    async with open_rig(6, profile=DiskProfile(bytes_per_s=1e5)) as rig:
+        _, claims = rig.store.claim(0, (0, 1, 2))
+        await rig.store.wait_for_change(1)
+        assert sum(claim.landed for claim in claims) == 1
+        rig.store.give_up(claims)
 
 
 # --- anything at all ---
