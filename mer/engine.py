@@ -505,9 +505,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         arena = Arena(plan.slot_counts, plan.classes.slot_bytes)
         stack.callback(arena.close)
         pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
-        cache = ExpertCache(residency.policy)
-        everything = (model.spec.n_layers, model.spec.n_experts) if plan.slots == plan.total_experts else None
-        store = ExpertStore(cache, pool, plan.classes.kind_of, everything)
+        cache = ExpertCache(residency.policy, (model.spec.n_layers, model.spec.n_experts))
+        store = ExpertStore(cache, pool, plan.classes.kind_of)
         fetcher = Fetcher(
             pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.inner_landed
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import attrs
+import numpy as np
 
-from mer.compute.worker import LoadedExpert
+from mer.compute.worker import Int64Array, LoadedExpert
 from mer.io.priority import Priority
 from mer.sched.policy import ExpertKey, Policy
 
@@ -40,12 +41,18 @@ class ExpertCache:
     The policy hears of lookups late, by `settle` or when it is asked next: what it learns then takes no time from a
     layer that waits for its experts.
 
+    Attributes:
+        addresses: where gate, up and down of every expert lie that is resident and arranged, [L, E, 3], 0 for the
+            others; None without `shape`.
+
     Args:
         policy: ranks the residents.
+        shape: layers, and experts of a layer, if `addresses` are wanted.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, shape: tuple[int, int] | None = None) -> None:
         self._policy = policy
+        self.addresses: Int64Array | None = None if shape is None else np.zeros((*shape, 3), np.int64)
         self._unsettled: list[tuple[int, Sequence[int]]] = []  # lookups that the policy has not heard of
         self._resident: dict[ExpertKey, Resident] = {}
         self._hits = self._misses = self._evictions = 0
@@ -78,9 +85,18 @@ class ExpertCache:
         self._hits += len(found)
         return found  # type: ignore[return-value]
 
-    def note_hits(self, n: int) -> None:
-        """Count experts that were found without a lookup, in a cache that has room for all: nothing ever leaves it."""
-        self._hits += n
+    def passed(self, layer: int, experts: Sequence[int]) -> None:
+        """Count a layer's experts that the worker found by `addresses`."""
+        self._hits += len(experts)
+        self._unsettled.append((layer, experts))
+
+    def arranged(self, key: ExpertKey) -> None:
+        """Note that nothing of a resident expert is fresh any more."""
+        resident = self._resident[key]
+        resident.fresh = (False, False)
+        resident.arranged = LoadedExpert(key[1], resident.addresses, resident.fresh)
+        if self.addresses is not None:
+            self.addresses[key] = resident.addresses
 
     def settle(self) -> None:
         """Let the policy hear of the lookups so far."""
@@ -125,6 +141,8 @@ class ExpertCache:
         """Forget a resident expert and return what it was."""
         self.settle()
         self._policy.remove(key)
+        if self.addresses is not None:
+            self.addresses[key] = 0
         return self._resident.pop(key)
 
     def unused(self, priority: Priority) -> int:

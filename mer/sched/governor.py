@@ -67,8 +67,8 @@ class Governor:
         p * min(read_s, needed_in_s - queue_s)  >  (1 - p) * (chunk_s + victim * read_s)
 
     where p is the predicted probability times how often such predictions have come true lately, at most once as often
-    as expected. And whether all that is worth it is tried out: see `Trial`, whose costs are the stall times that the
-    owner reports. So `auto` costs no more than `off` beyond its trials.
+    as expected. And whether all that is worth it is tried out: see `Trial`, whose costs are the times that passes
+    take, as the owner reports them. So `auto` costs no more than `off` beyond its trials.
     """
 
     def __init__(self, mode: PrefetchMode) -> None:
@@ -135,17 +135,17 @@ class Governor:
             self._expected /= 2.0
             self._useful /= 2.0
 
-    def end_pass(self, stall_s: float, lookups: int) -> None:
+    def end_pass(self, took_s: float, lookups: int) -> None:
         """Note the end of a pass through all layers, and decide on the next one.
 
         Passes that read prompts should not be reported: they do not compare with others.
 
         Args:
-            stall_s: time for which the pass had to wait for experts.
-            lookups: experts that its layers asked for, in memory or not; passes are compared by stall per lookup.
+            took_s: time that the pass took, all in all: guessing has its price outside the reads too.
+            lookups: experts that its layers asked for, in memory or not; passes are compared by time per lookup.
         """
         if self.mode == "auto" and lookups:
-            self._trial.end_pass(stall_s / lookups, acted=self._acted)
+            self._trial.end_pass(took_s / lookups, acted=self._acted)
         if not self._acted:  # a bad record fades while there is nothing to better it
             self._useful += max(0.0, self._expected - self._useful) / _FADING
         self._acted = False

@@ -77,7 +77,7 @@ class Prefetcher:
         self._guesses: deque[Prediction] = deque()
         self._bytes_per_s = 0.0
         self._lookups = 0  # of the running pass
-        self._stalled_s = 0.0  # of the store, when the pass began
+        self._began_s = 0.0  # when the pass began
         self._idle_since_s: float | None = None
         self._idle_s = 0.0  # usual time from there to the next layer's claims
         store.on_idle = self.idle
@@ -113,12 +113,21 @@ class Prefetcher:
         if not self._store.loading:
             self.idle()
 
+    def passed(self, layer: int, experts: Sequence[int]) -> None:
+        """Note what a layer has used that the worker has passed by itself, without a guess."""
+        self._idle_since_s = None
+        self._lookups += len(experts)
+        self.governor.observe(layer, experts)
+        self._predictor.observe(layer, experts)
+
+    def begin_pass(self) -> None:
+        """Note the beginning of a pass through the layers."""
+        self._began_s, self._lookups = trio.current_time(), 0
+
     def end_pass(self, *, comparable: bool) -> None:
         """Note the end of a pass through the layers; one that computes prompts compares with no other."""
-        stalled_s = self._store.stalled_s
         if comparable:
-            self.governor.end_pass(stalled_s - self._stalled_s, self._lookups)
-        self._stalled_s, self._lookups = stalled_s, 0
+            self.governor.end_pass(trio.current_time() - self._began_s, self._lookups)
         self._bytes_per_s = self._disk.bytes_per_s()
 
     def stop(self) -> None:

@@ -88,7 +88,7 @@ class Scheduler:
 
     A batch walks the layers; each layer's experts are looked up once, by the union over the batch. A sequence whose
     reader is behind is left out until its channel has room. Cancelled sequences are noticed between layers and between
-    jobs. If there is a slot for every expert, small batches go as far as the experts are in memory in one job.
+    jobs. While nothing is guessed, small batches go as far as the experts are in memory in one job.
 
     A sequence that is left out keeps its place and its KV blocks only while nobody needs them: between batches it is
     preempted for the first in line, and goes back in line, before newcomers, when its reader has emptied half of its
@@ -132,7 +132,7 @@ class Scheduler:
         self._n_layers = n_layers
         self._experts = range(n_experts)
         self._staged_pairs = worker.staged_pairs
-        self._resident_rows = worker.resident_rows if store.addresses is not None else 0
+        self._resident_rows = worker.resident_rows if store.cache.addresses is not None else 0
         self._worth_bytes = worth_bytes
         self._prefetcher = prefetcher
         self._on_routed = on_routed
@@ -415,6 +415,8 @@ class Scheduler:
         """Run the layers; return None as soon as nobody wants the batch any more."""
         store = self._store
         operations: list[Operation] = [Begin(batch)]
+        if self._prefetcher is not None:
+            self._prefetcher.begin_pass()
         pinned_layer = 0
         pinned: tuple[LoadedExpert, ...] = ()
         late: list[Callable[[], None]] = []  # what the next job's start should not wait for
@@ -428,12 +430,16 @@ class Scheduler:
 
         layer = 0
         while True:
+            following = self._next(layer, batch)
+            store.keeps_all = len(following) > 1
             try:
-                done = await self._link.run(*operations, *self._next(layer, batch), on_started=catch_up)
+                done = await self._link.run(*operations, *following, on_started=catch_up)
             except BaseException:
                 catch_up()
                 store.discard(pinned_layer, pinned)
                 raise
+            finally:
+                store.let_leave()
             used = partial(store.unpin, pinned_layer, pinned, used=True)
             if done.routes is not None:
                 layer += self._note_passed(layer, done, members)
@@ -473,10 +479,11 @@ class Scheduler:
         """Return what follows the experts of the layer before this one."""
         if layer == self._n_layers:
             return (Project(),)
-        if len(batch.tokens) > self._resident_rows:
+        guesses = self._prefetcher is not None and self._prefetcher.governor.allowed
+        if guesses or len(batch.tokens) > self._resident_rows:
             return (Attend(layer, predict=self._prefetcher is not None and self._prefetcher.asks_gate),)
-        assert self._store.addresses is not None
-        return Attend(layer), RunResident(layer, self._store.addresses), Project()
+        assert self._store.cache.addresses is not None
+        return Attend(layer), RunResident(layer, self._store.cache.addresses), Project()
 
     def _note_passed(self, layer: int, done: Done, members: list[_Member]) -> int:
         """Account for the layers from this one on that the worker has passed by itself; return how many."""
@@ -484,9 +491,11 @@ class Scheduler:
         passed = done.routes if done.logits is not None else done.routes[:-1]
         for number, ids in enumerate(passed, layer):
             union = _union(ids, members)
-            self._store.cache.note_hits(len(union))
+            self._store.cache.passed(number, union)
             if self._on_routed is not None:
                 self._on_routed(number, len(ids), union)
+            if self._prefetcher is not None:
+                self._prefetcher.passed(number, union)
         return len(passed)
 
     def _routed(self, layer: int, union: list[int], done: Done, members: list[_Member]) -> None:

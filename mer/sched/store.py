@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import attrs
-import numpy as np
 import trio
 
-from mer.compute.worker import Int64Array, LoadedExpert, Stage
+from mer.compute.worker import LoadedExpert, Stage
 from mer.errors import MerError, ReadError
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.pool import BufferPool, SlotState, Ticket
@@ -45,8 +44,7 @@ class ExpertStore:
     """Pins the experts that a layer needs, and brings missing ones into slots that the cache gives up.
 
     Attributes:
-        addresses: where gate, up and down of every expert lie that is there for good and arranged, [L, E, 3], 0 for the
-            others; None if experts may leave.
+        keeps_all: while true, speculation makes no expert leave: the worker may use any.
         on_idle: called when nothing is being read any more that a layer waits for.
         stalled_s: time spent in `wait_for_change` so far: the worker had nothing to do.
 
@@ -57,17 +55,10 @@ class ExpertStore:
         cache: the residents.
         pool: the accounting of the slots; the store answers its `evict`.
         kind_of: returns the class of slots that an expert fits.
-        shape: layers, and experts of a layer, if there is a slot for each of them: then none ever leaves.
     """
 
-    def __init__(
-        self,
-        cache: ExpertCache,
-        pool: BufferPool,
-        kind_of: Callable[[int, int], int],
-        shape: tuple[int, int] | None = None,
-    ) -> None:
-        self.addresses: Int64Array | None = None if shape is None else np.zeros((*shape, 3), np.int64)
+    def __init__(self, cache: ExpertCache, pool: BufferPool, kind_of: Callable[[int, int], int]) -> None:
+        self.keeps_all = False
         self.cache = cache
         self.pool = pool
         pool.evict = self._evict
@@ -212,10 +203,7 @@ class ExpertStore:
         for loaded in experts:
             resident = self.cache[layer, loaded.expert]
             if used and resident.arranged is None:
-                resident.fresh = (False, False)
-                resident.arranged = LoadedExpert(loaded.expert, resident.addresses, resident.fresh)
-                if self.addresses is not None:
-                    self.addresses[layer, loaded.expert] = resident.addresses
+                self.cache.arranged((layer, loaded.expert))
             self.pool.unpin(resident.slot)
 
     def discard(self, layer: int, experts: Iterable[LoadedExpert]) -> None:
@@ -225,8 +213,6 @@ class ExpertStore:
 
     def _discard(self, key: ExpertKey) -> None:
         resident = self.cache.drop(key)
-        if self.addresses is not None:
-            self.addresses[key] = 0
         self.pool.unpin(resident.slot)
         self.pool.release(resident.slot)
 
@@ -271,6 +257,8 @@ class ExpertStore:
             return None
         if self.pool.has_free(kind):
             return 0.0
+        if self.keeps_all:
+            return None
         victim = self.cache.victim_for(key[0], self._evictable(kind), kind=kind)
         return None if victim is None else self.cache.likelihood(victim)
 
@@ -366,6 +354,8 @@ class ExpertStore:
 
     def _evict(self, ticket: Ticket) -> int | None:
         """Give up a resident expert for a ticket; called by the pool."""
+        if self.keeps_all and ticket.priority is not Priority.DEMAND:
+            return None
         layer, kind = ticket.key[0], ticket.kind
         victim = self.cache.evict_for(layer, self._evictable(kind), kind=kind)
         if victim is None and ticket.priority is Priority.DEMAND and self._ahead:
@@ -399,6 +389,12 @@ class ExpertStore:
         """Make whoever is in `wait_for_change` look again."""
         self._changed.set()
         self._changed = trio.Event()
+
+    def let_leave(self) -> None:
+        """End `keeps_all`."""
+        if self.keeps_all:
+            self.keeps_all = False
+            self.pool.serve()
 
     async def wait_for_change(self, n_bytes: int = 0) -> None:
         """Wait until there is something to do, or for the next `wake`; changes nothing if cancelled.

@@ -272,11 +272,9 @@ async def open_sim_engine(
                 [(layer, range(model.n_experts)) for layer in range(model.n_layers)],
             ),
         )
-        cache = ExpertCache(make_policy(policy, ranks))
+        cache = ExpertCache(make_policy(policy, ranks), (model.n_layers, model.n_experts))
         heat = HeatCounter(bytes(FINGERPRINT_BYTES), model.n_layers, model.n_experts)
-        total = model.n_layers * model.n_experts
-        shape = (model.n_layers, model.n_experts) if n_slots >= total and prefetch == "off" else None
-        store = ExpertStore(cache, pool, classes.kind_of, shape)
+        store = ExpertStore(cache, pool, classes.kind_of)
         fetcher = Fetcher(
             pool,
             arena,

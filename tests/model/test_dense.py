@@ -84,8 +84,8 @@ def test_missing_tensors_are_named(tmp_path: Path, arch: Any, name: str) -> None
         ("blk.0.attn_norm.weight", Type.F16),
         ("output_norm.weight", Type.BF16),
         ("blk.1.ffn_gate_inp.weight", Type.Q8_0),
-        ("blk.1.attn_v.weight", Type.Q5_1),
-        ("token_embd.weight", Type.Q5_0),
+        ("blk.1.attn_v.weight", Type.F64),
+        ("token_embd.weight", Type.I8),
     ],
 )
 def test_types_that_are_not_implemented_are_named(tmp_path: Path, name: str, kind: Type) -> None:
