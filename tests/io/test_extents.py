@@ -20,8 +20,8 @@ SHAPE: dict[str, Any] = {"n_layers": 2, "d_model": 96, "d_ff": 64, "n_experts": 
 ALIGNMENTS = st.sampled_from([1, 512, 4096, 65536])
 
 
-def experts_of(path: Path, n_experts: int = 3) -> ExpertMap:
-    return map_experts(read_gguf(path), n_layers=2, n_experts=n_experts, d_model=96, d_ff=64)
+def experts_of(path: Path, n_experts: int = 3, d_ff: int = 64) -> ExpertMap:
+    return map_experts(read_gguf(path), n_layers=2, n_experts=n_experts, d_model=96, d_ff=d_ff)
 
 
 def part_bytes(path: Path, part: ExpertPart) -> bytes:
@@ -114,4 +114,4 @@ def test_wrong_expert_tensors_are_refused(tmp_path: Path, kwargs: dict[str, Any]
 def test_an_expert_type_without_arithmetic_is_refused_by_name(tmp_path: Path, merged: bool) -> None:
     path = random_gguf(tmp_path / "m.gguf", merged=merged, down_type=Type.TQ2_0, **SHAPE | {"d_ff": 256})
     with pytest.raises(UnsupportedModel, match=r"ffn_down.*TQ2_0.*Q4_0"):
-        experts_of(path)
+        experts_of(path, d_ff=256)
