@@ -71,7 +71,9 @@ async def at_once(it: Resident, table: Int64Array, what: Batch) -> tuple[Done, l
 BATCHES = [
     batch(TOKENS[:1]),
     batch(TOKENS[1:6], 1),
-    joined([batch(TOKENS[6:7], 6), batch(TOKENS[7:11], table=(5, 4, 6, 7)), batch(TOKENS[11:12], table=(8, 9, 10, 11))]),
+    joined(
+        [batch(TOKENS[6:7], 6), batch(TOKENS[7:11], table=(5, 4, 6, 7)), batch(TOKENS[11:12], table=(8, 9, 10, 11))]
+    ),
     batch(TOKENS[12:13], 7),
 ]
 

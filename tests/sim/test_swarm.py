@@ -10,8 +10,10 @@ from collections import Counter
 
 import pytest
 
+from mer.compute.worker import Done, Operation, RunExperts, RunResident, Stage
 from mer.testing import swarm
 from mer.testing.seeds import make_world, run_seed
+from mer.testing.simworker import SimWorker
 from mer.testing.world import FAULTS, Feature
 from tests.sim import bugs
 
@@ -48,6 +50,26 @@ def test_another_seed_is_another_world() -> None:
     assert set(times) == set(Feature)
     assert all(20 < n < 140 for n in times.values())
     assert sum(not world.features & FAULTS for world in worlds) > 60
+
+
+def test_seeds_get_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are run whole and in both stages, and layers are passed in one job, to the end and to a missing expert."""
+    seen: Counter[object] = Counter()
+    original = SimWorker._run_operation
+
+    async def recorded(self: SimWorker, operation: Operation, done: Done, *, fails: bool) -> Done:
+        result = await original(self, operation, done, fails=fails)
+        if isinstance(operation, RunExperts):
+            seen.update(loaded.stage for loaded in operation.experts)
+        elif isinstance(operation, RunResident):
+            seen["stopped" if self._is_away else "through"] += 1
+        return result
+
+    monkeypatch.setattr(SimWorker, "_run_operation", recorded)
+    for seed in range(15):
+        run_seed(seed)
+    assert set(seen) == {*Stage, "stopped", "through"}
+    assert min(seen.values()) > 10
 
 
 def test_features_can_be_left_out() -> None:
