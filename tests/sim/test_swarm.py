@@ -53,7 +53,7 @@ def test_another_seed_is_another_world() -> None:
 
 
 def test_seeds_get_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts are run whole and in both stages, and layers are passed in one job, to the end and to a missing expert."""
+    """Experts run whole and in both stages; layers are passed in one job, to the end and to a missing expert."""
     seen: Counter[object] = Counter()
     original = SimWorker._run_operation
 
