@@ -14,6 +14,107 @@ bench_app = App(name="bench", help="Measure what this machine reaches.")
 WORKLOAD = Group("Workload", sort_key=0)
 EXPERTS = Group("Experts", sort_key=1)
 RUN = Group("Run", sort_key=2)
+TESTS = Group("Tests", sort_key=0)
+ENGINE = Group("Engine", sort_key=1)
+OUTPUT = Group("Output", sort_key=2)
+
+
+@bench_app.default
+def model_command(
+    model: Annotated[
+        str | None, Parameter(name="MODEL", show_default=False, help="A GGUF file. [default: the one inside mer]")
+    ] = None,
+    /,
+    *,
+    prompt_tokens: Annotated[
+        tuple[str, ...],
+        Parameter(
+            alias="-p",
+            group=TESTS,
+            negative="",
+            show_default=False,
+            help="Compute prompts of so many tokens; 128,512 or given again is several, 0 is none. "
+            "[default: 512, or what the model's context holds]",
+        ),
+    ] = (),
+    tokens: Annotated[
+        tuple[str, ...],
+        Parameter(
+            alias="-n",
+            group=TESTS,
+            negative="",
+            show_default=False,
+            help="Generate so many tokens, likewise. [default: 128, or what the model's context holds]",
+        ),
+    ] = (),
+    depth: Annotated[
+        tuple[str, ...],
+        Parameter(
+            alias="-d",
+            group=TESTS,
+            negative="",
+            show_default=False,
+            help="Tokens that are there before, likewise. [default: 0]",
+        ),
+    ] = (),
+    rounds: Annotated[int, Parameter(alias="-r", group=TESTS, help="Runs of each test.")] = 5,
+    warmup: Annotated[
+        bool,
+        Parameter(negative="--no-warmup", group=TESTS, help="Run each test once more before, unmeasured."),
+    ] = True,
+    vs: Annotated[
+        Path | None,
+        Parameter(group=TESTS, help="Let this llama-bench take turns with mer on the same file, and compare."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        Parameter(group=ENGINE, env_var="MER_MEMORY", help="As for mer run. [default: what the machine can spare]"),
+    ] = None,
+    memories: Annotated[
+        str | None, Parameter(group=ENGINE, help="Run all tests with each of these budgets, such as 2GiB,4GiB.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        Parameter(group=ENGINE, alias="-t", env_var="MER_THREADS", help="Compute threads. [default: one per core]"),
+    ] = None,
+    prefetch: Annotated[
+        Literal["off", "markov", "gate", "auto"], Parameter(group=ENGINE, help="Which guesses are read ahead.")
+    ] = "auto",
+    policy: Annotated[str | None, Parameter(group=ENGINE, help="Which experts stay in memory. [default: lfru]")] = None,
+    output: Annotated[
+        Literal["md", "csv", "json"], Parameter(group=OUTPUT, alias="-o", help="What is printed.")
+    ] = "md",
+    plot: Annotated[
+        Path | None,
+        Parameter(group=OUTPUT, help="Draw tokens/s against --memories into this .png; needs matplotlib."),
+    ] = None,
+) -> int:
+    """Measure tokens per second of a whole model: computing prompts and generating, named as llama-bench names them.
+
+    Every prompt is other tokens, so that nothing is known beforehand. The first ctrl-C stops and prints what was
+    measured so far. A model whose name is that of a command is written ./stream.
+    """
+    from mer.cli.bench_model import ModelOptions, bench_model
+    from mer.cli.run import model_path
+
+    return bench_model(
+        ModelOptions(
+            model=model_path(model),
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            depths=depth,
+            rounds=rounds,
+            warm_up=warmup,
+            memory=memory,
+            memories=memories,
+            threads=threads,
+            prefetch=prefetch,
+            policy=policy,
+            vs=vs,
+            plot=plot,
+            output=output,
+        )
+    )
 
 
 @bench_app.command(name="stream", usage="Usage: mer bench stream [OPTIONS]")

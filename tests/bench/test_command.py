@@ -273,6 +273,6 @@ def test_ctrl_c_keeps_the_rounds_that_are_complete(
     assert both["iterations_per_s_ratios"].keys() == {"lfru/seed"}
 
 
-def test_bench_alone_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_app(["bench"]) == 0
+def test_the_help_of_bench_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["bench", "--help"]) == 0
     assert "stream" in capsys.readouterr().out
