@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
 from mer.compute.forward import matrix_types
 from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.target import FORM, Form
 from mer.compute.scratch import Limits, kv_block_bytes, scratch_bytes
 from mer.compute.weights import READ_BYTES, READS_AHEAD, dense_bytes
 from mer.config import SMALL_MODEL, EngineConfig, default_threads
 from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.arena import PAGE_BYTES
 from mer.io.extents import ExpertMap, SlotClasses, map_experts
+from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile, TensorInfo
 from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
@@ -26,8 +28,11 @@ from mer.units import format_bytes
 
 MiB = 1 << 20
 INTERPRETER_BYTES = 96 * MiB  # Python with numpy, numba, LLVM, tokenizers and loaded kernels: 69 MiB measured
-COMPILER_BYTES = 24 * MiB  # what compiling the kernels of every model adds and keeps, and for each weight type more:
-COMPILER_BYTES_PER_TYPE = 16 * MiB  # 44 MiB for two types, 112 MiB for all seven measured
+COMPILER_BYTES = 28 * MiB  # what compiling the kernels of every model adds and keeps
+# And for each weight type more, by the weights in a block: 38 MiB in all measured for Q4_0, 53 for Q5_K, 91 for four
+# types, 237 for all sixteen; in the portable form 57 for Q5_0, 92 for Q5_K.
+COMPILER_BYTES_PER_TYPE = {1: 8 * MiB, 32: 14 * MiB, 256: 26 * MiB}
+PORTABLE_FACTOR = 2.5
 TOKENIZER_BYTES = 2 * MiB
 TOKENIZER_BYTES_PER_TOKEN = 512  # 330 to 400 measured
 HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header: 3.5 to 5.3 measured
@@ -164,7 +169,7 @@ class _Planner:
         self._kinds = matrix_types(model.dense.values(), model.experts)
         self._fixed = {
             "interpreter and libraries": max(INTERPRETER_BYTES, private_bytes()),
-            "kernel compiler": COMPILER_BYTES + len(self._kinds) * COMPILER_BYTES_PER_TYPE,
+            "kernel compiler": _compiler_bytes(self._kinds),
             "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
             "prefetch predictor": _predictor_bytes(spec) if config.prefetch in ("markov", "auto") else 0,
             "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
@@ -294,6 +299,12 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 def _predictor_bytes(spec: ModelSpec) -> int:
     """Return the bytes of the Markov chains' counts; memory is taken only as they fill."""
     return MarkovPredictor(spec.n_layers, spec.n_experts, spec.top_k).n_bytes
+
+
+def _compiler_bytes(kinds: Iterable[GGMLType]) -> int:
+    """Return what compiling the kernels for these weight types adds and keeps."""
+    factor = PORTABLE_FACTOR if FORM is Form.PORTABLE else 1
+    return COMPILER_BYTES + int(factor * sum(COMPILER_BYTES_PER_TYPE[kind.block_size] for kind in kinds))
 
 
 def _refusal(budget: int, source: str, floor: int, parts: Mapping[str, int]) -> str:

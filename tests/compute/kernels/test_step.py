@@ -174,6 +174,22 @@ def test_products_use_512_bit_integer_dot_products(cpu: str | None, tmp_path: Pa
     assert int(narrow) == 0
 
 
+INSTRUCTIONS = """
+import re
+from mer.compute.kernels.iq4_nl import matmul_iq4_nl
+from mer.compute.kernels.q4_k import matmul_q4_k
+print(len(re.findall("vpshufb.*zmm", matmul_iq4_nl.assembly)), len(re.findall("vpdpwssd.*zmm", matmul_q4_k.assembly)))
+"""
+
+
+@needs_vnni
+def test_tables_of_values_and_minima_have_their_instructions(tmp_path: Path) -> None:
+    """A shuffle looks up each vector of values, and minima meet their sums in pairs."""
+    shuffles, pairs = map(int, output(python(INSTRUCTIONS, XDG_CACHE_HOME=str(tmp_path)))[0].split())
+    assert shuffles >= 8 * 4  # in the code of each tile width
+    assert pairs >= 3 * (8 + 4 + 2 + 1)  # the first of four is a product alone
+
+
 GENERIC = """
 from mer.compute.kernels.q8_0 import matmul_q8_0
 from mer.compute.kernels.target import FORM
