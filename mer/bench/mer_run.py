@@ -121,7 +121,7 @@ class MerRun:
         begun_s = time.perf_counter()
         for at, (layer, experts) in enumerate(events):
             link.compute_s = 0.0
-            run = LayerRun(store, link, layer, staged=True, rows=1, worth_bytes=WORTH_BYTES)
+            run = LayerRun(store, link, layer, staged=True, pairs=len(experts), worth_bytes=WORTH_BYTES)
             result = await run.run(experts, _always)
             for error in result.failed.values():
                 store.unpin(layer, result.pinned, used=False)

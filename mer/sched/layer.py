@@ -52,8 +52,9 @@ class LayerResult:
 
 
 WORTH_BYTES: Final = 8 << 20
-"""Computing so many bytes of weights, or fewer for several rows, takes longer than a job's way there and back, for
-which the next expert to land would have to wait."""
+"""Computing so many bytes of weights, or fewer for many rows, takes longer than a job's way there and back, for which
+the next expert to land would have to wait."""
+_CHEAP_ROWS: Final = 4
 
 
 class LayerRun:
@@ -70,15 +71,15 @@ class LayerRun:
         link: to the worker.
         layer: whose experts they are.
         staged: whether the batch may be computed in stages.
-        rows: of the batch.
-        worth_bytes: weights times rows from which on a job of its own pays.
+        pairs: (token, choice) pairs of the batch.
+        worth_bytes: weights from which on a job of its own pays, where experts have few rows each.
     """
 
     def __init__(
-        self, store: ExpertStore, link: WorkerLink, layer: int, *, staged: bool, rows: int, worth_bytes: int
+        self, store: ExpertStore, link: WorkerLink, layer: int, *, staged: bool, pairs: int, worth_bytes: int
     ) -> None:
         self._store, self._link, self._layer, self._staged = store, link, layer, staged
-        self._rows, self._worth_bytes = rows, worth_bytes
+        self._pairs, self._worth_bytes = pairs, worth_bytes
         self._claims: list[Claim] = []
         self._ready: list[LoadedExpert] = []
         self._inner: list[Claim] = []  # those of the claims whose gate and up go with the next job
@@ -102,9 +103,10 @@ class LayerRun:
         """
         store = self._store
         self._ready, self._claims = store.claim(self._layer, experts)
+        # up to some rows, an expert takes as long as its weights take from memory
+        self._worth_bytes //= max(1, self._pairs // (len(experts) or 1) // _CHEAP_ROWS)
         for claim in self._claims:
-            n_bytes = store.fetcher.expert_bytes(*claim.key)
-            claim.staged = self._staged and n_bytes * self._rows >= self._worth_bytes
+            claim.staged = self._staged and store.fetcher.expert_bytes(*claim.key) >= self._worth_bytes
         try:
             self._claimed = claimed
             while self._claims and wanted():
@@ -115,7 +117,7 @@ class LayerRun:
                     self._tell()
                     store.fail_starved()
                     if all(claim.error is None for claim in self._claims):
-                        await store.wait_for_change(self._worth_bytes // self._rows - self._ready_bytes())
+                        await store.wait_for_change(self._worth_bytes - self._ready_bytes())
         except BaseException:
             store.unpin(self._layer, self._ready, used=False)
             raise
@@ -134,7 +136,7 @@ class LayerRun:
         if self._inner or not self._ready:
             return bool(self._inner)
         slots_awaited = all(claim.fetch is None for claim in self._claims)
-        return slots_awaited or self._ready_bytes() * self._rows >= self._worth_bytes
+        return slots_awaited or self._ready_bytes() >= self._worth_bytes
 
     def _ready_bytes(self) -> int:
         return sum(self._store.fetcher.expert_bytes(self._layer, loaded.expert) for loaded in self._ready)

@@ -462,7 +462,7 @@ class Scheduler:
             else:
                 used()
                 staged = ids.size <= self._staged_pairs
-                run = LayerRun(store, self._link, layer, staged=staged, rows=len(ids), worth_bytes=self._worth_bytes)
+                run = LayerRun(store, self._link, layer, staged=staged, pairs=ids.size, worth_bytes=self._worth_bytes)
                 result = await run.run(union, wanted, routed)
                 pinned_layer, pinned = layer, result.pinned
                 if not wanted():

@@ -227,6 +227,7 @@ async def open_sim_engine(
     read_deadline_s: float = DEFAULT_READ_DEADLINE_S,
     cost: JobCost | None = None,
     failures: frozenset[int] = frozenset(),
+    worth_bytes: int = 0,
     seed: int = 0,
 ) -> AsyncIterator[SimEngine]:
     """Run an engine during the block; its `close` stops the scheduler and the worker, the disk goes on until the end.
@@ -249,6 +250,7 @@ async def open_sim_engine(
         read_deadline_s: when a read that gives no answer is given up.
         cost: of jobs.
         failures: numbers of the jobs, from 0, that fail half-way.
+        worth_bytes: of experts that are worth a job of their own while others load; simulated ones are small.
         seed: of the files' bytes, the layout and the latencies.
     """
     model = model or SimModel()
@@ -310,7 +312,7 @@ async def open_sim_engine(
             bytes_read=lambda: fetcher.bytes_read,
             prefetcher=prefetcher,
             on_routed=lambda layer, _n_tokens, used: heat.use(layer, used),
-            worth_bytes=0,
+            worth_bytes=worth_bytes,
         )
         layout = KVLayout(
             fingerprint=seed.to_bytes(FINGERPRINT_BYTES),

@@ -52,10 +52,20 @@ async def read_all(events: TokenStream) -> tuple[int, ...]:
 # --- the same for every number of slots ---
 
 
+async def test_small_experts_take_no_jobs_of_their_own(autojump_clock: MockClock) -> None:
+    jobs = []
+    for worth_bytes in (0, 1 << 40):
+        async with open_sim_engine(model=BIG, n_slots=8, worth_bytes=worth_bytes) as sim:
+            await generate(sim, (3, 4, 5), 20)
+            jobs.append(sim.worker.statistics().jobs)
+    assert jobs[1] <= 20 * (BIG.n_layers + 1) < jobs[0]
+
+
+@pytest.mark.parametrize("worth_bytes", [0, 30_000, 1 << 40])
 @pytest.mark.parametrize("n_slots", range(1, 25))
-async def test_any_number_of_slots_gives_the_same(autojump_clock: MockClock, n_slots: int) -> None:
+async def test_any_number_of_slots_gives_the_same(autojump_clock: MockClock, n_slots: int, worth_bytes: int) -> None:
     with trio.fail_after(3600):
-        async with open_sim_engine(model=BIG, n_slots=n_slots) as sim:
+        async with open_sim_engine(model=BIG, n_slots=n_slots, worth_bytes=worth_bytes) as sim:
             async with trio.open_nursery() as nursery:
                 for prompt in [(5,), (3, 4, 5, 6, 7, 8, 9, 10, 11), (2, 2), (3, 4, 5)]:
                     nursery.start_soon(generate, sim, prompt)
