@@ -95,7 +95,7 @@ class RunResident:
 
     If one of a layer is not, the job ends behind that layer's `Attend`, and operations that follow are not run. The
     result's `routes` are filled in, and `expert_ids` with the last of them. For batches of at most
-    `ComputeWorker.resident_rows` rows.
+    `ComputeWorker.resident_rows` rows. No byte of the experts changes, even if the job fails.
     """
 
     layer: int

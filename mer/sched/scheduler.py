@@ -442,7 +442,7 @@ class Scheduler:
                 store.let_leave()
             used = partial(store.unpin, pinned_layer, pinned, used=True)
             if done.routes is not None:
-                layer += self._note_passed(layer, done, members)
+                layer += self._note_passed(layer, done)
             if done.logits is not None:
                 used()
                 if self._prefetcher is not None:
@@ -485,12 +485,12 @@ class Scheduler:
         assert self._store.cache.addresses is not None
         return Attend(layer), RunResident(layer, self._store.cache.addresses), Project()
 
-    def _note_passed(self, layer: int, done: Done, members: list[_Member]) -> int:
+    def _note_passed(self, layer: int, done: Done) -> int:
         """Account for the layers from this one on that the worker has passed by itself; return how many."""
         assert done.routes is not None
         passed = done.routes if done.logits is not None else done.routes[:-1]
         for number, ids in enumerate(passed, layer):
-            union = _union(ids, members)
+            union = sorted(set(ids.ravel().tolist()))  # of those who have left meanwhile too
             self._store.cache.passed(number, union)
             if self._on_routed is not None:
                 self._on_routed(number, len(ids), union)

@@ -213,7 +213,7 @@ class SimWorker:
                 job.on_started()
                 for operation in job.operations:
                     done = await self._run_operation(operation, done, fails=fails)
-                    if done.routes is not None and self._is_away:
+                    if done.routes is not None and (self._is_away or fails):
                         break
                 if fails:
                     done = Done(error=ComputeError("a simulated job failed"))
@@ -272,7 +272,7 @@ class SimWorker:
             chosen = sorted({expert for route in self._routes for expert in route})
             there = addresses[layer, chosen].tolist()
             self._is_away = any(gate == 0 for gate, _, _ in there)
-            if self._is_away:
+            if self._is_away or fails:  # half-way through, which changes no byte of experts that are arranged
                 break
             loaded = tuple(
                 LoadedExpert(expert, (gate, up, down), (False, False))
