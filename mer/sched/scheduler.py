@@ -427,6 +427,7 @@ class Scheduler:
         def catch_up() -> None:
             while late:
                 late.pop(0)()
+            store.cache.settle()
 
         layer = 0
         while True:

@@ -129,7 +129,6 @@ class ExpertStore:
 
     def claimed(self) -> None:
         """Withdraw what was asked for in vain, and abandon wrong guesses that are still being read."""
-        self.cache.settle()
         self.drop_ahead()
         self._cancel_prefetches()
 

@@ -52,6 +52,15 @@ async def read_all(events: TokenStream) -> tuple[int, ...]:
 # --- the same for every number of slots ---
 
 
+async def test_the_policy_hears_of_layers_that_were_passed(autojump_clock: MockClock) -> None:
+    """What it has not heard of is never more than a pass, with everything in memory too."""
+    async with open_sim_engine(model=BIG) as sim:
+        for _ in range(3):
+            await generate(sim, (3, 4, 5), 20)
+        assert sim.cache.statistics().lookups > 3 * 20 * BIG.n_layers
+        assert len(sim.cache._unsettled) <= BIG.n_layers
+
+
 async def test_small_experts_take_no_jobs_of_their_own(autojump_clock: MockClock) -> None:
     jobs = []
     for worth_bytes in (0, 1 << 40):
