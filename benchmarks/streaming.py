@@ -22,15 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import trio
 
 import mer
-from mer.bench.probe import disk_bytes_per_s
-from mer.cli.rates import memory_bytes_per_s
+from mer.bench.cases import spread_tokens
+from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.engine import Engine
-from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.stats import Statistics
 
 SEQUENCES = 8
@@ -39,22 +37,20 @@ PROMPT_TOKENS = 16
 
 def prompt(engine: Engine, n_tokens: int, seed: int) -> list[int]:
     """Return token ids that are spread over the vocabulary, others for each seed."""
-    return [(7919 * (i + 1) + 104729 * seed) % engine.spec.vocab_size for i in range(n_tokens)]
+    return spread_tokens(n_tokens, engine.spec.vocab_size, (seed, 0))
 
 
 class Disk:
     """What plain reads of the model's experts reach."""
 
     def __init__(self, path: str) -> None:
-        gguf = mer.load_model(mer.EngineConfig(path=path))
-        parts = [part for layer in gguf.experts.experts for expert in layer for part in expert.parts]
-        self._path = Path(gguf.gguf.paths[0])
-        self.expert_bytes = sum(part.n_bytes for part in parts)
-        self._extents = [(part.offset, part.n_bytes) for part in parts if part.file == 0]
+        self._model = mer.load_model(mer.EngineConfig(path=path))
+        experts = self._model.experts.experts
+        self.expert_bytes = sum(extents.n_bytes for layer in experts for extents in layer)
 
     def probe(self) -> float:
         """Return the bytes per second of as many direct reads at once as an engine makes."""
-        return disk_bytes_per_s(self._path, self._extents, chunk_bytes=DEFAULT_CHUNK_BYTES, depth=DEFAULT_THREADS)
+        return disk_bytes_per_s(self._model.gguf, self._model.experts)
 
 
 async def decode(engine: Engine, arguments: argparse.Namespace, disk: Disk) -> float:

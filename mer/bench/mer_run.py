@@ -13,7 +13,7 @@ from mer.bench.network import begin
 from mer.bench.tally import Tally
 from mer.bench.workload import Workload
 from mer.compute.cpu import CPUWorker
-from mer.compute.worker import Attend, Combine, Done, Operation, Project, RunExperts
+from mer.compute.worker import Attend, Combine, Done, Operation, Project, RunExperts, nothing
 from mer.errors import MerError
 from mer.io.arena import PAGE_BYTES, Arena
 from mer.io.fetch import Fetch, Fetcher
@@ -27,16 +27,12 @@ from mer.sched.policy import Policy
 from mer.sched.store import ExpertStore
 
 
-def _nothing() -> None:
-    pass
-
-
 class _TimedLink(WorkerLink):
     """Adds up the time that the worker takes."""
 
     compute_s: float = 0.0
 
-    async def run(self, *operations: Operation, on_started: Callable[[], None] = _nothing) -> Done:
+    async def run(self, *operations: Operation, on_started: Callable[[], None] = nothing) -> Done:
         """See `WorkerLink`."""
         done = await super().run(*operations, on_started=on_started)
         self.compute_s += done.compute_s

@@ -129,8 +129,8 @@ class WriteBlocks:
     kv: tuple[Uint8Array, ...]  # the bytes of each block
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """Do nothing: what is called where nothing is to be done."""
 
 
 Operation = Begin | Attend | RunExperts | RunResident | Combine | Project | ReadBlocks | WriteBlocks
@@ -141,7 +141,7 @@ class Job:
     """Operations to run in order."""
 
     operations: tuple[Operation, ...]
-    on_started: Callable[[], None] = _nothing  # called in the trio thread once the job computes: that costs no time
+    on_started: Callable[[], None] = nothing  # called in the trio thread once the job computes: that costs no time
 
 
 @attrs.frozen(eq=False)

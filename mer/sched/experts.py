@@ -81,8 +81,7 @@ class ExpertCache:
         found = [resident.get((layer, expert)) for expert in experts]
         if None in found:
             return None
-        self._unsettled.append((layer, experts))
-        self._hits += len(found)
+        self.passed(layer, experts)
         return found  # type: ignore[return-value]
 
     def passed(self, layer: int, experts: Sequence[int]) -> None:

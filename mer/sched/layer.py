@@ -8,13 +8,9 @@ from typing import Final
 import attrs
 import trio
 
-from mer.compute.worker import Done, Job, LoadedExpert, Operation, RunExperts
+from mer.compute.worker import Done, Job, LoadedExpert, Operation, RunExperts, nothing
 from mer.errors import EngineClosed, MerError
 from mer.sched.store import Claim, ExpertStore
-
-
-def _nothing() -> None:
-    pass
 
 
 class WorkerLink:
@@ -24,7 +20,7 @@ class WorkerLink:
         self._jobs = jobs
         self._results = results
 
-    async def run(self, *operations: Operation, on_started: Callable[[], None] = _nothing) -> Done:
+    async def run(self, *operations: Operation, on_started: Callable[[], None] = nothing) -> Done:
         """Run operations as one job; once it computes, `on_started` is called, unless the job fails before.
 
         If cancelled while the job runs, its result stays behind: the link is of no use any more.
@@ -84,10 +80,10 @@ class LayerRun:
         self._ready: list[LoadedExpert] = []
         self._inner: list[Claim] = []  # those of the claims whose gate and up go with the next job
         self._failed: dict[int, MerError] = {}
-        self._claimed: Callable[[], None] = _nothing  # still to be called
+        self._claimed: Callable[[], None] = nothing  # still to be called
 
     async def run(
-        self, experts: Sequence[int], wanted: Callable[[], bool], claimed: Callable[[], None] = _nothing
+        self, experts: Sequence[int], wanted: Callable[[], bool], claimed: Callable[[], None] = nothing
     ) -> LayerResult:
         """Compute the given experts, all but those that are ready last.
 
@@ -128,7 +124,7 @@ class LayerRun:
 
     def _tell(self) -> None:
         """Call `claimed`, if that has not been done."""
-        claimed, self._claimed = self._claimed, _nothing
+        claimed, self._claimed = self._claimed, nothing
         claimed()
 
     def _has_a_job(self) -> bool:

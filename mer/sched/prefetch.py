@@ -100,10 +100,7 @@ class Prefetcher:
         """
         if self._idle_since_s is not None:
             self._idle_s += _SMOOTHING * (trio.current_time() - self._idle_since_s - self._idle_s)
-            self._idle_since_s = None
-        self._lookups += len(experts)
-        self.governor.observe(layer, experts)
-        self._predictor.observe(layer, experts)
+        self.passed(layer, experts)
         target = (layer + 1) % self._n_layers
         if self._gate is not None and predicted_ids is not None:
             self._gate.offer(target, predicted_ids)

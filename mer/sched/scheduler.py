@@ -132,7 +132,7 @@ class Scheduler:
         self._n_layers = n_layers
         self._experts = range(n_experts)
         self._staged_pairs = worker.staged_pairs
-        self._resident_rows = worker.resident_rows if store.cache.addresses is not None else 0
+        self._resident_rows = worker.resident_rows
         self._worth_bytes = worth_bytes
         self._prefetcher = prefetcher
         self._on_routed = on_routed
@@ -480,11 +480,12 @@ class Scheduler:
         """Return what follows the experts of the layer before this one."""
         if layer == self._n_layers:
             return (Project(),)
-        guesses = self._prefetcher is not None and self._prefetcher.governor.allowed
-        if guesses or len(batch.tokens) > self._resident_rows:
-            return (Attend(layer, predict=self._prefetcher is not None and self._prefetcher.asks_gate),)
-        assert self._store.cache.addresses is not None
-        return Attend(layer), RunResident(layer, self._store.cache.addresses), Project()
+        prefetcher, addresses = self._prefetcher, self._store.cache.addresses
+        if prefetcher is not None and prefetcher.governor.allowed:
+            return (Attend(layer, predict=prefetcher.asks_gate),)
+        if addresses is None or len(batch.tokens) > self._resident_rows:
+            return (Attend(layer),)
+        return Attend(layer), RunResident(layer, addresses), Project()
 
     def _note_passed(self, layer: int, done: Done) -> int:
         """Account for the layers from this one on that the worker has passed by itself; return how many."""

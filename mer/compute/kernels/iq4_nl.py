@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16F32, V16I16, fma, load, lookup16, widen_half
-from mer.compute.kernels.q4_0 import nibble_dot, nibbles
+from mer.compute.kernels.ir import V16I16, load, lookup16, widen_half
+from mer.compute.kernels.q4_0 import accumulate_nibbles, nibbles
 from mer.compute.kernels.step import step
 from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
 
@@ -31,10 +31,7 @@ class IQ4_NL:
         scale = widen_half(b, load(b, weights, 0, V16I16))
         table = [value + OFFSET for value in VALUES]
         low, high = ([lookup16(b, table, v) for v in part] for part in nibbles(b, weights, 32))
-        for c in range(columns):
-            total = nibble_dot(b, OFFSET, low, high, column, c)
-            both = b.fmul(scale, column.scale(c))
-            b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
+        accumulate_nibbles(b, scale, OFFSET, low, high, column, acc)
 
 
 FORMATS[KIND] = IQ4_NL()

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16F32, V16I8, V16I32, const, fma, load, lookup16
-from mer.compute.kernels.q4_0 import nibble_dot, nibbles
+from mer.compute.kernels.ir import V16F32, V16I8, V16I32, const, load, lookup16
+from mer.compute.kernels.q4_0 import accumulate_nibbles, nibbles
 from mer.compute.kernels.step import step
 from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
 
@@ -43,10 +43,7 @@ class MXFP4:
         scale = power(b, load(b, weights, 0, V16I8))
         table = [value + OFFSET for value in VALUES]
         low, high = ([lookup16(b, table, v) for v in part] for part in nibbles(b, weights, 16))
-        for c in range(columns):
-            total = nibble_dot(b, OFFSET, low, high, column, c)
-            both = b.fmul(scale, column.scale(c))
-            b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
+        accumulate_nibbles(b, scale, OFFSET, low, high, column, acc)
 
 
 FORMATS[KIND] = MXFP4()

@@ -39,6 +39,16 @@ def nibble_dot(b: Any, zero: int, low: list[Any], high: list[Any], column: Activ
     return joined(b, planes)
 
 
+def accumulate_nibbles(
+    b: Any, scale: Any, zero: int, low: list[Any], high: list[Any], column: ActivationColumn, acc: list[Any]
+) -> None:
+    """Add to each column's `acc` the product of 32 weights per row, less `zero`, with its activations, by `scale`."""
+    for c, total in enumerate(acc):
+        dots = nibble_dot(b, zero, low, high, column, c)
+        both = b.fmul(scale, column.scale(c))
+        b.store(fma(b, b.sitofp(dots, V16F32), both, b.load(total)), total)
+
+
 class Q4_0:
     """Decoder of the Q4_0 tile."""
 
@@ -50,10 +60,7 @@ class Q4_0:
         """See `BlockFormat`."""
         scale = widen_half(b, load(b, weights, 0, V16I16))
         low, high = nibbles(b, weights, 32)
-        for c in range(columns):
-            total = nibble_dot(b, 8, low, high, column, c)
-            both = b.fmul(scale, column.scale(c))
-            b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
+        accumulate_nibbles(b, scale, 8, low, high, column, acc)
 
 
 FORMATS[KIND] = Q4_0()

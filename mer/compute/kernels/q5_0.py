@@ -11,8 +11,8 @@ from typing import Any
 from llvmlite import ir
 
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import I32, V16F32, V16I16, V64I8, const, fma, load, widen_half
-from mer.compute.kernels.q4_0 import nibble_dot, nibbles
+from mer.compute.kernels.ir import I32, V16I16, V64I8, const, load, widen_half
+from mer.compute.kernels.q4_0 import accumulate_nibbles, nibbles
 from mer.compute.kernels.step import step
 from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
 
@@ -44,10 +44,7 @@ class Q5_0:
         """See `BlockFormat`."""
         scale = widen_half(b, load(b, weights, 0, V16I16))
         low, high = five_bits(b, weights, 32)
-        for c in range(columns):
-            total = nibble_dot(b, 16, low, high, column, c)
-            both = b.fmul(scale, column.scale(c))
-            b.store(fma(b, b.sitofp(total, V16F32), both, b.load(acc[c])), acc[c])
+        accumulate_nibbles(b, scale, 16, low, high, column, acc)
 
 
 FORMATS[KIND] = Q5_0()
