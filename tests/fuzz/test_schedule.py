@@ -43,8 +43,9 @@ def test_a_failure_is_kept_and_replayed(tmp_path: Path) -> None:
         "bug.__enter__()\n"
         f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import fuzz_schedule\n"
+        "fuzz_schedule.SETTINGS = settings(fuzz_schedule.SETTINGS, max_examples=1000)  # ten may miss it\n"
         "try:\n"
-        "    fuzz_schedule.test_pool()\n"
+        "    fuzz_schedule.make_test('pool')()\n"
         "except AssertionError as error:\n"
         "    print('caught:', error)\n",
         encoding="utf-8",
