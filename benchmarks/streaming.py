@@ -1,6 +1,7 @@
 """Running a model that does not fit its memory budget against the limits of this machine.
 
 Usage: python benchmarks/streaming.py decode|prefill|concurrent MODEL MEMORY [--rounds N] [--tokens N] [--prefetch MODE]
+       [--io-engine ENGINE ...]
 
 Run it in a control group, or under `ulimit -d`, of the same MEMORY to see that the budget holds. Each round opens the
 model anew, so that every cache is cold, and measures before and after it what the disk gives to plain direct reads of
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--prefetch", default="auto")
+    parser.add_argument("--io-engine", default=[], nargs="+", help="alternate between these; default: auto")
     parser.add_argument("--resident", type=float, help="prompt tokens/s with all experts in memory, if known")
     arguments = parser.parse_args()
     if arguments.tokens is None:
@@ -172,14 +174,23 @@ def main() -> None:
     disk = Disk(arguments.model)
     measure = {"decode": decode, "prefill": prefill, "concurrent": concurrent}[arguments.what]
 
-    async def one_round() -> float:
+    async def one_round(io_engine: str) -> float:
         async with mer.open_engine(
-            arguments.model, memory=arguments.memory, prefetch=arguments.prefetch, prefix_reuse=False
+            arguments.model,
+            memory=arguments.memory,
+            prefetch=arguments.prefetch,
+            io_engine=io_engine,
+            prefix_reuse=False,
         ) as engine:
+            print(f"{engine.statistics().settings.io_engine:8}", end=" ")
             return await measure(engine, arguments, disk)
 
-    ratios = [trio.run(one_round) for _ in range(arguments.rounds)]
-    print(f"median {statistics.median(ratios):.2f}")
+    ratios: dict[str, list[float]] = {io_engine: [] for io_engine in arguments.io_engine or ["auto"]}
+    for _ in range(arguments.rounds):
+        for io_engine in ratios:
+            ratios[io_engine].append(trio.run(one_round, io_engine))
+    for io_engine, found in ratios.items():
+        print(f"{io_engine}: median {statistics.median(found):.2f}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import attrs
 from attrs.validators import optional
@@ -29,6 +29,7 @@ Activations: TypeAlias = Literal["auto", "int8", "int15"]
 """How activations that meet quantized weights are rounded: int8 per block as ggml does, or 15 bits, whose error is 128
 times smaller and whose prefill takes about twice the arithmetic. auto: 15 bits for models with d_model below 2048."""
 
+IoEngine: TypeAlias = Literal["auto", "io_uring", "threads"]
 PrefetchSetting: TypeAlias = Literal["off", "markov", "gate", "auto"]
 """Which guesses are read: those of Markov chains, of the next layer's router, or of the better one where it pays."""
 
@@ -108,7 +109,10 @@ class EngineConfig:
     path: Path = attrs.field(converter=_path)  # the GGUF file, or any part of a split one
     memory: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes for the whole process
     threads: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # compute threads
-    io_threads: int = attrs.field(default=4, validator=_at_least(1))  # reads the disk sees at once
+    io_threads: int | None = attrs.field(
+        default=None, validator=optional(_at_least(1))
+    )  # reads that each disk sees at once
+    io_engine: IoEngine = attrs.field(default="auto", validator=_one_of(*get_args(IoEngine)))
     mirrors: tuple[Path, ...] = attrs.field(default=(), converter=_paths)  # copies on further drives
     slots: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # caps the expert slots
     context: int | None = attrs.field(

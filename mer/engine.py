@@ -20,16 +20,16 @@ from mer.compute.kernels.step import cache_failure
 from mer.compute.kernels.target import FORM, KERNEL_CACHE, WIDE_VECTORS
 from mer.compute.scratch import kv_block_bytes
 from mer.compute.weights import DenseWeights
-from mer.config import Activations, EngineConfig, PrefetchSetting, Progress, Sampling
+from mer.config import Activations, EngineConfig, IoEngine, PrefetchSetting, Progress, Sampling
 from mer.errors import ContextOverflow, EngineClosed, RequestError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile
 from mer.io.mirror import mirror_paths
+from mer.io.open_reader import OpenReader, open_reader
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
-from mer.io.reader import ThreadReader
 from mer.model.spec import ModelSpec
 from mer.plan import MemoryPlan, Model, load_model, plan_memory
 from mer.prefetching import open_guessing, prefetch_mode
@@ -395,7 +395,8 @@ async def open_engine(
     *,
     memory: int | str | None = None,
     threads: int | None = None,
-    io_threads: int = 4,
+    io_threads: int | None = None,
+    io_engine: IoEngine = "auto",
     mirrors: Iterable[str | os.PathLike[str]] = (),
     slots: int | None = None,
     context: int | None = None,
@@ -418,7 +419,9 @@ async def open_engine(
         memory: bounds the whole process, in bytes or as text such as "8GiB"; by default the control group's limit or
             what is available.
         threads: compute threads; by default one per processor.
-        io_threads: reads that each disk sees at once.
+        io_threads: reads that each disk sees at once; by default 8 with io_uring and 4 with threads.
+        io_engine: what makes them: "io_uring", "threads", or "auto", which takes the first if the system and the files
+            allow it.
         mirrors: identical copies of the file, or of all parts of a split one under the same names, on further drives:
             each a path of the copy or of its folder. They are compared with the original by header and samples, and
             share the reading by how fast they are.
@@ -450,6 +453,7 @@ async def open_engine(
         memory=memory,
         threads=threads,
         io_threads=io_threads,
+        io_engine=io_engine,
         mirrors=mirrors,
         slots=slots,
         context=context,
@@ -488,14 +492,16 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         if residency.recorder is not None:
             stack.callback(residency.recorder.close)
         await _compile(kinds, plan.limits.planes, config.on_progress)
-        reader = stack.enter_context(
-            ThreadReader(
+        opened = stack.enter_context(
+            open_reader(
                 model.gguf.paths,
+                io_engine=config.io_engine,
                 mirrors=[mirror_paths(model.gguf.paths, mirror) for mirror in config.mirrors],
                 expected=model.gguf.identities,
                 n_threads=config.io_threads,
             )
         )
+        reader = opened.reader
         weights = DenseWeights(model.dense)
         await weights.load(
             reader, lambda done, total: config.on_progress(Progress("dense weights", done, total, "bytes"))
@@ -528,7 +534,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             prefetcher=None if guessing is None else guessing.prefetcher,
             on_routed=residency.routed,
         )
-        settings = _settings(config, plan, model, arena, reader, cache)
+        settings = _settings(config, plan, model, arena, opened, cache)
         load_s = 0.0
 
         def statistics() -> Statistics:
@@ -613,7 +619,7 @@ def _kv_layout(model: Model, plan: MemoryPlan) -> KVLayout:
 
 
 def _settings(
-    config: EngineConfig, plan: MemoryPlan, model: Model, arena: Arena, reader: ThreadReader, cache: ExpertCache
+    config: EngineConfig, plan: MemoryPlan, model: Model, arena: Arena, opened: OpenReader, cache: ExpertCache
 ) -> Settings:
     types: dict[str, int] = {}
     for tensor in model.gguf.tensors.values():
@@ -622,7 +628,9 @@ def _settings(
         memory_bytes=plan.budget_bytes,
         memory_source=plan.budget_source,
         threads=plan.limits.threads,
-        io_threads=config.io_threads,
+        io_threads=opened.reader.depth,
+        io_engine=opened.reader.engine,
+        io_reason=opened.reason,
         mirrors=tuple(map(str, config.mirrors)),
         slots=plan.slots,
         slot_counts=plan.slot_counts,
@@ -640,7 +648,7 @@ def _settings(
         prefetch=prefetch_mode(config, plan),
         heat=None if config.heat is None else str(config.heat),
         trace=None if config.trace is None else str(config.trace),
-        io_modes=reader.modes,
+        io_modes=opened.reader.modes,
         huge_pages=arena.huge_pages,
         types=types,
     )

@@ -16,6 +16,7 @@ from mer.compute.weights import READ_BYTES, READS_AHEAD, dense_bytes
 from mer.config import SMALL_MODEL, EngineConfig, default_threads
 from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.arena import PAGE_BYTES
+from mer.io.chunks import DEFAULT_THREADS
 from mer.io.extents import ExpertMap, SlotClasses, map_experts
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile, TensorInfo
@@ -173,7 +174,8 @@ class _Planner:
             "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
             "prefetch predictor": _predictor_bytes(spec) if config.prefetch in ("markov", "auto") else 0,
             "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
-            "thread stacks": (self._threads + config.io_threads * (1 + len(config.mirrors)) + 2) * STACK_BYTES,
+            "thread stacks": (self._threads + (config.io_threads or DEFAULT_THREADS) * (1 + len(config.mirrors)) + 2)
+            * STACK_BYTES,
             "dense weights": dense_bytes(model.dense),
         }
         fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)

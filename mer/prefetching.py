@@ -10,7 +10,7 @@ import trio
 
 from mer.config import EngineConfig
 from mer.io.chunks import DEFAULT_CHUNK_BYTES
-from mer.io.reader import ThreadReader
+from mer.io.file_reader import FileReader
 from mer.paths import cache_folder
 from mer.plan import MemoryPlan, Model
 from mer.sched.fingerprint import model_fingerprint
@@ -49,7 +49,7 @@ class Guessing:
 
 
 async def open_guessing(
-    config: EngineConfig, model: Model, plan: MemoryPlan, store: ExpertStore, reader: ThreadReader
+    config: EngineConfig, model: Model, plan: MemoryPlan, store: ExpertStore, reader: FileReader
 ) -> Guessing | None:
     """Make the prefetcher, with what earlier runs have learnt of the model; None if the mode in force is off."""
     mode = prefetch_mode(config, plan)

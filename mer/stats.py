@@ -26,7 +26,9 @@ class Settings:
     memory_bytes: int
     memory_source: str
     threads: int
-    io_threads: int  # for each drive
+    io_threads: int  # reads that each drive sees at once
+    io_engine: str  # what reads: "io_uring" or "threads"
+    io_reason: str  # why it does
     mirrors: tuple[str, ...]  # copies on further drives
     slots: int
     slot_counts: tuple[int, ...]  # per class of slots

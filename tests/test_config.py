@@ -24,12 +24,6 @@ def test_numbers_are_checked_by_name(name: str, value: object) -> None:
         EngineConfig(path=Path("m"), **{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["io_threads"])
-def test_what_has_a_default_number_cannot_be_none(name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        EngineConfig(path=Path("m"), **{name: None})  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("setting", [{"path": None}, {"on_progress": 3}], ids=str)
 def test_paths_and_callbacks_are_checked(setting: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(setting))} is "):

@@ -288,8 +288,8 @@ async def test_a_disk_that_fails_while_loading_is_one_error(
 
     async def opening() -> None:
         if own_nursery:
-            await mer.run_engine(mer.EngineConfig(path=tiny.path, memory=MEMORY))
-        async with mer.open_engine(tiny.path, memory=MEMORY):
+            await mer.run_engine(mer.EngineConfig(path=tiny.path, memory=MEMORY, io_engine="threads"))
+        async with mer.open_engine(tiny.path, memory=MEMORY, io_engine="threads"):
             raise AssertionError("opened")
 
     with pytest.raises(mer.ReadError, match="input/output error"):

@@ -278,7 +278,8 @@ def _in_force(row: dict[str, Any]) -> str:
     settings = row["settings"]
     reads = "direct" if all(mode["direct"] for mode in settings["io_modes"]) else "buffered"
     return (
-        f"in force: {row['kernels']} kernels, {settings['activations']} activations, {reads} reads, "
+        f"in force: {row['kernels']} kernels, {settings['activations']} activations, {reads} reads by "
+        f"{settings['io_engine']}, "
         f"{settings['policy']} cache, prefetch {settings['prefetch']}, context {settings['context']}, "
         f"prefill chunk {settings['batch_tokens']}, memory budget {format_bytes(row['memory_bytes'])}; "
         f"loaded in {format_duration(row['load_s'])}, {format_duration(row['compile_s'])} of it for kernels"

@@ -47,6 +47,11 @@ class EngineOptions:
         int | None, Parameter(alias=("-c", "--ctx-size"), help="Tokens that prompt and answer may have together.")
     ] = None
 
+    io_engine: Annotated[
+        Literal["auto", "io_uring", "threads"],
+        Parameter(help="What reads: the kernel's io_uring, or threads. [default: the first that can be had]"),
+    ] = "auto"
+
     activations: Annotated[
         Literal["auto", "int8", "int15"],
         Parameter(help="Precision of activations that meet quantized weights; int15 doubles a prefill's arithmetic."),

@@ -181,6 +181,7 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
         f"{format_slots(settings.slot_counts, settings.slot_bytes)}; "
         f"peak RSS with file pages {format_bytes(statistics.peak_rss_bytes)}",
         f"in force: {settings.kernels} kernels, {settings.activations} activations, {settings.threads} threads, "
-        f"{'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} reads, {settings.policy} cache, "
+        f"{'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} reads by {settings.io_engine}, "
+        f"{settings.policy} cache, "
         f"context {settings.context}, prefill chunk {settings.batch_tokens}",
     ]

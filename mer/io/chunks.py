@@ -15,7 +15,7 @@ from mer.io.copies import Copy
 from mer.io.operation import ReadOperation
 from mer.io.priority import Priority
 
-DEFAULT_THREADS: Final = 4
+DEFAULT_THREADS: Final = 4  # reads at once
 DEFAULT_CHUNK_BYTES: Final = 2 * 1024 * 1024
 _ALL_HANG: Final = "every thread hangs in a read"
 

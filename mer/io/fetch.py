@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from typing import Final, TypeAlias
@@ -181,6 +181,7 @@ class Fetcher:
         self._breakers = [CircuitBreaker() for _ in reader.modes]  # per file
         self._classes = [ClassCounts() for _ in Priority]
         self._counts = ReadCounts()
+        self._touched = bytearray(arena.n_slots)  # 1 for slots that something has been read into
 
     @property
     def bytes_read(self) -> int:
@@ -229,8 +230,7 @@ class Fetcher:
             self._counts.refused += 1
             raise refusal
         fetch = self._prepare(layer, expert, slot, priority)
-        for index in range(3):
-            self._start_read(fetch, index)
+        self._start_reads(fetch, range(3))
         for file in {read.file for read in fetch._reads}:
             if self._breakers[file].begin():
                 fetch._probes.add(file)
@@ -349,18 +349,19 @@ class Fetcher:
                 buffer=memory[begin : begin + length],
                 on_landed=partial(self._read_landed, fetch, index),
                 priority=priority,
+                untouched=not self._touched[slot],
             )
             for index, (part, begin, (start, length, lead)) in enumerate(zip(parts, offsets, hulls, strict=True))
         ]
         return fetch
 
-    def _start_read(self, fetch: Fetch, index: int) -> None:
-        read = fetch._reads[index]
-        self._reader.start(read)
-        fetch._tries[index] += 1
-        fetch._reading.add(index)
-        self._outstanding[read] = fetch, index
-        self._counts.reads_started += 1
+    def _start_reads(self, fetch: Fetch, indices: Sequence[int]) -> None:
+        self._reader.start(*[fetch._reads[index] for index in indices])
+        for index in indices:
+            fetch._tries[index] += 1
+            fetch._reading.add(index)
+            self._outstanding[fetch._reads[index]] = fetch, index
+        self._counts.reads_started += len(indices)
         if self._next_look_s == inf:
             self._next_look_s = trio.current_time() + self._deadline_s
             self._changed.set()
@@ -400,6 +401,7 @@ class Fetcher:
             self._classes[fetch.priority].landed += 1
             fetch.done = True
             fetch._over.set()
+            self._touched[fetch.slot] = 1
             fetch._reads.clear()  # they refer to the slot's memory, and back to the fetch
             self._pool.landed(fetch.slot)
             if self._on_done is not None:
@@ -422,7 +424,7 @@ class Fetcher:
         last = fetch._reads[index]
         fetch._reads[index] = attrs.evolve(last, priority=fetch.priority, error=None, cancelled=False)
         try:
-            self._start_read(fetch, index)
+            self._start_reads(fetch, (index,))
         except EngineClosed:
             assert last.error is not None
             self._fail(fetch, last.file, last.error.after(fetch._tries[index]))

@@ -43,7 +43,6 @@ class ModelFile:
     Attributes:
         path: the file.
         mode: how it is read.
-
         identity: what the file was when it was opened.
 
     Args:
@@ -86,28 +85,22 @@ class ModelFile:
         Raises:
             ReadError: the file ends too early, or the operating system reports an error.
         """
-        got = 0
-        fruitless = 0
-        while got < needed:
-            # A direct read must start aligned again, so after an odd short read a few bytes are read twice.
-            begin = got - got % self.mode.alignment if self.mode.direct else got
+        read = PartialRead(self, start, needed)
+        while not read.complete:
             try:
-                n_read = os.preadv(self._fd, [memory[begin:]], start + begin)
+                n_read = os.preadv(self._fd, [memory[read.begin :]], start + read.begin)
             except OSError as error:
-                raise self._failure(start, needed, error.strerror or str(error), error.errno) from error
-            if begin + n_read > got:
-                got = begin + n_read
-                fruitless = 0
-                continue
-            fruitless += 1
-            if start + got >= os.fstat(self._fd).st_size:
-                raise self._failure(start, needed, f"file truncated: it ends after {got} of these bytes")
-            if fruitless > _FRUITLESS_TRIES:
-                raise self._failure(start, needed, f"{fruitless} reads in a row brought nothing beyond {got} bytes")
+                raise read.failure(error.errno, error.strerror) from error
+            read.add(n_read)
         if not self.mode.direct:
             os.posix_fadvise(self._fd, start, len(memory), os.POSIX_FADV_DONTNEED)
 
-    def _failure(self, start: int, needed: int, reason: str, number: int | None = None) -> ReadError:
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def failure(self, start: int, needed: int, reason: str, number: int | None = None) -> ReadError:
+        """Return why a read of so many bytes has failed, and what happened to the file meanwhile."""
         change = self._change()
         return ReadError(self.path, start, needed, f"{reason} ({change})" if change else reason, number)
 
@@ -122,6 +115,56 @@ class ModelFile:
         except OSError:
             changes.append("its name is gone")
         return "since it was opened, " + " and ".join(changes) if changes else ""
+
+
+class PartialRead:
+    """A read of a file that goes on after the system has brought less than was asked for.
+
+    Attributes:
+        begin: where in its memory the next read is to begin.
+
+    Args:
+        file: what is read.
+        start: offset in the file of the memory's first byte.
+        needed: how many bytes must arrive.
+    """
+
+    def __init__(self, file: ModelFile, start: int, needed: int) -> None:
+        self.begin = 0
+        self._file, self._start, self._needed = file, start, needed
+        self._got = 0
+        self._fruitless = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes that are needed are there."""
+        return self._got >= self._needed
+
+    def add(self, n_read: int) -> None:
+        """Note that a read at `begin` has brought so many bytes.
+
+        Raises:
+            ReadError: the file ends too early, or reads bring nothing again and again.
+        """
+        if self.begin + n_read > self._got:
+            self._got = self.begin + n_read
+            self._fruitless = 0
+            # a direct read must start aligned again, so after an odd short read a few bytes are read twice
+            self.begin = self._got - self._got % self._file.mode.alignment if self._file.mode.direct else self._got
+            return
+        self._fruitless += 1
+        if self._start + self._got >= os.fstat(self._file.fileno()).st_size:
+            reason = f"file truncated: it ends after {self._got} of these bytes"
+        elif self._fruitless > _FRUITLESS_TRIES:
+            reason = f"{self._fruitless} reads in a row brought nothing beyond {self._got} bytes"
+        else:
+            return
+        raise self._file.failure(self._start, self._needed, reason)
+
+    def failure(self, number: int | None, reason: str | None = None) -> ReadError:
+        """Return the error of a read that the system has refused with an error number."""
+        text = reason or (os.strerror(number) if number else "read error")
+        return self._file.failure(self._start, self._needed, text, number)
 
 
 def _open(path: Path) -> tuple[int, IoMode]:

@@ -78,6 +78,7 @@ class ReaderStatistics:
     from the last promotion if there was one; None before the first.
     """
 
+    engine: str  # what reads: "io_uring", "threads", or a simulated disk
     started: int  # operations
     landed: int  # operations whose bytes arrived
     failed: int  # operations that ended with an error
@@ -139,11 +140,18 @@ class ReadMeter:
         self._end(now_s)
 
     def statistics(
-        self, now_s: float, *, queued_bytes: Sequence[int], written_off: int, copies: tuple[CopyStatistics, ...]
+        self,
+        now_s: float,
+        *,
+        engine: str,
+        queued_bytes: Sequence[int],
+        written_off: int,
+        copies: tuple[CopyStatistics, ...],
     ) -> ReaderStatistics:
         """Return a snapshot, completed with what the queue knows: see the fields of the statistics."""
         in_flight = self._in_flight()
         return ReaderStatistics(
+            engine=engine,
             started=self._started,
             landed=sum(self._landed),
             failed=self._failed,

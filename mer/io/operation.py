@@ -34,8 +34,13 @@ class ReadOperation:
     buffer: NDArray[np.uint8]  # shape (length,), contiguous, writable, its address a multiple of the alignment
     on_landed: Callable[[ReadOperation], None]  # called once, in the trio thread, after the last byte or the failure
     priority: Priority = Priority.DEMAND  # raised by `Reader.promote`
+    untouched: bool = False  # the memory has no pages yet; whoever hands the read to the kernel waits for them
     error: ReadError | None = None  # why it failed; known once it has landed
     cancelled: bool = False  # whether `error` says no more than that it was cancelled or written off half-way
+    address: int = attrs.field(init=False)  # of the buffer
+
+    def __attrs_post_init__(self) -> None:
+        self.address = self.buffer.__array_interface__["data"][0]
 
 
 class Reader(Protocol):
@@ -55,15 +60,15 @@ class Reader(Protocol):
     def paths(self) -> tuple[str, ...]:
         """The files."""
 
-    def start(self, operation: ReadOperation) -> None:
-        """Begin a read.
+    def start(self, *operations: ReadOperation) -> None:
+        """Begin reads, in this order.
 
         Operations may end in any order. A failed one ends with its `error` set. There is no limit on the operations
         in flight: the memory they read into bounds them.
 
         Raises:
             EngineClosed: the reader is closed.
-            ValueError: the operation is not aligned, or its numbers do not fit together.
+            ValueError: an operation is not aligned, or its numbers do not fit together; none has begun.
         """
 
     def promote(self, operation: ReadOperation, priority: Priority) -> None:
@@ -113,9 +118,9 @@ def check_operation(operation: ReadOperation, alignment: int) -> None:
         raise ValueError(f"the buffer is {buffer.dtype}{buffer.shape}, not {operation.length} contiguous bytes")
     if not buffer.flags.writeable:
         raise ValueError("the buffer cannot be written to")
-    if operation.start % alignment or operation.length % alignment or buffer.ctypes.data % alignment:
+    if operation.start % alignment or operation.length % alignment or operation.address % alignment:
         raise ValueError(
-            f"offset {operation.start}, length {operation.length} and address {buffer.ctypes.data:#x} "
+            f"offset {operation.start}, length {operation.length} and address {operation.address:#x} "
             f"must be multiples of {alignment}"
         )
 
@@ -182,7 +187,13 @@ def start_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> Pendin
     start, length, lead = aligned_hull(offset, n_bytes, reader.modes[file].alignment)
     memory = np.frombuffer(map_anonymous(length), dtype=np.uint8)
     operation = ReadOperation(
-        file=file, start=start, length=length, needed=lead + n_bytes, buffer=memory, on_landed=lambda _: None
+        file=file,
+        start=start,
+        length=length,
+        needed=lead + n_bytes,
+        buffer=memory,
+        on_landed=lambda _: None,
+        untouched=True,
     )
     return PendingExtent(reader, operation, lead)
 

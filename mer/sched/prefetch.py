@@ -20,6 +20,7 @@ from mer.sched.predictors.markov import MarkovPredictor
 from mer.sched.store import ExpertStore
 
 _GUESSES_AT_ONCE: Final = 4  # some are read, and some are ready to be read next
+_PASSES_PER_LESSON: Final = 4  # while nothing is guessed: what is learnt then is for later, and takes time now
 _SMOOTHING: Final = 1 / 32  # of the time between a layer's last read and the next layer's first
 
 
@@ -77,6 +78,8 @@ class Prefetcher:
         self._guesses: deque[Prediction] = deque()
         self._bytes_per_s = 0.0
         self._lookups = 0  # of the running pass
+        self._passes = 0
+        self._learns = True  # from the running pass
         self._began_s = 0.0  # when the pass began
         self._idle_since_s: float | None = None
         self._idle_s = 0.0  # usual time from there to the next layer's claims
@@ -115,11 +118,14 @@ class Prefetcher:
         self._idle_since_s = None
         self._lookups += len(experts)
         self.governor.observe(layer, experts)
-        self._predictor.observe(layer, experts)
+        if self._learns:
+            self._predictor.observe(layer, experts)
 
     def begin_pass(self) -> None:
         """Note the beginning of a pass through the layers."""
         self._began_s, self._lookups = trio.current_time(), 0
+        self._passes += 1
+        self._learns = self.governor.allowed or self._passes % _PASSES_PER_LESSON == 0
 
     def end_pass(self, *, comparable: bool) -> None:
         """Note the end of a pass through the layers; one that computes prompts compares with no other."""

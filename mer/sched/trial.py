@@ -14,6 +14,10 @@ ORDER: Final = (False, True, True, False, True, False, False, True)
 """With or without, block by block of a round: drifts of first and second order cancel (Prouhet, Thue and Morse)."""
 MAX_ROUNDS: Final = 8
 """A trial that is undecided after so many rounds is a tie."""
+PATIENCE: Final = 32
+"""Passes in a row without anything to do after which it is allowed only now and then: looking has its price too."""
+PASSES_PER_LOOK: Final = 8
+"""Of which it is allowed in one, from then on."""
 PROBING: Final = 0.05
 """Share of the passes that may go to what the verdict is against, but for the first trial."""
 MAX_DOUBLINGS: Final = 5
@@ -51,7 +55,8 @@ class _Arm:
 class Trial:
     """Decides pass by pass whether something that may or may not pay is allowed, by what passes cost with and without.
 
-    It begins with a trial as soon as there is something to try: blocks of passes with and without in a balanced order,
+    It begins with a trial as soon as there is something to try, for which it looks all the time at first, later in one
+    pass of eight. A trial is blocks of passes with and without in a balanced order,
     in rounds, until the difference is clear. What is tried wins only if it is cheaper by more than 1 % and by more
     than two standard errors; whatever else comes out, a tie or a doubt, is a verdict against it. A round that makes it
     look dearer than one standard error ends a trial, and so does a block that costs twice as much as without it.
@@ -78,6 +83,7 @@ class Trial:
         self._acted = False  # something was done in the running round
         self._spent = {False: 0, True: 0}  # passes of the trial on each side
         self._left = 0  # passes until the next trial
+        self._waited = 0  # passes in which it was allowed and there was nothing to do
         self._alike = 0  # trials in a row that ended like the last one
 
     def end_pass(self, cost: float, *, acted: bool) -> None:
@@ -97,6 +103,9 @@ class Trial:
         elif self._state is _State.ARMED:
             if acted:
                 self._begin()
+            else:
+                self._waited += 1
+                self.allowed = self._waited < PATIENCE or self._waited % PASSES_PER_LOOK == 0
         else:
             self._left -= 1
             if self._left <= 0:
@@ -105,6 +114,7 @@ class Trial:
     def _arm(self) -> None:
         self._state = _State.ARMED
         self.allowed = True
+        self._waited = 0
 
     def _begin(self) -> None:
         self._state = _State.TRIAL

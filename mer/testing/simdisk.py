@@ -149,18 +149,20 @@ class SimDisk:
 
     # --- the Reader protocol ---
 
-    def start(self, operation: ReadOperation) -> None:
-        """Begin a read; see `Reader.start`."""
+    def start(self, *operations: ReadOperation) -> None:
+        """Begin reads; see `Reader.start`."""
         if self._closed:
             raise EngineClosed("the disk is closed")
-        check_operation(operation, ALIGNMENT)
-        for other in self.in_flight:
-            assert not np.may_share_memory(operation.buffer, other.buffer), "two reads in flight share memory"
-        operation.buffer[:] = ~self.content(operation.file, operation.start, operation.length)
-        self.log.append((operation.file, operation.start, operation.length))
+        for operation in operations:
+            check_operation(operation, ALIGNMENT)
         now_s = trio.current_time()
-        self._meter.start(now_s)
-        self._ended += self._queue.add(operation, self.paths[operation.file], now_s)
+        for operation in operations:
+            for other in self.in_flight:
+                assert not np.may_share_memory(operation.buffer, other.buffer), "two reads in flight share memory"
+            operation.buffer[:] = ~self.content(operation.file, operation.start, operation.length)
+            self.log.append((operation.file, operation.start, operation.length))
+            self._meter.start(now_s)
+            self._ended += self._queue.add(operation, self.paths[operation.file], now_s)
         self._begin_reads(now_s)
 
     def promote(self, operation: ReadOperation, priority: Priority) -> None:
@@ -196,7 +198,11 @@ class SimDisk:
             for number, copy in enumerate(self._queue.copies)
         )
         return self._meter.statistics(
-            now_s, queued_bytes=self._queue.queued_bytes(), written_off=self._queue.written_off, copies=copies
+            now_s,
+            engine="simulated",
+            queued_bytes=self._queue.queued_bytes(),
+            written_off=self._queue.written_off,
+            copies=copies,
         )
 
     # --- faults ---

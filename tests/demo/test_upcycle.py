@@ -75,9 +75,7 @@ def test_every_choice_of_experts_equals_the_dense_ffn(tmp_path: Path, matrix_typ
             logits = moe[f"blk.{layer}.ffn_gate_inp.weight"] @ x
             top = np.argsort(-logits)[:3]
             share = np.exp(logits[top] - logits[top].max())
-            got = sum(
-                s / share.sum() * swiglu(x, *(m[e] for m in matrices)) for s, e in zip(share, top, strict=True)
-            )
+            got = sum(s / share.sum() * swiglu(x, *(m[e] for m in matrices)) for s, e in zip(share, top, strict=True))
             want = swiglu(x, *(dense[f"blk.{layer}.ffn_{name}.weight"] for name in ("gate", "up", "down")))
             np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12 * np.abs(want).max())
             chosen.update(top.tolist())

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -23,6 +23,8 @@ from mer.io.files import ModelFile
 from mer.io.operation import Reader, ReadOperation
 from mer.io.priority import Priority
 from mer.io.reader import ThreadReader
+from mer.io.ring import Ring
+from mer.io.ring_reader import RingReader
 from mer.testing.simdisk import DiskProfile, SimDisk, content, open_sim_disk
 
 CHUNK = 16384
@@ -104,7 +106,7 @@ class SimLab:
 
 @attrs.define(eq=False)
 class ThreadLab:
-    """Real threads and files; made by `real_lab`, which puts `read` in the place of `ModelFile.read_into`."""
+    """Real threads and files; made by `thread_lab`, which puts `read` in the place of `ModelFile.read_into`."""
 
     reader: ThreadReader
     copies: dict[str, tuple[int, int]]  # path -> (copy, file)
@@ -159,6 +161,95 @@ class ThreadLab:
         real(model_file, memory, start, needed)
 
 
+class HeldRing(Ring):
+    """A ring whose reads can be held up and refused."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__(entries)
+        self.lab: RingLab | None = None
+
+    def read(self, fd: int, address: int, length: int, offset: int, token: int, *, aside: bool = False) -> None:
+        if self.lab is None:
+            super().read(fd, address, length, offset, token, aside=aside)
+        else:
+            self.lab.read(self, (fd, address, length, offset, token))
+
+    def really_read(self, fd: int, address: int, length: int, offset: int, token: int) -> None:
+        super().read(fd, address, length, offset, token)
+
+    def refuse(self, token: int, number: int) -> None:
+        self._refused.append((token, -number))
+        os.eventfd_write(self.fileno(), 1)
+
+
+@attrs.define(eq=False)
+class RingLab:
+    """Real files and a ring of which reads are held up or refused; made by `ring_lab`."""
+
+    reader: RingReader
+    ring: HeldRing
+    files: dict[int, tuple[int, int]]  # descriptor -> (copy, file)
+    lets_go: bool = True  # at the end
+    reads: list[tuple[int, int, int, int]] = attrs.Factory(list)
+    _held: list[tuple[int, int, int, int, int]] = attrs.Factory(list)
+    _changed: trio.Event = attrs.Factory(trio.Event)
+    _paused: bool = False
+    _faults: list[tuple[int, int, int, int | None, int | None]] = attrs.Factory(list)
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def go_on(self) -> None:
+        self._paused = False
+        self._release()
+
+    def fail(self, file: int, start: int, end: int, *, number: int = errno.EIO, copy: int | None = None) -> None:
+        self._faults.append((file, start, end, number, copy))
+
+    def hang(self, file: int, start: int, end: int) -> None:
+        self._faults.append((file, start, end, None, None))
+
+    def let_return(self) -> None:
+        self._faults.clear()
+        self._release()
+
+    async def begun(self, n: int) -> None:
+        with trio.fail_after(60):
+            await trio.lowlevel.checkpoint()
+            while len(self.reads) < n:
+                await self._changed.wait()
+
+    def read(self, ring: HeldRing, arguments: tuple[int, int, int, int, int]) -> None:
+        fd, _, length, offset, _ = arguments
+        self.reads.append((*self.files[fd], offset, length))
+        self._changed.set()
+        self._changed = trio.Event()
+        self._try(ring, arguments)
+
+    def _try(self, ring: HeldRing, arguments: tuple[int, int, int, int, int]) -> None:
+        fd, _, length, offset, token = arguments
+        copy, file = self.files[fd]
+        met = None
+        for fault_file, begin, end, number, fault_copy in self._faults:
+            if fault_file == file and begin < offset + length and offset < end and fault_copy in (None, copy):
+                met = (number,)
+                break
+        if self._paused or met == (None,):
+            self._held.append(arguments)
+        elif met is not None and met[0] is not None:
+            ring.refuse(token, met[0])
+        else:
+            ring.really_read(*arguments)
+
+    def _release(self) -> None:
+        if not self.lets_go:
+            return
+        held, self._held = self._held, []
+        for arguments in held:
+            self._try(self.ring, arguments)
+        self.ring.submit()
+
+
 def write_files(folder: Path, sizes: Sequence[int]) -> list[Path]:
     paths = [folder / f"{number}.bin" for number in range(len(sizes))]
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
@@ -166,13 +257,17 @@ def write_files(folder: Path, sizes: Sequence[int]) -> list[Path]:
     return paths
 
 
-@contextmanager
-def real_lab(folder: Path, sizes: Sequence[int], n_mirrors: int, **settings: Any) -> Iterator[ThreadLab]:
-    """Run a ThreadReader of files whose bytes are `content(0, ...)`."""
+def write_copies(folder: Path, sizes: Sequence[int], n_mirrors: int) -> list[list[Path]]:
     folders = [folder / str(copy) for copy in range(1 + n_mirrors)]
     for each in folders:
         each.mkdir(exist_ok=True)
-    paths, *mirrors = (write_files(each, sizes) for each in folders)
+    return [write_files(each, sizes) for each in folders]
+
+
+@contextmanager
+def thread_lab(folder: Path, sizes: Sequence[int], n_mirrors: int, **settings: Any) -> Iterator[ThreadLab]:
+    """Run a ThreadReader of files whose bytes are `content(0, ...)`."""
+    paths, *mirrors = write_copies(folder, sizes, n_mirrors)
     copies = {str(path): (copy, file) for copy, row in enumerate([paths, *mirrors]) for file, path in enumerate(row)}
     with ThreadReader(paths, mirrors=mirrors, **settings) as reader, pytest.MonkeyPatch.context() as patch:
         lab = ThreadLab(reader, copies)
@@ -185,9 +280,42 @@ def real_lab(folder: Path, sizes: Sequence[int], n_mirrors: int, **settings: Any
             lab.go_on()
 
 
-def run_real(folder: Path, scenario: Scenario, sizes: Sequence[int], n_mirrors: int, settings: dict[str, Any]) -> None:
+@contextmanager
+def ring_lab(folder: Path, sizes: Sequence[int], n_mirrors: int, **settings: Any) -> Iterator[RingLab]:
+    """Run a RingReader of files whose bytes are `content(0, ...)`; skips the test where there is no io_uring."""
+    try:
+        Ring(1).close()
+    except OSError as error:
+        pytest.skip(f"this system has no io_uring: {error}")
+    paths, *mirrors = write_copies(folder, sizes, n_mirrors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mer.io.ring_reader.Ring", HeldRing)
+        with RingReader(paths, mirrors=mirrors, **settings) as reader:
+            ring = reader._ring
+            assert isinstance(ring, HeldRing)
+            files = {
+                file.fileno(): (copy, number)
+                for copy, row in enumerate(reader._drives)
+                for number, file in enumerate(row)
+            }
+            ring.lab = lab = RingLab(reader, ring, files)
+            try:
+                yield lab
+            finally:
+                lab.let_return()
+                lab.go_on()
+
+
+def run_real(
+    make_lab: Callable[..., AbstractContextManager[Lab]],
+    folder: Path,
+    scenario: Scenario,
+    sizes: Sequence[int],
+    n_mirrors: int,
+    settings: dict[str, Any],
+) -> None:
     async def main() -> None:
-        with real_lab(folder, sizes, n_mirrors, **settings) as lab:
+        with make_lab(folder, sizes, n_mirrors, **settings) as lab:
             await scenario(lab)
 
     trio.run(main)

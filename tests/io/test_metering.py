@@ -37,7 +37,7 @@ def test_busy_time_is_the_time_with_something_in_flight() -> None:
     meter = ReadMeter()
 
     def statistics(now_s: float) -> ReaderStatistics:
-        return meter.statistics(now_s, queued_bytes=(1, 2, 3), written_off=4, copies=())
+        return meter.statistics(now_s, engine="threads", queued_bytes=(1, 2, 3), written_off=4, copies=())
 
     meter.start(10.0)
     meter.start(11.0)

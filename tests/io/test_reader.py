@@ -1,4 +1,4 @@
-"""What every reader must do: one set of tests for threads with O_DIRECT, threads without it, and the simulated disk."""
+"""What every reader must do: one set of tests for threads, direct and buffered, io_uring, and the simulated disk."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from tests.io.lab import (
     assert_right,
     operation,
     refuse_direct,
+    ring_lab,
     run_real,
     run_simulated,
+    thread_lab,
 )
 
 ReaderScenario: TypeAlias = Callable[[ClosableReader], Awaitable[None]]
@@ -36,7 +38,7 @@ Run: TypeAlias = Callable[[ReaderScenario, Sequence[int]], None]
 DEMAND, READ_AHEAD, PREFETCH = Priority
 
 
-@pytest.fixture(params=["direct", "buffered", "simulated"])
+@pytest.fixture(params=["direct", "buffered", "io_uring", "simulated"])
 def run_lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLab:
     """Return a function that runs a scenario on a reader of files of given sizes, whose bytes are `content(0, ...)`."""
     if request.param == "buffered":
@@ -57,7 +59,8 @@ def run_lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         if request.param == "simulated":
             run_simulated(checked, sizes, n_mirrors, settings)
         else:
-            run_real(tmp_path, checked, sizes, n_mirrors, settings)
+            lab = ring_lab if request.param == "io_uring" else thread_lab
+            run_real(lab, tmp_path, checked, sizes, n_mirrors, settings)
 
     return run
 

@@ -26,7 +26,7 @@ from mer.io.operation import ReadOperation, read_extent
 from mer.io.priority import Priority
 from mer.io.reader import ThreadReader
 from mer.testing.simdisk import content
-from tests.io.lab import Landings, assert_right, operation, real_lab, refuse_direct, write_files
+from tests.io.lab import Landings, assert_right, operation, refuse_direct, thread_lab, write_files
 
 SIZE = 300_000
 
@@ -467,7 +467,7 @@ def test_many_operations_on_real_threads(tmp_path: Path, seed: int) -> None:
 
     async def main() -> None:
         settings = {"n_threads": rng.randint(1, 4), "chunk_bytes": 4096 * rng.choice([1, 3, 16])}
-        with real_lab(tmp_path, [SIZE, SIZE], n_mirrors, **settings) as lab:
+        with thread_lab(tmp_path, [SIZE, SIZE], n_mirrors, **settings) as lab:
             bad: set[int] = set()
             for copy in range(n_mirrors + 1):
                 for _ in range(seed):

@@ -42,9 +42,7 @@ def test_is_the_optimum(routing: tuple[int, int, list[Event]], n_slots: int) -> 
 @pytest.mark.parametrize("name", POLICIES)
 @given(routing=routings(), n_slots=st.integers(1, 12), bypass=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_no_policy_has_more_hits(
-    name: str, routing: tuple[int, int, list[Event]], n_slots: int, bypass: bool
-) -> None:
+def test_no_policy_has_more_hits(name: str, routing: tuple[int, int, list[Event]], n_slots: int, bypass: bool) -> None:
     n_layers, n_experts, events = routing
     bound = simulate_belady(events, n_slots, n_layers=n_layers)
     policy = make_policy(name, shape_of(n_layers, n_experts, n_slots))

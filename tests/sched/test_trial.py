@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mer.sched.trial import BLOCK_PASSES, MAX_ROUNDS, Trial
+from mer.sched.trial import BLOCK_PASSES, MAX_ROUNDS, PASSES_PER_LOOK, PATIENCE, Trial
 
 ROUND = [bool(number.bit_count() % 2) for number in range(8) for _ in range(BLOCK_PASSES)]
 """Sides of a round, pass by pass: the sequence of Thue and Morse."""
@@ -44,8 +44,20 @@ def passes_to_verdict(trial: Trial, cost: Cost) -> int:
 
 def test_nothing_is_tried_before_it_does_something() -> None:
     trial = Trial()
-    assert all(run(trial, 100, gain(-9.0), acts=False))
-    assert (trial.trials, trial.verdict, trial.allowed) == (0, None, True)
+    assert all(run(trial, PATIENCE, gain(-9.0), acts=False))
+    assert (trial.trials, trial.verdict) == (0, None)
+
+
+def test_it_looks_for_something_to_try_now_and_then_and_begins_when_there_is() -> None:
+    trial = Trial()
+    run(trial, PATIENCE, gain(0.1), acts=False)
+    looks = run(trial, 10 * PASSES_PER_LOOK, gain(0.1), acts=False)
+    assert sum(looks) == 10
+    assert all(looks[at] for at in range(looks.index(True), len(looks), PASSES_PER_LOOK))
+    while not trial.allowed:
+        trial.end_pass(1.0, acted=False)
+    assert run(trial, 1 + len(ROUND), gain(0.1)) == [True, *ROUND]
+    assert trial.verdict is True
 
 
 def test_sides_take_turns_in_a_balanced_order() -> None:
