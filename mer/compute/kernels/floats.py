@@ -30,8 +30,11 @@ from mer.compute.kernels.ir import (
 )
 from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
 from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.target import FORM, Form
 
 F32_KIND, F16_KIND, BF16_KIND = 0, 1, 30  # ggml type ids
+# Weight rows and activation rows at once: as many as have their partial sums in registers, of 16 or 8 lanes
+_ROWS, _COLUMNS = (2, 3) if FORM in (Form.AVX_VNNI, Form.AVX2) else (4, 4)
 
 
 def _weights(b: Any, kind: int, address: Any, index: Any, mask: Any = None) -> Any:
@@ -117,21 +120,21 @@ def float_rows(row, kind):  # type: ignore[no-untyped-def]
         x, out = x0 + x_row * x_stride, out0 + matrix * out_step + out_row * out_stride
         while r < last:
             wr, to = w + r * row_bytes, out + 4 * r
-            four = r + 4 <= last
+            tall = r + _ROWS <= last
             t = 0
             while t < n:
                 xt, o = x + t * x_stride, to + t * out_stride
-                wide = t + 4 <= n
-                if four and wide:
-                    float_tile(kind, 4, 4, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
+                wide = t + _COLUMNS <= n
+                if tall and wide:
+                    float_tile(kind, _ROWS, _COLUMNS, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
                 elif wide:
-                    float_tile(kind, 1, 4, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
-                elif four:
-                    float_tile(kind, 4, 1, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
+                    float_tile(kind, 1, _COLUMNS, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
+                elif tall:
+                    float_tile(kind, _ROWS, 1, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
                 else:
                     float_tile(kind, 1, 1, wr, row_bytes, k, xt, x_stride, o, out_stride, add)
-                t += 4 if wide else 1
-            r += 4 if four else 1
+                t += _COLUMNS if wide else 1
+            r += _ROWS if tall else 1
 
 
 @step

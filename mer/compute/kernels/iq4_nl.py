@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16I16, load, lookup16, widen_half
-from mer.compute.kernels.q4_0 import accumulate_nibbles, nibbles
+from mer.compute.kernels.ir import widen_half
+from mer.compute.kernels.lanes import SHORTS, TilePiece, lookup16
+from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
 
 KIND = 20  # ggml type id
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -26,12 +28,12 @@ class IQ4_NL:
     block_bytes = 18
     sums_per_block = 1
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
-        scale = widen_half(b, load(b, weights, 0, V16I16))
+        scale = widen_half(b, weights.load(0, SHORTS))
         table = [value + OFFSET for value in VALUES]
-        low, high = ([lookup16(b, table, v) for v in part] for part in nibbles(b, weights, 32))
-        accumulate_nibbles(b, scale, OFFSET, low, high, column, acc)
+        vectors = [lookup16(b, table, vector) for vector in nibbles(b, weights, 32)]
+        accumulate_block(b, scale, Quants(vectors, max(table), OFFSET), column, acc)
 
 
 FORMATS[KIND] = IQ4_NL()

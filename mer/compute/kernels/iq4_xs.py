@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
 from mer.compute.kernels.iq4_nl import OFFSET, VALUES
-from mer.compute.kernels.ir import V16I32, const, half_pair, load, lookup16
+from mer.compute.kernels.ir import const
+from mer.compute.kernels.lanes import WORDS, TilePiece, half_pair, lookup16
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import Part, add_planes, integer_sums, shifted, times
@@ -35,20 +37,20 @@ class IQ4_XS:
         """See `SubBlocks`."""
         return times(b, turn, 64), times(b, turn, 4)
 
-    def parts(self, b: Any, weights: Any, turn: Any) -> Iterator[Part]:
+    def parts(self, b: Any, weights: TilePiece, turn: Any) -> Iterator[Part]:
         """See `SubBlocks`."""
         table = [value + OFFSET for value in VALUES]
-        low = shifted(b, load(b, weights, _SCALES, V16I32), times(b, turn, 8))
-        high = shifted(b, b.lshr(load(b, weights, 0, V16I32), const(V16I32, 16)), times(b, turn, 4))
-        here = b.add(weights, times(b, turn, 512))
+        low = shifted(b, weights.load(_SCALES, WORDS), times(b, turn, 8))
+        high = shifted(b, b.lshr(weights.load(0, WORDS), const(WORDS, 16)), times(b, turn, 4))
+        here = weights.moved(times(b, turn, 512))
         for number in range(2):
-            lower = b.and_(b.lshr(low, const(V16I32, 4 * number)), const(V16I32, 15))
-            upper = b.and_(b.lshr(high, const(V16I32, 2 * number)), const(V16I32, 3))
-            scale = b.sub(b.or_(lower, b.shl(upper, const(V16I32, 4))), const(V16I32, 32))
-            vectors = [lookup16(b, table, v) for part in nibbles(b, here, _LOW + 256 * number) for v in part]
-            yield Part(scale, vectors, 32 * number, OFFSET, (2 * number, 2 * number + 1))
+            lower = b.and_(b.lshr(low, const(WORDS, 4 * number)), const(WORDS, 15))
+            upper = b.and_(b.lshr(high, const(WORDS, 2 * number)), const(WORDS, 3))
+            scale = b.sub(b.or_(lower, b.shl(upper, const(WORDS, 4))), const(WORDS, 32))
+            vectors = [lookup16(b, table, vector) for vector in nibbles(b, here, _LOW + 256 * number)]
+            yield Part(scale, Quants(vectors, max(table), OFFSET), 32 * number, (2 * number, 2 * number + 1))
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
         sums = integer_sums(b, self, weights, column, columns)
         scale, _ = half_pair(b, weights, 0)

@@ -1,13 +1,13 @@
-"""Emitting LLVM IR from numba intrinsics: 16-lane vectors, fused multiply-add, integer dot products, atomics, futexes.
+"""Emitting LLVM IR from numba intrinsics: vectors, fused multiply-add, atomics, futexes.
 
-Every helper takes an `llvmlite` builder first. The vector forms are written once for 16 lanes; LLVM splits them on
-targets with narrower registers, so that every instruction-set form computes the same bits.
+Every helper takes an `llvmlite` builder first. Vectors of floats have 16 lanes; LLVM splits them on targets with
+narrower registers, so that every instruction-set form computes the same bits. Those of quantized weights have as many
+as the form's registers (`lanes.py`).
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import binding, ir
@@ -17,13 +17,11 @@ from mer.compute.kernels.numba_api import cgutils, intrinsic
 from mer.compute.kernels.target import FORM, Form
 
 LANES = 16
-I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-V64I8, V32I16, V16I32 = ir.VectorType(I8, 64), ir.VectorType(I16, 32), ir.VectorType(I32, 16)
-V16I8, V16I16, V16F32, V16F16 = (ir.VectorType(t, 16) for t in (I8, I16, F32, F16))
-V16I1 = ir.VectorType(ir.IntType(1), 16)
+V64I8 = ir.VectorType(I8, 64)
+V16I8, V16I16, V16I32, V16F32 = (ir.VectorType(t, 16) for t in (I8, I16, I32, F32))
 _LLVM_MAJOR = binding.llvm_version_info[0]
-_VNNI_ARG = V64I8 if _LLVM_MAJOR >= 22 else V16I32  # operand type of the vpdpbusd intrinsic
 
 
 def const(vector: ir.VectorType, value: float | int) -> ir.Constant:
@@ -73,71 +71,32 @@ def call(b: ir.IRBuilder, name: str, result: Any, *args: Any) -> Any:
 
 
 def fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
-    """Return x * y + z rounded once, for float32 scalars or 16-lane vectors."""
-    return call(b, "llvm.fma.v16f32" if x.type == V16F32 else "llvm.fma.f32", x.type, x, y, z)
+    """Return x * y + z rounded once, for float32 scalars or vectors."""
+    lanes = f"v{x.type.count}" if isinstance(x.type, ir.VectorType) else ""
+    return call(b, f"llvm.fma.{lanes}f32", x.type, x, y, z)
 
 
 def widen_half(b: ir.IRBuilder, half: Any) -> Any:
-    """Convert 16 IEEE half floats, given as <16 x i16>, to float32, exactly.
+    """Convert IEEE half floats, given as a vector of i16, to float32, exactly.
 
     Without a conversion instruction: shift exponent and fraction into place and multiply by 2**112, which also makes
     subnormals right; an exponent of all ones (infinity, NaN) is then forced.
     """
-    if FORM is Form.AVX512_VNNI:
-        return b.fpext(b.bitcast(half, V16F16), V16F32)
-    wide = b.zext(half, V16I32)
-    magnitude = b.shl(b.and_(wide, const(V16I32, 0x7FFF)), const(V16I32, 13))
-    scaled = b.bitcast(b.fmul(b.bitcast(magnitude, V16F32), const(V16F32, 2.0**112)), V16I32)
-    special = b.icmp_unsigned(">=", magnitude, const(V16I32, 0x7C00 << 13))
-    forced = b.or_(magnitude, const(V16I32, 0x7F800000))
-    sign = b.shl(b.and_(wide, const(V16I32, 0x8000)), const(V16I32, 16))
-    return b.bitcast(b.or_(b.select(special, forced, scaled), sign), V16F32)
-
-
-def half_pair(b: ir.IRBuilder, address: Any, offset: int) -> tuple[Any, Any]:
-    """Return the first and the second half float of each of 16 words as float32."""
-    words = load(b, address, offset, V16I32)
-    first, second = b.trunc(words, V16I16), b.trunc(b.lshr(words, const(V16I32, 16)), V16I16)
-    return widen_half(b, first), widen_half(b, second)
+    halves, words, floats = (ir.VectorType(t, half.type.count) for t in (F16, I32, F32))
+    if FORM is not Form.PORTABLE:
+        return b.fpext(b.bitcast(half, halves), floats)
+    wide = b.zext(half, words)
+    magnitude = b.shl(b.and_(wide, const(words, 0x7FFF)), const(words, 13))
+    scaled = b.bitcast(b.fmul(b.bitcast(magnitude, floats), const(floats, 2.0**112)), words)
+    special = b.icmp_unsigned(">=", magnitude, const(words, 0x7C00 << 13))
+    forced = b.or_(magnitude, const(words, 0x7F800000))
+    sign = b.shl(b.and_(wide, const(words, 0x8000)), const(words, 16))
+    return b.bitcast(b.or_(b.select(special, forced, scaled), sign), floats)
 
 
 def widen_bfloat(b: ir.IRBuilder, brain: Any) -> Any:
     """Convert 16 bfloat16, given as <16 x i16>, to float32, exactly."""
     return b.bitcast(b.shl(b.zext(brain, V16I32), const(V16I32, 16)), V16F32)
-
-
-def dot4(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
-    """Add to each of 16 int32 lanes the dot product of its 4 unsigned and 4 signed bytes, both given as <64 x i8>."""
-    if FORM is Form.AVX512_VNNI:
-        args = (b.bitcast(unsigned, _VNNI_ARG), b.bitcast(signed, _VNNI_ARG))
-        return call(b, "llvm.x86.avx512.vpdpbusd.512", V16I32, total, *args)
-    for byte in range(4):
-        lanes = ir.Constant(V16I32, [4 * lane + byte for lane in range(16)])
-        pick = [b.shuffle_vector(v, ir.Constant(V64I8, ir.Undefined), lanes) for v in (unsigned, signed)]
-        total = b.add(total, b.mul(b.zext(pick[0], V16I32), b.sext(pick[1], V16I32)))
-    return total
-
-
-def dot2(b: ir.IRBuilder, total: Any, left: Any, right: Any) -> Any:
-    """Add to each of 16 int32 lanes the dot product of its 2 and 2 signed int16, both given as <32 x i16>."""
-    if FORM is Form.AVX512_VNNI:  # with the addition one instruction
-        return b.add(total, call(b, "llvm.x86.avx512.pmaddw.d.512", V16I32, left, right))
-    for word in range(2):
-        lanes = ir.Constant(V16I32, [2 * lane + word for lane in range(16)])
-        pick = [b.sext(b.shuffle_vector(v, ir.Constant(V32I16, ir.Undefined), lanes), V16I32) for v in (left, right)]
-        total = b.add(total, b.mul(*pick))
-    return total
-
-
-def lookup16(b: ir.IRBuilder, table: Sequence[int], index: Any) -> Any:
-    """Return entry `index` (0 to 15) of a table of 16 unsigned bytes for each of 64 bytes."""
-    if FORM is Form.AVX512_VNNI:
-        return call(b, "llvm.x86.avx512.pshuf.b.512", V64I8, ir.Constant(V64I8, [*table] * 4), index)
-    entries = [const(V64I8, value) for value in table]
-    for bit in range(4):  # halve the choice with each
-        is_set = b.icmp_unsigned("!=", b.and_(index, const(V64I8, 1 << bit)), const(V64I8, 0))
-        entries = [b.select(is_set, odd, even) for even, odd in zip(entries[::2], entries[1::2], strict=True)]
-    return entries[0]
 
 
 def sum16(b: ir.IRBuilder, vector: Any) -> Any:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16F32, V16I8, V16I32, const, load, lookup16
-from mer.compute.kernels.q4_0 import accumulate_nibbles, nibbles
+from mer.compute.kernels.ir import const
+from mer.compute.kernels.lanes import BYTES, FLOATS, WORDS, TilePiece, lookup16
+from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
 
 KIND = 39  # ggml type id
 VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -24,11 +26,11 @@ OFFSET = 12
 
 def power(b: Any, exponents: Any) -> Any:
     """Return 2**(exponent - 128) as float32 for 16 exponents, given as <16 x i8>; the first two are subnormal."""
-    wide = b.zext(exponents, V16I32)
-    normal = b.shl(b.sub(wide, const(V16I32, 1)), const(V16I32, 23))
-    subnormal = b.shl(const(V16I32, 1 << 21), wide)
+    wide = b.zext(exponents, WORDS)
+    normal = b.shl(b.sub(wide, const(WORDS, 1)), const(WORDS, 23))
+    subnormal = b.shl(const(WORDS, 1 << 21), wide)
     # shifting by 32 bits or more has no defined result, which `select` passes over
-    return b.bitcast(b.select(b.icmp_unsigned("<", wide, const(V16I32, 2)), subnormal, normal), V16F32)
+    return b.bitcast(b.select(b.icmp_unsigned("<", wide, const(WORDS, 2)), subnormal, normal), FLOATS)
 
 
 class MXFP4:
@@ -38,12 +40,12 @@ class MXFP4:
     block_bytes = 17
     sums_per_block = 1
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
-        scale = power(b, load(b, weights, 0, V16I8))
+        scale = power(b, weights.load(0, BYTES))
         table = [value + OFFSET for value in VALUES]
-        low, high = ([lookup16(b, table, v) for v in part] for part in nibbles(b, weights, 16))
-        accumulate_nibbles(b, scale, OFFSET, low, high, column, acc)
+        vectors = [lookup16(b, table, vector) for vector in nibbles(b, weights, 16)]
+        accumulate_block(b, scale, Quants(vectors, max(table), OFFSET), column, acc)
 
 
 FORMATS[KIND] = MXFP4()

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16I32, V32I16, V64I8, const, half_pair, load
+from mer.compute.kernels.ir import const
+from mer.compute.kernels.lanes import PAIRS, QUADS, WORDS, TilePiece, half_pair
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import (
     Part,
@@ -31,13 +33,13 @@ KIND = 10  # ggml type id
 _SCALES, _LOW = 64, 320  # byte offsets in the tile block
 
 
-def bit_pairs(b: Any, weights: Any, offset: int, turn: Any) -> Iterator[list[Any]]:
+def bit_pairs(b: Any, weights: TilePiece, offset: int, turn: Any) -> Iterator[list[Any]]:
     """Return 4 vectors of bytes, 0 to 3, for each of the 4 sub-blocks of a turn: one of each 32 weights of a half."""
-    here = b.add(weights, times(b, turn, 256))
-    packed = [load(b, here, offset + 64 * j, V32I16) for j in range(4)]
+    here = weights.moved(times(b, turn, 256))
+    packed = [here.load(offset + 64 * j, PAIRS) for j in range(4)]
     for quarter in range(4):
-        moved = [b.lshr(vector, const(V32I16, 2 * quarter)) for vector in packed]
-        yield [b.and_(b.bitcast(vector, V64I8), const(V64I8, 3)) for vector in moved]
+        moved = [b.lshr(vector, const(PAIRS, 2 * quarter)) for vector in packed]
+        yield [b.and_(b.bitcast(vector, QUADS), const(QUADS, 3)) for vector in moved]
 
 
 class Q2_K:
@@ -51,21 +53,21 @@ class Q2_K:
         """See `SubBlocks`."""
         return begin_of_halves(b, turn)
 
-    def parts(self, b: Any, weights: Any, turn: Any) -> Iterator[Part]:
+    def parts(self, b: Any, weights: TilePiece, turn: Any) -> Iterator[Part]:
         """See `SubBlocks`."""
         half, odd = halves(b, turn)
-        here = b.add(weights, times(b, half, 128))
-        fours = [shifted(b, load(b, here, _SCALES + 64 * j, V16I32), times(b, odd, 8)) for j in range(2)]
+        here = weights.moved(times(b, half, 128))
+        fours = [shifted(b, here.load(_SCALES + 64 * j, WORDS), times(b, odd, 8)) for j in range(2)]
         for quarter, vectors in enumerate(bit_pairs(b, weights, _LOW, turn)):
-            scale = b.lshr(fours[quarter // 2], const(V16I32, 16 * (quarter % 2)))
-            yield Part(b.and_(scale, const(V16I32, 15)), vectors, 32 * quarter)
+            scale = b.lshr(fours[quarter // 2], const(WORDS, 16 * (quarter % 2)))
+            yield Part(b.and_(scale, const(WORDS, 15)), Quants(vectors, 3), 32 * quarter)
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
         sums = integer_sums(b, self, weights, column, columns)
         scale, minimum = half_pair(b, weights, 0)
-        words = [b.lshr(load(b, weights, _SCALES + 64 * j, V16I32), const(V16I32, 4)) for j in range(4)]
-        minima = byte_pairs(b, [b.and_(word, const(V16I32, 0x0F0F0F0F)) for word in words])
+        words = [b.lshr(weights.load(_SCALES + 64 * j, WORDS), const(WORDS, 4)) for j in range(4)]
+        minima = byte_pairs(b, [b.and_(word, const(WORDS, 0x0F0F0F0F)) for word in words])
         for c in range(columns):
             value = add_planes(b, [joined(b, sums[c])], b.fmul(scale, column.scale(c)), b.load(acc[c]))
             b.store(subtract_minima(b, minima, minimum, column, c, value), acc[c])

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import I16, V16I16, V16I32, V32I16, V64I8, const, load, splat, widen_half
+from mer.compute.kernels.ir import I16, const, splat, widen_half
+from mer.compute.kernels.lanes import PAIRS, QUADS, SHORTS, WORDS, TilePiece
 from mer.compute.kernels.q2_k import bit_pairs
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import (
@@ -42,38 +44,38 @@ class Q3_K:
         """See `SubBlocks`."""
         return begin_of_halves(b, turn)
 
-    def _scales(self, b: Any, weights: Any, half: Any) -> list[Any]:
+    def _scales(self, b: Any, weights: TilePiece, half: Any) -> list[Any]:
         """Return the 8 sub-scales of a half as bytes of 2 vectors of words, from 0 to 63.
 
         The low nibbles of the first 8 of 12 bytes are the first half's lower bits, the high nibbles the second half's;
         the last 4 bytes have the upper two bits of sub-scales 0 to 3, then those of 4 to 7 next to them, and so on.
         """
-        *low, high = (shifted(b, load(b, weights, _SCALES + 64 * j, V16I32), times(b, half, 4)) for j in range(3))
+        *low, high = (shifted(b, weights.load(_SCALES + 64 * j, WORDS), times(b, half, 4)) for j in range(3))
         return [
-            b.or_(b.and_(word, const(V16I32, 0x0F0F0F0F)), b.and_(upper, const(V16I32, 0x30303030)))
-            for word, upper in zip(low, (b.shl(high, const(V16I32, 4)), b.shl(high, const(V16I32, 2))), strict=True)
+            b.or_(b.and_(word, const(WORDS, 0x0F0F0F0F)), b.and_(upper, const(WORDS, 0x30303030)))
+            for word, upper in zip(low, (b.shl(high, const(WORDS, 4)), b.shl(high, const(WORDS, 2))), strict=True)
         ]
 
-    def parts(self, b: Any, weights: Any, turn: Any) -> Iterator[Part]:
+    def parts(self, b: Any, weights: TilePiece, turn: Any) -> Iterator[Part]:
         """See `SubBlocks`."""
         half, odd = halves(b, turn)
         fours = [shifted(b, word, times(b, odd, 8)) for word in self._scales(b, weights, half)]
-        here, shift = b.add(weights, times(b, odd, 256)), splat(b, b.trunc(times(b, half, 4), I16), V32I16)
-        bits = [b.lshr(load(b, here, _HIGH + 64 * j, V32I16), shift) for j in range(4)]
+        here, shift = weights.moved(times(b, odd, 256)), splat(b, b.trunc(times(b, half, 4), I16), PAIRS)
+        bits = [b.lshr(here.load(_HIGH + 64 * j, PAIRS), shift) for j in range(4)]
         for quarter, pairs in enumerate(bit_pairs(b, weights, _LOW, turn)):
             if quarter < 2:
-                moved = [b.shl(bit, const(V32I16, 2 - quarter)) for bit in bits]
+                moved = [b.shl(bit, const(PAIRS, 2 - quarter)) for bit in bits]
             else:
-                moved = [b.lshr(bit, const(V32I16, quarter - 2)) for bit in bits]
-            third = (b.and_(b.bitcast(bit, V64I8), const(V64I8, 4)) for bit in moved)
+                moved = [b.lshr(bit, const(PAIRS, quarter - 2)) for bit in bits]
+            third = (b.and_(b.bitcast(bit, QUADS), const(QUADS, 4)) for bit in moved)
             vectors = [b.or_(pair, bit) for pair, bit in zip(pairs, third, strict=True)]
-            scale = b.and_(b.lshr(fours[quarter // 2], const(V16I32, 16 * (quarter % 2))), const(V16I32, 63))
-            yield Part(b.sub(scale, const(V16I32, 32)), vectors, 32 * quarter, 4, (2 * quarter,))
+            scale = b.and_(b.lshr(fours[quarter // 2], const(WORDS, 16 * (quarter % 2))), const(WORDS, 63))
+            yield Part(b.sub(scale, const(WORDS, 32)), Quants(vectors, 7, 4), 32 * quarter, (2 * quarter,))
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
         sums = integer_sums(b, self, weights, column, columns)
-        scale = widen_half(b, load(b, weights, 0, V16I16))
+        scale = widen_half(b, weights.load(0, SHORTS))
         for c in range(columns):
             both = b.fmul(scale, column.scale(c))
             b.store(add_planes(b, [joined(b, sums[c])], both, b.load(acc[c])), acc[c])

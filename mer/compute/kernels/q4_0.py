@@ -8,45 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16F32, V16I16, V16I32, V32I16, V64I8, const, dot4, fma, load, widen_half
+from mer.compute.kernels.ir import const, widen_half
+from mer.compute.kernels.lanes import PAIRS, QUADS, SHORTS, TilePiece
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
 
 KIND = 2  # ggml type id
 
 
-def nibbles(b: Any, weights: Any, offset: int) -> tuple[list[Any], list[Any]]:
-    """Return the 4 low-nibble and 4 high-nibble vectors of 256 packed bytes."""
+def nibbles(b: Any, weights: TilePiece, offset: int) -> list[Any]:
+    """Return the 4 vectors of low nibbles and the 4 of high ones of 16 bytes of each row."""
     low, high = [], []
     for j in range(4):
-        packed = load(b, weights, offset + 64 * j, V64I8)
-        shifted = b.bitcast(b.lshr(b.bitcast(packed, V32I16), const(V32I16, 4)), V64I8)
-        low.append(b.and_(packed, const(V64I8, 15)))
-        high.append(b.and_(shifted, const(V64I8, 15)))
-    return low, high
-
-
-def nibble_dot(b: Any, zero: int, low: list[Any], high: list[Any], column: ActivationColumn, c: int) -> Any:
-    """Return the 16 int32 dot products of 32 nibbles per row, less `zero`, with column c's activations."""
-    planes = []
-    for plane in range(column.planes):
-        total = column.sum(plane, c, [0], -zero) if zero else const(V16I32, 0)
-        for part, vectors in enumerate((low, high)):
-            for j, vector in enumerate(vectors):
-                total = dot4(b, total, vector, column.quad(plane, c, 16 * part + 4 * j, V64I8))
-        planes.append(total)
-    return joined(b, planes)
-
-
-def accumulate_nibbles(
-    b: Any, scale: Any, zero: int, low: list[Any], high: list[Any], column: ActivationColumn, acc: list[Any]
-) -> None:
-    """Add to each column's `acc` the product of 32 weights per row, less `zero`, with its activations, by `scale`."""
-    for c, total in enumerate(acc):
-        dots = nibble_dot(b, zero, low, high, column, c)
-        both = b.fmul(scale, column.scale(c))
-        b.store(fma(b, b.sitofp(dots, V16F32), both, b.load(total)), total)
+        packed = weights.load(offset + 64 * j, QUADS)
+        shifted = b.bitcast(b.lshr(b.bitcast(packed, PAIRS), const(PAIRS, 4)), QUADS)
+        low.append(b.and_(packed, const(QUADS, 15)))
+        high.append(b.and_(shifted, const(QUADS, 15)))
+    return low + high
 
 
 class Q4_0:
@@ -56,11 +36,10 @@ class Q4_0:
     block_bytes = 18
     sums_per_block = 1
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
-        scale = widen_half(b, load(b, weights, 0, V16I16))
-        low, high = nibbles(b, weights, 32)
-        accumulate_nibbles(b, scale, 8, low, high, column, acc)
+        scale = widen_half(b, weights.load(0, SHORTS))
+        accumulate_block(b, scale, Quants(nibbles(b, weights, 32), 15, 8), column, acc)
 
 
 FORMATS[KIND] = Q4_0()

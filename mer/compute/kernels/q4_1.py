@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16F32, V16I16, fma, load, widen_half
-from mer.compute.kernels.q4_0 import nibble_dot, nibbles
+from mer.compute.kernels.ir import fma, widen_half
+from mer.compute.kernels.lanes import FLOATS, SHORTS, TilePiece
+from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, block_dot, joined, matmul_rows
 
 KIND = 3  # ggml type id
 
@@ -20,8 +22,8 @@ KIND = 3  # ggml type id
 def add_with_minimum(b: Any, total: Any, scale: Any, minimum: Any, column: ActivationColumn, c: int, acc: Any) -> None:
     """Add to `acc` a block's integer sum times its scale, then the sum of its activations times its minimum."""
     activation = column.scale(c)
-    value = fma(b, b.sitofp(total, V16F32), b.fmul(scale, activation), b.load(acc))
-    lift = b.sitofp(joined(b, [column.sum(plane, c, [0], 1) for plane in range(column.planes)]), V16F32)
+    value = fma(b, b.sitofp(total, FLOATS), b.fmul(scale, activation), b.load(acc))
+    lift = b.sitofp(joined(b, [column.sum(plane, c, [0], 1) for plane in range(column.planes)]), FLOATS)
     b.store(fma(b, lift, b.fmul(minimum, activation), value), acc)
 
 
@@ -32,13 +34,13 @@ class Q4_1:
     block_bytes = 20
     sums_per_block = 1
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
-        scale = widen_half(b, load(b, weights, 0, V16I16))
-        minimum = widen_half(b, load(b, weights, 32, V16I16))
-        low, high = nibbles(b, weights, 64)
+        scale = widen_half(b, weights.load(0, SHORTS))
+        minimum = widen_half(b, weights.load(32, SHORTS))
+        quants = Quants(nibbles(b, weights, 64), 15)
         for c in range(columns):
-            add_with_minimum(b, nibble_dot(b, 0, low, high, column, c), scale, minimum, column, c, acc[c])
+            add_with_minimum(b, block_dot(b, quants, column, c), scale, minimum, column, c, acc[c])
 
 
 FORMATS[KIND] = Q4_1()

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16I32, V32I16, V64I8, const, half_pair, i64, load
+from mer.compute.kernels.ir import const, i64
+from mer.compute.kernels.lanes import PAIRS, QUADS, WORDS, TilePiece, half_pair
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import (
     Part,
@@ -29,18 +31,18 @@ KIND = 12  # ggml type id
 _SCALES = 64  # byte offset in the tile block
 
 
-def six_bits(b: Any, weights: Any) -> tuple[list[Any], list[Any]]:
+def six_bits(b: Any, weights: TilePiece) -> tuple[list[Any], list[Any]]:
     """Return the 8 sub-scales and 8 sub-minima of each row, as bytes of 2 and 2 vectors of words.
 
     Of the 12 bytes, the first 4 hold sub-scales 0 to 3 and the next 4 their sub-minima; the upper two bits of these
     belong to sub-scales and sub-minima 4 to 7, whose low and high nibbles are the last 4 bytes.
     """
-    *first, last = (load(b, weights, _SCALES + 64 * j, V16I32) for j in range(3))
+    *first, last = (weights.load(_SCALES + 64 * j, WORDS) for j in range(3))
     early, late = [], []
-    for word, nibbles in zip(first, (last, b.lshr(last, const(V16I32, 4))), strict=True):
-        early.append(b.and_(word, const(V16I32, 0x3F3F3F3F)))
-        upper = b.and_(b.lshr(word, const(V16I32, 2)), const(V16I32, 0x30303030))
-        late.append(b.or_(b.and_(nibbles, const(V16I32, 0x0F0F0F0F)), upper))
+    for word, nibbles in zip(first, (last, b.lshr(last, const(WORDS, 4))), strict=True):
+        early.append(b.and_(word, const(WORDS, 0x3F3F3F3F)))
+        upper = b.and_(b.lshr(word, const(WORDS, 2)), const(WORDS, 0x30303030))
+        late.append(b.or_(b.and_(nibbles, const(WORDS, 0x0F0F0F0F)), upper))
     return [early[0], late[0]], [early[1], late[1]]
 
 
@@ -50,29 +52,30 @@ class Q4_K:
     block_weights = 256
     block_bytes = 144
     sums_per_block = 16
+    _largest = 15
     _low = 256  # byte offset of the nibbles in the tile block
 
     def begin(self, b: Any, turn: Any) -> tuple[Any, Any]:
         """See `SubBlocks`."""
         return times(b, turn, 64), times(b, turn, 4)
 
-    def _weights(self, b: Any, weights: Any, turn: Any) -> list[list[Any]]:
+    def _weights(self, b: Any, weights: TilePiece, turn: Any) -> list[list[Any]]:
         """Return 8 vectors of bytes for either sub-block."""
-        here = b.add(weights, times(b, turn, 512))
-        packed = [load(b, here, self._low + 64 * j, V32I16) for j in range(8)]
-        upper = [b.lshr(vector, const(V32I16, 4)) for vector in packed]
-        return [[b.and_(b.bitcast(v, V64I8), const(V64I8, 15)) for v in part] for part in (packed, upper)]
+        here = weights.moved(times(b, turn, 512))
+        packed = [here.load(self._low + 64 * j, PAIRS) for j in range(8)]
+        upper = [b.lshr(vector, const(PAIRS, 4)) for vector in packed]
+        return [[b.and_(b.bitcast(v, QUADS), const(QUADS, 15)) for v in part] for part in (packed, upper)]
 
-    def parts(self, b: Any, weights: Any, turn: Any) -> Iterator[Part]:
+    def parts(self, b: Any, weights: TilePiece, turn: Any) -> Iterator[Part]:
         """See `SubBlocks`."""
         scales, _ = six_bits(b, weights)
         four = b.select(b.icmp_unsigned(">=", turn, i64(2)), scales[1], scales[0])
         two = shifted(b, four, times(b, b.and_(turn, i64(1)), 16))
         for number, vectors in enumerate(self._weights(b, weights, turn)):
-            scale = b.and_(b.lshr(two, const(V16I32, 8 * number)), const(V16I32, 0xFF))
-            yield Part(scale, vectors, 32 * number)
+            scale = b.and_(b.lshr(two, const(WORDS, 8 * number)), const(WORDS, 0xFF))
+            yield Part(scale, Quants(vectors, self._largest), 32 * number)
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
         sums = integer_sums(b, self, weights, column, columns)
         scale, minimum = half_pair(b, weights, 0)

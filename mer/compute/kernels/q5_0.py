@@ -10,27 +10,28 @@ from typing import Any
 
 from llvmlite import ir
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import I32, V16I16, V64I8, const, load, widen_half
-from mer.compute.kernels.q4_0 import accumulate_nibbles, nibbles
+from mer.compute.kernels.ir import I32, const, widen_half
+from mer.compute.kernels.lanes import QUADS, SHORTS, TilePiece
+from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
 
 KIND = 6  # ggml type id
 
 
-def five_bits(b: Any, weights: Any, offset: int) -> tuple[list[Any], list[Any]]:
-    """Return weights 0 to 15 and 16 to 31 of each row as 4 vectors of bytes each; the high bits are at `offset`."""
-    low, high = nibbles(b, weights, offset + 64)
-    bits = load(b, weights, offset, V64I8)
+def five_bits(b: Any, weights: TilePiece, offset: int) -> list[Any]:
+    """Return the weights of each row as 8 vectors of bytes; the high bits are at `offset`, the nibbles behind them."""
+    bits = weights.load(offset, QUADS)
     out = []
-    for four, vector in enumerate((*low, *high)):  # of weights
-        place = ir.Constant(ir.VectorType(I32, 64), [byte // 4 * 4 + four // 2 for byte in range(64)])
-        mask = ir.Constant(V64I8, [1 << 4 * (four % 2) + byte % 4 for byte in range(64)])
+    for four, vector in enumerate(nibbles(b, weights, offset + 64)):  # of weights
+        place = ir.Constant(ir.VectorType(I32, QUADS.count), [byte // 4 * 4 + four // 2 for byte in range(QUADS.count)])
+        mask = ir.Constant(QUADS, [1 << 4 * (four % 2) + byte % 4 for byte in range(QUADS.count)])
         chosen = b.and_(b.shuffle_vector(bits, bits, place), mask)
-        fifth = b.select(b.icmp_unsigned("!=", chosen, const(V64I8, 0)), const(V64I8, 16), const(V64I8, 0))
+        fifth = b.select(b.icmp_unsigned("!=", chosen, const(QUADS, 0)), const(QUADS, 16), const(QUADS, 0))
         out.append(b.or_(vector, fifth))
-    return out[:4], out[4:]
+    return out
 
 
 class Q5_0:
@@ -40,11 +41,10 @@ class Q5_0:
     block_bytes = 22
     sums_per_block = 1
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
-        scale = widen_half(b, load(b, weights, 0, V16I16))
-        low, high = five_bits(b, weights, 32)
-        accumulate_nibbles(b, scale, 16, low, high, column, acc)
+        scale = widen_half(b, weights.load(0, SHORTS))
+        accumulate_block(b, scale, Quants(five_bits(b, weights, 32), 31, 16), column, acc)
 
 
 FORMATS[KIND] = Q5_0()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import half_pair
-from mer.compute.kernels.q4_0 import nibble_dot
+from mer.compute.kernels.lanes import TilePiece, half_pair
 from mer.compute.kernels.q4_1 import add_with_minimum
 from mer.compute.kernels.q5_0 import five_bits
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, block_dot, matmul_rows
 
 KIND = 7  # ggml type id
 
@@ -26,12 +26,12 @@ class Q5_1:
     block_bytes = 24
     sums_per_block = 1
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
         scale, minimum = half_pair(b, weights, 0)
-        low, high = five_bits(b, weights, 64)
+        quants = Quants(five_bits(b, weights, 64), 31)
         for c in range(columns):
-            add_with_minimum(b, nibble_dot(b, 0, low, high, column, c), scale, minimum, column, c, acc[c])
+            add_with_minimum(b, block_dot(b, quants, column, c), scale, minimum, column, c, acc[c])
 
 
 FORMATS[KIND] = Q5_1()

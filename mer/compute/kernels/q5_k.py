@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import I16, V32I16, V64I8, const, load, splat
+from mer.compute.kernels.ir import I16, const, splat
+from mer.compute.kernels.lanes import PAIRS, QUADS, TilePiece
 from mer.compute.kernels.q4_k import Q4_K
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import times
@@ -24,15 +25,16 @@ class Q5_K(Q4_K):
     """Decoder of the Q5_K tile."""
 
     block_bytes = 176
+    _largest = 31
     _low = 768
 
-    def _weights(self, b: Any, weights: Any, turn: Any) -> list[list[Any]]:
+    def _weights(self, b: Any, weights: TilePiece, turn: Any) -> list[list[Any]]:
         """Return 8 vectors of bytes for either sub-block."""
-        shift = splat(b, b.trunc(times(b, turn, 2), I16), V32I16)
-        bits = [b.lshr(load(b, weights, _HIGH + 64 * j, V32I16), shift) for j in range(8)]
+        shift = splat(b, b.trunc(times(b, turn, 2), I16), PAIRS)
+        bits = [b.lshr(weights.load(_HIGH + 64 * j, PAIRS), shift) for j in range(8)]
         return [
             [
-                b.or_(nibble, b.and_(b.bitcast(b.shl(bit, const(V32I16, 4 - part)), V64I8), const(V64I8, 16)))
+                b.or_(nibble, b.and_(b.bitcast(b.shl(bit, const(PAIRS, 4 - part)), QUADS), const(QUADS, 16)))
                 for nibble, bit in zip(nibbles, bits, strict=True)
             ]
             for part, nibbles in enumerate(super()._weights(b, weights, turn))

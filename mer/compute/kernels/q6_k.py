@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16I8, V16I16, V16I32, V32I16, V64I8, const, load, widen_half
+from mer.compute.kernels.ir import const, widen_half
+from mer.compute.kernels.lanes import BYTES, PAIRS, QUADS, SHORTS, WORDS, TilePiece
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import Part, add_planes, begin_of_halves, halves, integer_sums, times
 from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
@@ -39,32 +41,33 @@ class Q6_K:
         for j in range(4):
             nibbles = low[4 * (quarter % 2) + j]
             if quarter >= 2:
-                nibbles = b.lshr(nibbles, const(V32I16, 4))
+                nibbles = b.lshr(nibbles, const(PAIRS, 4))
             pairs, shift = high[j], 4 - 2 * quarter
             if shift > 0:
-                pairs = b.shl(pairs, const(V32I16, shift))
+                pairs = b.shl(pairs, const(PAIRS, shift))
             elif shift < 0:
-                pairs = b.lshr(pairs, const(V32I16, -shift))
-            nibble = b.and_(b.bitcast(nibbles, V64I8), const(V64I8, 0x0F))
-            vectors.append(b.or_(nibble, b.and_(b.bitcast(pairs, V64I8), const(V64I8, 0x30))))
+                pairs = b.lshr(pairs, const(PAIRS, -shift))
+            nibble = b.and_(b.bitcast(nibbles, QUADS), const(QUADS, 0x0F))
+            vectors.append(b.or_(nibble, b.and_(b.bitcast(pairs, QUADS), const(QUADS, 0x30))))
         return vectors
 
-    def parts(self, b: Any, weights: Any, turn: Any) -> Iterator[Part]:
+    def parts(self, b: Any, weights: TilePiece, turn: Any) -> Iterator[Part]:
         """See `SubBlocks`."""
         half, odd = halves(b, turn)
-        scales = b.add(weights, times(b, b.add(times(b, half, 8), odd), 16))
-        low = b.add(weights, b.add(times(b, half, 64 * 16), times(b, odd, 64 * 4)))
-        high = b.add(weights, times(b, turn, 64 * 4))
-        lows = [load(b, low, _LOW + 64 * (8 * run + j), V32I16) for run in range(2) for j in range(4)]
-        highs = [load(b, high, _HIGH + 64 * j, V32I16) for j in range(4)]
+        scales = weights.moved(times(b, b.add(times(b, half, 8), odd), 16))
+        low = weights.moved(b.add(times(b, half, 64 * 16), times(b, odd, 64 * 4)))
+        high = weights.moved(times(b, turn, 64 * 4))
+        lows = [low.load(_LOW + 64 * (8 * run + j), PAIRS) for run in range(2) for j in range(4)]
+        highs = [high.load(_HIGH + 64 * j, PAIRS) for j in range(4)]
         for quarter in range(4):
-            scale = b.sext(load(b, scales, _SCALES + 16 * 2 * quarter, V16I8), V16I32)
-            yield Part(scale, self._weights(b, lows, highs, quarter), 32 * quarter, 32, (2 * quarter,))
+            scale = b.sext(scales.load(_SCALES + 16 * 2 * quarter, BYTES), WORDS)
+            quants = Quants(self._weights(b, lows, highs, quarter), 63, 32)
+            yield Part(scale, quants, 32 * quarter, (2 * quarter,))
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
         sums = integer_sums(b, self, weights, column, columns)
-        scale = widen_half(b, load(b, weights, 0, V16I16))
+        scale = widen_half(b, weights.load(0, SHORTS))
         for c in range(columns):
             b.store(add_planes(b, sums[c], b.fmul(scale, column.scale(c)), b.load(acc[c])), acc[c])
 

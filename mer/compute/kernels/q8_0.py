@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import interleave_rows
-from mer.compute.kernels.ir import V16F32, V16I16, V64I8, dot4, fma, load, widen_half
+from mer.compute.kernels.ir import widen_half
+from mer.compute.kernels.lanes import QUADS, SHORTS, TilePiece
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
 
 KIND = 8  # ggml type id
 
@@ -23,18 +25,11 @@ class Q8_0:
     block_bytes = 34
     sums_per_block = 1
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
         """See `BlockFormat`."""
-        scale = widen_half(b, load(b, weights, 0, V16I16))
-        vectors = [load(b, weights, 32 + 64 * j, V64I8) for j in range(8)]
-        for c in range(columns):
-            planes = []
-            for plane in range(column.planes):
-                total = column.sum(plane, c, [0], -128)
-                for j, vector in enumerate(vectors):
-                    total = dot4(b, total, vector, column.quad(plane, c, 4 * j, V64I8))
-                planes.append(total)
-            b.store(fma(b, b.sitofp(joined(b, planes), V16F32), b.fmul(scale, column.scale(c)), b.load(acc[c])), acc[c])
+        scale = widen_half(b, weights.load(0, SHORTS))
+        vectors = [weights.load(32 + 64 * j, QUADS) for j in range(8)]
+        accumulate_block(b, scale, Quants(vectors, 255, 128), column, acc)
 
 
 FORMATS[KIND] = Q8_0()

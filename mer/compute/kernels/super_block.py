@@ -14,26 +14,27 @@ import itertools
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from mer.compute.kernels.dots import Place, Quants, add_scaled_dots, dot2
 from mer.compute.kernels.interleave import ROWS
-from mer.compute.kernels.ir import I32, I64, V16F32, V16I32, V32I16, V64I8, const, dot2, dot4, fma, i64, splat
+from mer.compute.kernels.ir import I32, I64, const, fma, i64, splat
+from mer.compute.kernels.lanes import FLOATS, PAIRS, WORDS, TilePiece
 from mer.compute.kernels.numba_api import cgutils
-from mer.compute.kernels.tile import PLANE_SHIFT, ActivationColumn, ask_ahead, joined
+from mer.compute.kernels.tile import PLANE_SHIFT, ActivationColumn, joined
 
 TURNS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Weights that have a sub-scale in common, 4 bytes of each row to a vector, with `zero` added to each weight.
+    """Weights that have a sub-scale in common.
 
     `position` is the first one's place, and `sums` the numbers of their activations' sums, both counted from where the
-    turn's activations begin. Types that add nothing need no sums.
+    turn's activations begin. Weights that stand for themselves need no sums.
     """
 
-    scale: Any  # <16 x i32>
-    vectors: list[Any]
+    scale: Any  # WORDS
+    weights: Quants
     position: int
-    zero: int = 0
     sums: tuple[int, ...] = ()
 
 
@@ -45,56 +46,53 @@ class SubBlocks(Protocol):
     def begin(self, b: Any, turn: Any) -> tuple[Any, Any]:
         """Return where the activations of turn `turn`, an IR value, begin: in weights, and in sums."""
 
-    def parts(self, b: Any, weights: Any, turn: Any) -> Iterable[Part]:
-        """Emit the code that takes apart the sub-blocks of one turn; `weights` is the address of the super-block."""
+    def parts(self, b: Any, weights: TilePiece, turn: Any) -> Iterable[Part]:
+        """Emit the code that takes apart the sub-blocks of one turn; `weights` is a piece of the super-block."""
 
 
-def integer_sums(b: Any, fmt: SubBlocks, weights: Any, column: ActivationColumn, columns: int) -> list[list[Any]]:
-    """Return for each column and each plane 16 int32: of each row, the sum of sub-scale times dot product."""
+def integer_sums(b: Any, fmt: SubBlocks, weights: TilePiece, column: ActivationColumn, columns: int) -> list[list[Any]]:
+    """Return for each column and each plane each row's int32 sum of sub-scale times dot product."""
     planes = range(column.planes)
-    totals = [[cgutils.alloca_once_value(b, const(V16I32, 0)) for _ in planes] for _ in range(columns)]
+    totals = [[cgutils.alloca_once_value(b, const(WORDS, 0)) for _ in planes] for _ in range(columns)]
     with cgutils.for_range(b, i64(TURNS), intp=I64) as loop:
         here = column.advanced(*fmt.begin(b, loop.index))
         piece = ROWS * fmt.block_bytes // TURNS
-        ask_ahead(b, b.add(weights, times(b, loop.index, piece)), piece, columns)
+        weights.moved(times(b, loop.index, piece)).ask_ahead(piece, columns)
         for part in fmt.parts(b, weights, loop.index):
             for c, plane in itertools.product(range(columns), planes):
-                dots = here.sum(plane, c, part.sums, -part.zero) if part.zero else const(V16I32, 0)
-                for j, vector in enumerate(part.vectors):
-                    dots = dot4(b, dots, vector, here.quad(plane, c, part.position + 4 * j, V64I8))
-                total = totals[c][plane]
-                b.store(b.add(b.load(total), b.mul(dots, part.scale)), total)
+                total, place = totals[c][plane], Place(here, plane, c, part.position, part.sums)
+                b.store(add_scaled_dots(b, b.load(total), part.scale, part.weights, place), total)
     return [[b.load(total) for total in of_planes] for of_planes in totals]
 
 
 def add_planes(b: Any, sums: list[Any], scale: Any, acc: Any) -> Any:
     """Return acc + scale times the integer sums of all planes, which together may not fit int32."""
     for plane, total in enumerate(sums):
-        weight = const(V16F32, float(1 << PLANE_SHIFT * (len(sums) - 1 - plane)))
-        acc = fma(b, b.sitofp(total, V16F32), b.fmul(scale, weight), acc)
+        weight = const(FLOATS, float(1 << PLANE_SHIFT * (len(sums) - 1 - plane)))
+        acc = fma(b, b.sitofp(total, FLOATS), b.fmul(scale, weight), acc)
     return acc
 
 
 def byte_pairs(b: Any, words: list[Any]) -> list[Any]:
-    """Return the unsigned bytes of vectors of words as V32I16: the even ones of each vector, then the odd ones."""
-    halves = [b.bitcast(word, V32I16) for word in words]
-    return [part for v in halves for part in (b.and_(v, const(V32I16, 0xFF)), b.lshr(v, const(V32I16, 8)))]
+    """Return the unsigned bytes of vectors of words as PAIRS: the even ones of each vector, then the odd ones."""
+    halves = [b.bitcast(word, PAIRS) for word in words]
+    return [part for v in halves for part in (b.and_(v, const(PAIRS, 0xFF)), b.lshr(v, const(PAIRS, 8)))]
 
 
 def subtract_minima(b: Any, minima: list[Any], minimum: Any, column: ActivationColumn, c: int, acc: Any) -> Any:
     """Return acc less column c's product with the minima, given as `minimum` times the integers of `byte_pairs`."""
     planes = []
     for plane in range(column.planes):
-        total = const(V16I32, 0)
+        total = const(WORDS, 0)
         for pair, sums in zip(minima, column.sum_pairs(plane, c, 8 // len(minima)), strict=True):
             total = dot2(b, total, pair, sums)
         planes.append(total)
-    return fma(b, b.sitofp(joined(b, planes), V16F32), b.fneg(b.fmul(minimum, column.scale(c))), acc)
+    return fma(b, b.sitofp(joined(b, planes), FLOATS), b.fneg(b.fmul(minimum, column.scale(c))), acc)
 
 
 def shifted(b: Any, words: Any, amount: Any) -> Any:
     """Return vectors of words shifted right by an i64 value."""
-    return b.lshr(words, splat(b, b.trunc(amount, I32), V16I32))
+    return b.lshr(words, splat(b, b.trunc(amount, I32), WORDS))
 
 
 def times(b: Any, turn: Any, factor: int) -> Any:

@@ -1,8 +1,9 @@
 """Which instruction-set form the kernels take, decided once, before numba is imported.
 
-On Intel processors LLVM prefers 256-bit vectors; `NUMBA_CPU_FEATURES` then becomes the host's own feature list with
-`-prefer-256-bit`, unless the user has set that variable. Compiled kernels go to the user's cache folder, keyed by mer's
-version, a hash of the kernel sources, and the form.
+The best form that the processor is able to run is taken, unless `MER_KERNELS` names another one. Unless the user has
+set `NUMBA_CPU_FEATURES`, that variable becomes the host's own feature list with a change: with `-prefer-256-bit` for
+AVX-512, which LLVM would use by halves on Intel processors, and without AVX-512 for the AVX2 form. Compiled kernels go
+to the user's cache folder, keyed by mer's version, a hash of the kernel sources, and the form.
 """
 
 from __future__ import annotations
@@ -21,13 +22,22 @@ from mer.version import VERSION
 
 
 class Form(enum.Enum):
-    """An instruction-set form of the kernels; all forms of a kernel keep one summation order."""
+    """An instruction-set form of the kernels, the best one first; all forms keep one summation order."""
 
     AVX512_VNNI = "avx512-vnni"
+    AVX_VNNI = "avx-vnni"
+    AVX2 = "avx2"
     PORTABLE = "portable"
 
 
-_VNNI_NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+_AVX2_NEEDS = ("avx2", "fma", "f16c")
+# {form: the sets of features of which one is enough}
+_NEEDS: dict[Form, tuple[tuple[str, ...], ...]] = {
+    Form.AVX512_VNNI: (("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),),
+    Form.AVX_VNNI: ((*_AVX2_NEEDS, "avxvnni"), (*_AVX2_NEEDS, "avx512f", "avx512vl", "avx512vnni")),
+    Form.AVX2: (_AVX2_NEEDS,),
+    Form.PORTABLE: ((),),
+}
 
 
 def _host_features() -> dict[str, bool]:
@@ -39,19 +49,24 @@ def _host_features() -> dict[str, bool]:
     return {item[1:]: item[0] == "+" for item in chosen.split(",") if item}
 
 
+def _missing(form: Form, features: dict[str, bool]) -> tuple[str, ...]:
+    """Return what the processor lacks for a form."""
+    return min((tuple(name for name in needs if not features.get(name, False)) for needs in _NEEDS[form]), key=len)
+
+
 def _choose_form() -> Form:
     forced = os.environ.get("MER_KERNELS")
     features = _host_features()
-    able = all(features.get(name, False) for name in _VNNI_NEEDS)
+    able = [form for form in Form if not _missing(form, features)]
     if not forced:
-        return Form.AVX512_VNNI if able else Form.PORTABLE
+        return able[0]
     try:
         form = Form(forced)
     except ValueError:
         raise ConfigError(f"MER_KERNELS={forced!r}; it may be {', '.join(f.value for f in Form)}") from None
-    if form is Form.AVX512_VNNI and not able:
-        missing = ", ".join(name for name in _VNNI_NEEDS if not features.get(name, False))
-        raise ConfigError(f"MER_KERNELS={forced!r}, but this processor lacks {missing}; use 'portable'")
+    if form not in able:
+        missing = ", ".join(_missing(form, features))
+        raise ConfigError(f"MER_KERNELS={forced!r}, but this processor lacks {missing}; use {able[0].value!r}")
     return form
 
 
@@ -62,14 +77,26 @@ def _source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def _features_for(form: Form) -> str | None:
+    """Return the features to compile a form for where they are not the host's own."""
+    features = binding.get_host_cpu_features()
+    if form is Form.AVX512_VNNI:
+        return str(features.flatten()) + ",-prefer-256-bit"
+    if form is Form.AVX2 and features.get("avx512f", False):
+        wide = {name: False for name in features if name.startswith(("avx512", "avx10"))}
+        return ",".join(f"{'+' if on else '-'}{name}" for name, on in sorted((features | wide).items()))
+    return None
+
+
 def _prepare_numba(form: Form) -> bool:
     """Set numba's environment and return whether LLVM was told to use 512-bit vectors."""
-    wide = form is Form.AVX512_VNNI
     if "numba" in sys.modules:
         return "-prefer-256-bit" in os.environ.get("NUMBA_CPU_FEATURES", "")
-    if wide and "NUMBA_CPU_FEATURES" not in os.environ and "NUMBA_CPU_NAME" not in os.environ:
-        os.environ["NUMBA_CPU_FEATURES"] = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
-    return wide
+    if "NUMBA_CPU_FEATURES" not in os.environ and "NUMBA_CPU_NAME" not in os.environ:
+        features = _features_for(form)
+        if features is not None:
+            os.environ["NUMBA_CPU_FEATURES"] = features
+    return form is Form.AVX512_VNNI
 
 
 FORM = _choose_form()

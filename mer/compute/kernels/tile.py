@@ -1,8 +1,8 @@
 """Quantized matrix products over 16-row tiles.
 
 Layout "x16": a tile is 16 rows of a weight matrix, interleaved so that each 64-byte vector holds 4 bytes of every row;
-it has exactly the size of the 16 rows it came from. Vector lane i works for row i alone and walks the blocks along K
-in order,
+it has exactly the size of the 16 rows it came from. A lane works for one row alone and walks the blocks along K in
+order,
 
     total = integer dot product of the block;  acc = fma(float(total), weight scale * activation scale, acc)
 
@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from llvmlite import ir
 from numba import types
 
+from mer.compute.kernels.dots import Place, Quants, dots
 from mer.compute.kernels.entry import claim, rows_of_piece
 from mer.compute.kernels.interleave import ROWS, interleave_tile
 from mer.compute.kernels.ir import (
@@ -30,24 +32,20 @@ from mer.compute.kernels.ir import (
     I16,
     I32,
     I64,
-    V16F32,
     V16I32,
-    V32I16,
     const,
+    fma,
     i64,
     load,
     load_i64,
-    prefetch,
     splat,
     store,
 )
+from mer.compute.kernels.lanes import FLOATS, PAIRS, PIECES, QUADS, ROW_LANES, WORDS, TilePiece
 from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
 from mer.compute.kernels.step import ARG0
 
 PLANE_SHIFT = 7  # the first of two planes counts 2**7 times the second
-_PREFETCH_BYTES = 8192  # weights are asked for so far ahead, across tiles: the hardware itself stops at pages
-_L2 = 2  # locality of a prefetch that goes past the first cache, which is too small to hold so much until it is used
-_PREFETCH_COLUMNS = 4  # with more columns the arithmetic takes longer than the weights
 _SMALL_BLOCK_BYTES = 1024  # a larger block asks for what lies ahead bit by bit: more requests at once would wait
 
 
@@ -58,8 +56,8 @@ class BlockFormat(Protocol):
     block_bytes: int  # bytes of one row's block
     sums_per_block: int  # int32 activation sums per block
 
-    def accumulate(self, b: Any, weights: Any, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
-        """Emit acc[c] += block product for every column c; `weights` is the address of the tile's block."""
+    def accumulate(self, b: Any, weights: TilePiece, column: ActivationColumn, columns: int, acc: list[Any]) -> None:
+        """Emit acc[c] += block product for every column c; `weights` is a piece of the tile's block."""
 
 
 class ActivationColumn:
@@ -80,24 +78,24 @@ class ActivationColumn:
         later._xsum = self._b.add(self._xsum, self._b.mul(sums, i64(4)))
         return later
 
-    def quad(self, plane: int, column: int, position: int, vector: Any) -> Any:
-        """Broadcast the 4 int8 activations from `position` (in weights) to all lanes, as `vector`."""
+    def quad(self, plane: int, column: int, position: int) -> Any:
+        """Broadcast the 4 int8 activations from `position` (in weights) to all lanes, as QUADS."""
         offset = (plane * self._columns + column) * self._fmt.block_weights + position
-        return self._b.bitcast(splat(self._b, load(self._b, self._xq, offset, I32, 4), V16I32), vector)
+        return self._b.bitcast(splat(self._b, load(self._b, self._xq, offset, I32, 4), WORDS), QUADS)
 
     def scale(self, column: int) -> Any:
         """The block's float32 scale, broadcast."""
-        return splat(self._b, load(self._b, self._xs, 4 * column, F32, 4), V16F32)
+        return splat(self._b, load(self._b, self._xs, 4 * column, F32, 4), FLOATS)
 
     def sum(self, plane: int, column: int, indices: Sequence[int], factor: int) -> Any:
         """The block's int32 activation sums of these indices together, times a constant, broadcast."""
         first = (plane * self._columns + column) * self._fmt.sums_per_block
         values = [load(self._b, self._xsum, 4 * (first + index), I32, 4) for index in indices]
         total = functools.reduce(self._b.add, values)
-        return splat(self._b, self._b.mul(total, ir.Constant(I32, factor)), V16I32)
+        return splat(self._b, self._b.mul(total, ir.Constant(I32, factor)), WORDS)
 
     def sum_pairs(self, plane: int, column: int, per_sum: int) -> list[Any]:
-        """The sums of each 16 * `per_sum` (1 or 2) weights of a block of 256, as pairs of int16 broadcast as V32I16.
+        """The sums of each 16 * `per_sum` (1 or 2) weights of a block of 256, as pairs of int16 broadcast as PAIRS.
 
         Of each four sums the first and the third are a pair, then the second and the fourth: as the bytes of a word
         fall into int16.
@@ -109,25 +107,30 @@ class ActivationColumn:
         parts = [b.shuffle_vector(sums, sums, ir.Constant(wide, [i + j for i in order])) for j in range(per_sum)]
         total = parts[0] if per_sum == 1 else b.add(*parts)
         pairs = b.bitcast(b.trunc(total, ir.VectorType(I16, len(order))), ir.VectorType(I32, len(order) // 2))
-        picks = (const(V16I32, i) for i in range(len(order) // 2))
-        return [b.bitcast(b.shuffle_vector(pairs, pairs, pick), V32I16) for pick in picks]
+        picks = (const(WORDS, i) for i in range(len(order) // 2))
+        return [b.bitcast(b.shuffle_vector(pairs, pairs, pick), PAIRS) for pick in picks]
 
 
 FORMATS: dict[int, BlockFormat] = {}  # {ggml type id: format}
-
-
-def ask_ahead(b: Any, weights: Any, n_bytes: int, columns: int) -> None:
-    """Ask for the `n_bytes` of weights that are as far ahead of `weights` as is useful with so many columns."""
-    if columns <= _PREFETCH_COLUMNS:
-        for line in range(0, n_bytes, 64):
-            prefetch(b, weights, _PREFETCH_BYTES + line, _L2)
 
 
 def joined(b: Any, planes: list[Any]) -> Any:
     """Return the int32 total of all planes: the first one counts 128 times the second."""
     if len(planes) == 1:
         return planes[0]
-    return b.add(b.shl(planes[0], const(V16I32, PLANE_SHIFT)), planes[1])
+    return b.add(b.shl(planes[0], const(WORDS, PLANE_SHIFT)), planes[1])
+
+
+def block_dot(b: Any, weights: Quants, column: ActivationColumn, c: int) -> Any:
+    """Return each row's dot product of a whole block's weights with all planes of column c, as int32."""
+    return joined(b, [dots(b, weights, Place(column, plane, c)) for plane in range(column.planes)])
+
+
+def accumulate_block(b: Any, scale: Any, weights: Quants, column: ActivationColumn, acc: list[Any]) -> None:
+    """Add to each column's `acc` the dot product of a whole block's weights times both scales."""
+    for c, total in enumerate(acc):
+        both = b.fmul(scale, column.scale(c))
+        b.store(fma(b, b.sitofp(block_dot(b, weights, column, c), FLOATS), both, b.load(total)), total)
 
 
 @intrinsic(prefer_literal=True)
@@ -154,22 +157,24 @@ def tile(
 
     def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
         w, n, xq, xs, xsum, out, out_stride, add = args[3:]
-        zero = const(V16F32, 0.0)
-        acc = [cgutils.alloca_once_value(b, zero) for _ in range(n_columns)]
+        zero = const(FLOATS, 0.0)
+        acc = [[cgutils.alloca_once_value(b, zero) for _ in range(n_columns)] for _ in range(PIECES)]
         block = ROWS * fmt.block_bytes
         with cgutils.for_range(b, n, intp=I64) as loop:
             column = ActivationColumn(b, fmt, n_planes, n_columns, loop.index, xq, xs, xsum)
             base = b.add(w, b.mul(loop.index, i64(block)))
-            if block <= _SMALL_BLOCK_BYTES:
-                ask_ahead(b, base, block, n_columns)
-            fmt.accumulate(b, base, column, n_columns, acc)
+            for number, of_piece in enumerate(acc):
+                piece = TilePiece(b, base, number)
+                if block <= _SMALL_BLOCK_BYTES:
+                    piece.ask_ahead(block, n_columns)
+                fmt.accumulate(b, piece, column, n_columns, of_piece)
         adds = b.icmp_signed("!=", add, i64(0))
-        for c in range(n_columns):
-            offset = b.mul(out_stride, i64(c))
-            result = b.load(acc[c])
+        for number, c in itertools.product(range(PIECES), range(n_columns)):
+            offset = b.add(b.mul(out_stride, i64(c)), i64(4 * ROW_LANES * number))
+            result = b.load(acc[number][c])
             old = cgutils.alloca_once_value(b, zero)
             with b.if_then(adds):
-                b.store(load(b, out, offset, V16F32, 4), old)
+                b.store(load(b, out, offset, FLOATS, 4), old)
             store(b, b.fadd(b.load(old), result), out, offset, 4)
         return context.get_dummy_value()
 
