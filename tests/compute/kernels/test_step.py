@@ -21,8 +21,13 @@ ROOT = Path(__file__).parents[3]
 VNNI_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 HOST_FEATURES = binding.get_host_cpu_features()
 
+HASWELL = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.2"  # what has AVX2 and nothing later
+
 needs_vnni = pytest.mark.skipif(
     not all(HOST_FEATURES.get(name, False) for name in VNNI_FEATURES), reason="the processor lacks AVX-512 VNNI"
+)
+needs_avx2 = pytest.mark.skipif(
+    not all(HOST_FEATURES.get(name, False) for name in ("avx2", "fma", "f16c")), reason="the processor lacks AVX2"
 )
 
 
@@ -93,26 +98,44 @@ print(FORM.value)
 """
 
 
+ALL = [Type(int(kind)) for kind in sorted(MATRIX_TYPES)]
+
+
 @needs_vnni
 def test_every_form_gives_the_same_bits(tmp_path: Path) -> None:
+    """AVX-VNNI has no code of its own but one instruction; four types have it in all ways that it is used."""
+    kinds_of = dict.fromkeys(Form, ALL) | {Form.AVX_VNNI: [Type.Q4_1, Type.Q8_0, Type.Q6_K, Type.IQ4_XS]}
     shape: dict[str, Any] = {"d_model": 256, "d_ff": 256, "n_heads": 8, "n_layers": 1}
-    kinds = [Type(int(kind)) for kind in sorted(MATRIX_TYPES)]
-    paths = [tiny_model(tmp_path / f"{kind.name}.gguf", "qwen3moe", weight_type=kind, **shape).path for kind in kinds]
-    wide, portable = tmp_path / "wide.npz", tmp_path / "portable.npz"
-    assert output(python(LOGITS, wide, *paths, MER_KERNELS="avx512-vnni")) == ["avx512-vnni"]
-    assert output(python(LOGITS, portable, *paths, MER_KERNELS="portable")) == ["portable"]
-    with np.load(wide) as one, np.load(portable) as other:
-        assert len(one.files) == 2 * len(kinds)
-        for name in one.files:
-            assert np.array_equal(one[name], other[name])
+    paths = {
+        kind: tiny_model(tmp_path / f"{kind.name}.gguf", "qwen3moe", weight_type=kind, **shape).path for kind in ALL
+    }
+    want: dict[Type, list[Any]] = {}
+    for form, kinds in kinds_of.items():
+        out = tmp_path / f"{form.value}.npz"
+        assert output(python(LOGITS, out, *(paths[kind] for kind in kinds), MER_KERNELS=form.value)) == [form.value]
+        with np.load(out) as file:
+            logits = [file[name] for name in file.files]
+        assert len(logits) == 2 * len(kinds)
+        for number, kind in enumerate(kinds):
+            got = logits[2 * number : 2 * number + 2]
+            assert all(map(np.array_equal, got, want.setdefault(kind, got)))
+    assert all(np.isfinite(planes).all() for logits in want.values() for planes in logits)
 
 
-@pytest.mark.skipif(FORM is Form.PORTABLE, reason="this process uses the portable form already")
-def test_the_portable_form_passes_the_tests_of_the_kernels() -> None:
-    """Those of products, whose instructions the forms write differently."""
+@pytest.mark.parametrize(
+    ("form", "chosen"),
+    [
+        pytest.param(Form.AVX2, ["tests/compute/kernels", "--ignore", __file__], marks=needs_avx2, id="avx2"),
+        pytest.param(Form.PORTABLE, ["tests/compute/kernels/test_matmul.py"], id="portable"),
+    ],
+)
+def test_the_other_forms_pass_the_tests_of_the_kernels(form: Form, chosen: list[str]) -> None:
+    """In the portable form those of products, whose instructions the forms write differently."""
+    if form is FORM:
+        pytest.skip("this process uses the form already")
     done = python(
-        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-p", "no:cacheprovider",
-        "tests/compute/kernels/test_matmul.py", MER_KERNELS="portable",
+        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-p", "no:cacheprovider", *chosen,
+        MER_KERNELS=form.value,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
@@ -124,19 +147,41 @@ SHOW_FORM = "from mer.compute.kernels.target import FORM, WIDE_VECTORS; print(FO
 def test_a_form_that_does_not_exist_is_an_error() -> None:
     done = python(SHOW_FORM, MER_KERNELS="avx1024")
     assert done.returncode == 1
-    assert "ConfigError: MER_KERNELS='avx1024'; it may be avx512-vnni, portable" in done.stderr
+    assert "ConfigError: MER_KERNELS='avx1024'; it may be avx512-vnni, avx-vnni, avx2, portable" in done.stderr
 
 
-def test_a_form_that_the_processor_lacks_is_an_error() -> None:
-    done = python(SHOW_FORM, MER_KERNELS="avx512-vnni", NUMBA_CPU_FEATURES="+avx512f,+avx512bw,-avx512vl")
+@pytest.mark.parametrize(
+    ("form", "features", "message"),
+    [
+        ("avx512-vnni", "+avx512f,+avx512bw,-avx512vl", "lacks avx512vl, avx512dq, avx512vnni; use 'portable'"),
+        ("avx-vnni", HASWELL, "lacks avxvnni; use 'avx2'"),
+        ("avx2", "+avx2,+f16c", "lacks fma; use 'portable'"),
+    ],
+)
+def test_a_form_that_the_processor_lacks_is_an_error(form: str, features: str, message: str) -> None:
+    done = python(SHOW_FORM, MER_KERNELS=form, NUMBA_CPU_FEATURES=features)
     assert done.returncode == 1
-    assert "this processor lacks avx512vl, avx512dq, avx512vnni; use 'portable'" in done.stderr
+    assert f"MER_KERNELS={form!r}, but this processor {message}" in done.stderr
 
 
-def test_the_best_form_that_the_processor_has_is_chosen() -> None:
-    able = all(HOST_FEATURES.get(name, False) for name in VNNI_FEATURES)
-    assert output(python(SHOW_FORM, MER_KERNELS="")) == ["avx512-vnni True" if able else "portable False"]
-    assert output(python(SHOW_FORM, NUMBA_CPU_FEATURES="+avx2,+fma")) == ["portable False"]
+@pytest.mark.parametrize(
+    ("features", "form"),
+    [
+        ("+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni", "avx512-vnni"),
+        (HASWELL + ",+avx512f,+avx512bw,+avx512vl,+avx512dq", "avx2"),  # Skylake's AVX-512 has no VNNI
+        (HASWELL + ",+avxvnni", "avx-vnni"),
+        (HASWELL, "avx2"),
+        ("+avx2,+fma", "portable"),
+        ("", "portable"),
+    ],
+)
+def test_the_best_form_that_the_processor_has_is_chosen(features: str, form: str) -> None:
+    wide = form == "avx512-vnni"
+    assert output(python(SHOW_FORM, NUMBA_CPU_FEATURES=features)) == [f"{form} {wide}"]
+
+
+def test_an_empty_choice_is_none() -> None:
+    assert output(python(SHOW_FORM, MER_KERNELS="")) == output(python(SHOW_FORM))
 
 
 SHOW_FEATURES = """
@@ -152,6 +197,10 @@ def test_llvm_is_told_to_use_wide_vectors_unless_the_user_chose_features() -> No
     assert features == HOST_FEATURES.flatten() + ",-prefer-256-bit"
     assert output(python(SHOW_FEATURES, NUMBA_CPU_FEATURES="+avx2")) == ["+avx2"]
     assert output(python(SHOW_FEATURES, MER_KERNELS="portable")) == ["unset"]
+    (features,) = output(python(SHOW_FEATURES, MER_KERNELS="avx2"))
+    changed = [name for name in features.split(",") if name not in HOST_FEATURES.flatten().split(",")]
+    assert {"-avx512f", "-avx512vl"} <= set(changed)
+    assert [name for name in changed if not name.startswith("-avx512")] == []
 
 
 ASSEMBLY = """
@@ -172,6 +221,44 @@ def test_products_use_512_bit_integer_dot_products(cpu: str | None, tmp_path: Pa
     assert cached == "False"  # numba does not show the assembly of what it finds in a cache
     assert int(wide) >= 8 * (8 + 4 + 2 + 1)  # 8 for each column of each tile width
     assert int(narrow) == 0
+
+
+NARROW_ASSEMBLY = """
+import re, sys
+from mer.compute.forward import steps_for
+from mer.compute.kernels.q8_0 import matmul_q8_0
+from mer.compute.kernels.target import FORM
+from mer.io.ggml import GGMLType
+patterns = "vpmaddubsw.*ymm", "vpdpbusd.*ymm", "ymm", "zmm|[xy]mm(1[6-9]|[23][0-9])|%k[0-7]"
+print(FORM.value)
+kinds = [GGMLType[name] for name in sys.argv[1].split()]
+for step in [matmul_q8_0, *(steps_for(kinds, 1) if kinds else [])]:
+    step.compile()
+    print(step.name, *(len(re.findall(pattern, step.assembly)) for pattern in patterns))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are instructions of x86-64")
+@pytest.mark.parametrize("form", ["avx2", "haswell", "avx-vnni"])
+def test_256_bit_forms_need_nothing_later(form: str, tmp_path: Path) -> None:
+    """No register of AVX-512, whether the form is forced on a processor that has it, or taken on one that has not."""
+    chosen: dict[str, str] = {"MER_KERNELS": form}
+    if form == "haswell":
+        chosen = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": HASWELL}
+    if form == "avx-vnni":
+        chosen = {"NUMBA_CPU_NAME": "alderlake", "NUMBA_CPU_FEATURES": HASWELL + ",+avxvnni"}
+    name, *lines = output(
+        python(NARROW_ASSEMBLY, "F16 Q6_K" if form == "haswell" else "", XDG_CACHE_HOME=str(tmp_path), **chosen)
+    )
+    assert name == ("avx-vnni" if form == "avx-vnni" else "avx2")
+    counts = {line.split()[0]: [int(count) for count in line.split()[1:]] for line in lines}
+    assert [step for step, (*_, late) in counts.items() if late] == []
+    least = 2 * 8 * (8 + 4 + 2 + 1)  # 8 for each column of each tile width, for each 8 rows
+    for step, (pairs, fours, wide, _) in counts.items():
+        if step.startswith("matmul_q"):
+            assert (pairs, fours >= least) == (0, True) if form == "avx-vnni" else (pairs >= least, fours) == (True, 0)
+        if not step.startswith(("dispatch", "gather", "rope_store")):
+            assert wide >= 8, step
 
 
 INSTRUCTIONS = """
