@@ -31,9 +31,10 @@ MiB = 1 << 20
 INTERPRETER_BYTES = 96 * MiB  # Python with numpy, numba, LLVM, tokenizers and loaded kernels: 69 MiB measured
 COMPILER_BYTES = 28 * MiB  # what compiling the kernels of every model adds and keeps
 # And for each weight type more, by the weights in a block: 38 MiB in all measured for Q4_0, 53 for Q5_K, 91 for four
-# types, 237 for all sixteen; in the portable form 57 for Q5_0, 92 for Q5_K.
+# types, 237 for all sixteen; in the portable form 57 for Q5_0, 92 for Q5_K; in the AVX2 form, which has more code, 37
+# for Q4_0, 71 for Q5_K.
 COMPILER_BYTES_PER_TYPE = {1: 8 * MiB, 32: 14 * MiB, 256: 26 * MiB}
-PORTABLE_FACTOR = 2.5
+FORM_FACTORS = {Form.AVX512_VNNI: 1.0, Form.AVX_VNNI: 1.8, Form.AVX2: 1.8, Form.PORTABLE: 2.5}
 TOKENIZER_BYTES = 2 * MiB
 TOKENIZER_BYTES_PER_TOKEN = 512  # 330 to 400 measured
 HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header: 3.5 to 5.3 measured
@@ -305,8 +306,7 @@ def _predictor_bytes(spec: ModelSpec) -> int:
 
 def _compiler_bytes(kinds: Iterable[GGMLType]) -> int:
     """Return what compiling the kernels for these weight types adds and keeps."""
-    factor = PORTABLE_FACTOR if FORM is Form.PORTABLE else 1
-    return COMPILER_BYTES + int(factor * sum(COMPILER_BYTES_PER_TYPE[kind.block_size] for kind in kinds))
+    return COMPILER_BYTES + int(FORM_FACTORS[FORM] * sum(COMPILER_BYTES_PER_TYPE[kind.block_size] for kind in kinds))
 
 
 def _refusal(budget: int, source: str, floor: int, parts: Mapping[str, int]) -> str:
