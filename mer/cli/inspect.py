@@ -12,6 +12,7 @@ import attrs
 import numpy as np
 
 from mer.cli.console import printable
+from mer.compute.kernels.target import FORM
 from mer.errors import MerError
 from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
@@ -72,6 +73,7 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
         "tokenizer": _tokenizer(gguf),
         "chat_template": "tokenizer.chat_template" in gguf.metadata,
         "io": [attrs.asdict(mode) for mode in _io_modes(gguf)],
+        "kernels": FORM.value,
         "runnable": True,
         "why_not": None,
     }
@@ -169,6 +171,7 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
         ("tokenizer", f"{t['model']} ({t['pre'] or 'no pre-tokenizer named'}), {t['tokens']} tokens"),
         ("chat template", "yes" if report["chat_template"] else "no"),
         ("read", "; ".join(sorted({_io_text(mode) for mode in report["io"]}))),
+        ("kernels", report["kernels"]),
         ("can be run", "yes" if report["runnable"] else f"no: {report['why_not']}"),
     ]
     for name, value in rows:
