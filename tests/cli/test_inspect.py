@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mer.cli.app import run_app
+from mer.compute.kernels.target import FORM
 from mer.embedded import embedded_model_path
 from tests.demo.test_upcycle import write_dense
 
@@ -38,6 +39,7 @@ def test_prints_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["inspect", str(embedded_model_path()), "--tensors"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "can be run     yes" in lines
+    assert f"kernels        {FORM.value}" in lines
     assert "layers         6, 8 experts each, 2 per token (softmax-over-top-k)" in lines
     assert sum(line.startswith("blk.") for line in lines) == 60
 
