@@ -11,10 +11,10 @@ import math
 
 import numpy as np
 
-from mer.compute.kernels.ir import atomic_add, load_f32, load_i32, load_i64, store_f32
+from mer.compute.kernels.ir import atomic_add, copy_bytes, load_f32, load_i32, load_i64, store_f32
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, COUNTER, step
-from mer.compute.kernels.vector import dot, exp_sum, weighted_rows
+from mer.compute.kernels.vector import dot, exp_sum, rotate, scale_product, weighted_rows
 
 KV_TILE = 64  # positions in a KV block
 
@@ -32,16 +32,20 @@ def _place_head(out, source, c, norm, eps, rope_dim, pair, cos, sin):  # type: i
 
     pair is 1 for pairs (2i, 2i + 1), or rope_dim / 2 for pairs (i, i + rope_dim / 2).
     """
-    scale = np.float32(1)
-    if norm != 0:
+    if norm == 0:
+        copy_bytes(out, source, 4 * c)
+    else:
         square = np.float32(0)
         for i in range(c):
             square += load_f32(source, i) * load_f32(source, i)
         scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(c) + eps))
-    for i in range(c):
-        value = load_f32(source, i) * scale
-        store_f32(out, i, value * load_f32(norm, i) if norm != 0 else value)
-    for i in range(rope_dim // 2):
+        whole = c // 16 * 16
+        scale_product(out, source, norm, scale, whole)
+        for i in range(whole, c):
+            store_f32(out, i, load_f32(source, i) * scale * load_f32(norm, i))
+    turned = rope_dim // 2 // 16 * 16
+    rotate(out, pair, cos, sin, turned)
+    for i in range(turned, rope_dim // 2):
         first = 2 * i if pair == 1 else i
         x, y = load_f32(out, first), load_f32(out, first + pair)
         store_f32(out, first, x * load_f32(cos, i) - y * load_f32(sin, i))

@@ -92,6 +92,33 @@ def scale_product(_ctx: Any, out: Any, x: Any, y: Any, factor: Any, n: Any) -> A
 
 
 @intrinsic
+def rotate(_ctx: Any, values: Any, pair: Any, cos: Any, sin: Any, n: Any) -> Any:
+    """Turn `n` pairs of floats, a multiple of 16, in place: x = x * cos - y * sin, y = x * sin + y * cos.
+
+    The elements of a pair are neighbours if `pair` is 1, or `pair` floats apart.
+    """
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        values, pair, cos, sin, n = args
+        neighbours = b.icmp_signed("==", pair, i64(1))
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            angle = b.mul(loop.index, i64(64))
+            first = b.select(neighbours, b.mul(angle, i64(2)), angle)
+            second = b.add(first, b.select(neighbours, i64(64), b.mul(pair, i64(4))))
+            left, right = load(b, values, first, V16F32, 4), load(b, values, second, V16F32, 4)
+            x = b.select(neighbours, b.shuffle_vector(left, right, ir.Constant(V16I32, list(range(0, 32, 2)))), left)
+            y = b.select(neighbours, b.shuffle_vector(left, right, ir.Constant(V16I32, list(range(1, 32, 2)))), right)
+            c, s = load(b, cos, angle, V16F32, 4), load(b, sin, angle, V16F32, 4)
+            x, y = b.fsub(b.fmul(x, c), b.fmul(y, s)), b.fadd(b.fmul(x, s), b.fmul(y, c))
+            for offset, half, own in ((first, 0, x), (second, 8, y)):
+                mixed = ir.Constant(V16I32, [half + i // 2 + 16 * (i % 2) for i in range(16)])
+                store(b, b.select(neighbours, b.shuffle_vector(x, y, mixed), own), values, offset)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
 def add_scaled(_ctx: Any, out: Any, x: Any, factor: Any, n: Any) -> Any:
     """Write out = fma(factor, x, out) elementwise for `n` floats, a multiple of 16."""
 

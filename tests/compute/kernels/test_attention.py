@@ -151,7 +151,7 @@ def test_any_layer_in_two_chunks(shape: Shape, length: int, n_threads: int, data
 
 
 @pytest.mark.parametrize("style", RopeStyle)
-@pytest.mark.parametrize(("head_dim", "rope_dim"), [(24, 24), (24, 10), (32, 32), (6, 4)])
+@pytest.mark.parametrize(("head_dim", "rope_dim"), [(24, 24), (24, 10), (32, 32), (6, 4), (80, 72)])
 def test_keys_and_values_lie_where_the_table_says(style: RopeStyle, head_dim: int, rope_dim: int) -> None:
     shape = Shape(heads=4, kv_heads=2, head_dim=head_dim, rope_dim=rope_dim, style=style)
     rng = np.random.default_rng(3)
