@@ -33,6 +33,9 @@ IoEngine: TypeAlias = Literal["auto", "io_uring", "threads"]
 PrefetchSetting: TypeAlias = Literal["off", "markov", "gate", "auto"]
 """Which guesses are read: those of Markov chains, of the next layer's router, or of the better one where it pays."""
 
+KVType: TypeAlias = Literal["f32", "f16", "q8_0"]
+"""How keys and values are kept: as float32, as half floats, or as ggml's Q8_0: int8, and a half float for every 32."""
+
 SMALL_MODEL = 2048  # d_model from which auto means int8
 
 
@@ -125,6 +128,7 @@ class EngineConfig:
         default=None, validator=optional(_at_least(1))
     )  # rows of a batch: the prefill chunk
     activations: Activations = attrs.field(default="auto", validator=_one_of("auto", "int8", "int15"))
+    kv_type: KVType | None = attrs.field(default=None, validator=optional(_one_of("f32", "f16", "q8_0")))
     policy: str | None = attrs.field(default=None, validator=optional(_text))  # which experts stay, by name
     heat: Path | None = attrs.field(default=None, converter=_optional_path)  # a heat profile, for the policy "static"
     trace: Path | None = attrs.field(default=None, converter=_optional_path)  # a routing trace to make or continue

@@ -14,17 +14,16 @@ import trio
 
 from mer.compute.cpu import CPUWorker
 from mer.compute.forward import Forward, matrix_types, steps_for
-from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.kv_tile import KV_TILE
 from mer.compute.kernels.matmul import block_format
-from mer.compute.kernels.step import cache_failure
+from mer.compute.kernels.step import Step, cache_failure
 from mer.compute.kernels.target import FORM, KERNEL_CACHE, WIDE_VECTORS
 from mer.compute.scratch import kv_block_bytes
 from mer.compute.weights import DenseWeights
-from mer.config import Activations, EngineConfig, IoEngine, PrefetchSetting, Progress, Sampling
+from mer.config import Activations, EngineConfig, IoEngine, KVType, PrefetchSetting, Progress, Sampling
 from mer.errors import ContextOverflow, EngineClosed, RequestError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
-from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile
 from mer.io.mirror import mirror_paths
 from mer.io.open_reader import OpenReader, open_reader
@@ -308,8 +307,8 @@ class Engine:
         the memory. If cancelled, nothing is left behind. While another prefix is saved or restored, the call waits.
 
         Raises:
-            PrefixFileError: the file is malformed, damaged, of another model or other activations, or does not fit the
-                KV memory that no generation uses now; then nothing has changed.
+            PrefixFileError: the file is malformed, damaged, of another model, other activations or another type of KV,
+                or does not fit the KV memory that no generation uses now; then nothing has changed.
             ConfigError: the engine was opened with `prefix_reuse=False`.
             OSError: the file cannot be read.
             EngineClosed: the engine is closed.
@@ -403,6 +402,7 @@ async def open_engine(
     max_sequences: int | None = None,
     batch_tokens: int | None = None,
     activations: Activations = "auto",
+    kv_type: KVType | None = None,
     prefetch: PrefetchSetting = "auto",
     prefix_reuse: bool = True,
     policy: str | None = None,
@@ -431,6 +431,8 @@ async def open_engine(
         batch_tokens: rows of a batch, which is also the prefill chunk.
         activations: precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model's
             size.
+        kv_type: how keys and values are kept: "f32", "f16" or "q8_0"; by default "f32" for a model of F32 weights, else
+            "f16".
         prefix_reuse: whether prompts use what was computed for the same tokens before.
         policy: which experts stay in memory: "lfru", "layer-lru", "lfu", "static" or "cost"; by default "lfru".
         heat: a heat profile of this model, which the policy "static" needs.
@@ -460,6 +462,7 @@ async def open_engine(
         max_sequences=max_sequences,
         batch_tokens=batch_tokens,
         activations=activations,
+        kv_type=kv_type,
         prefetch=prefetch,
         prefix_reuse=prefix_reuse,
         policy=policy,
@@ -491,7 +494,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         residency = await open_residency(config, model, plan)
         if residency.recorder is not None:
             stack.callback(residency.recorder.close)
-        await _compile(kinds, plan.limits.planes, config.on_progress)
+        await _compile(steps_for(kinds, plan.limits.planes, plan.limits.kv_type), config.on_progress)
         opened = stack.enter_context(
             open_reader(
                 model.gguf.paths,
@@ -587,9 +590,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 task_status.started(engine)
 
 
-async def _compile(kinds: set[GGMLType], planes: int, on_progress: Callable[[Progress], None]) -> None:
-    """Compile or load every kernel that the weight types need, off the trio thread."""
-    steps = steps_for(kinds, planes)
+async def _compile(steps: Sequence[Step], on_progress: Callable[[Progress], None]) -> None:
+    """Compile or load kernels, off the trio thread."""
     on_progress(Progress("kernels", 0, len(steps), "kernels"))
     for number, step in enumerate(steps, 1):
         await trio.to_thread.run_sync(step.compile)
@@ -608,13 +610,13 @@ def _kv_layout(model: Model, plan: MemoryPlan) -> KVLayout:
     spec = model.spec
     return KVLayout(
         fingerprint=model_fingerprint(model.gguf),
-        kv_type="float32",
+        kv_type=plan.limits.kv_type,
         arithmetic=_activations(model, plan),
         n_layers=spec.n_layers,
         n_kv_heads=spec.n_kv_heads,
         head_dim=spec.head_dim,
         block_tokens=KV_TILE,
-        block_bytes=kv_block_bytes(spec),
+        block_bytes=kv_block_bytes(spec, plan.limits.kv_type),
     )
 
 
@@ -644,6 +646,7 @@ def _settings(
         wide_vectors=WIDE_VECTORS,
         kernel_cache=cache_failure() or str(KERNEL_CACHE),
         activations=_activations(model, plan),
+        kv_type=plan.limits.kv_type,
         policy=cache.statistics().policy,
         prefetch=prefetch_mode(config, plan),
         heat=None if config.heat is None else str(config.heat),

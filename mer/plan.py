@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 
 from mer.compute.forward import matrix_types
-from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.kv_tile import BLOCK, KV_TILE
 from mer.compute.kernels.target import FORM, Form
 from mer.compute.scratch import Limits, kv_block_bytes, scratch_bytes
 from mer.compute.weights import READ_BYTES, READS_AHEAD, dense_bytes
-from mer.config import SMALL_MODEL, EngineConfig, default_threads
+from mer.config import SMALL_MODEL, EngineConfig, KVType, default_threads
 from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.arena import PAGE_BYTES
 from mer.io.chunks import DEFAULT_THREADS
@@ -148,6 +148,28 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
     )
 
 
+def default_kv_type(dense: Iterable[TensorInfo], experts: ExpertMap) -> KVType:
+    """Return how keys and values are kept unless that is set: as float32 if all matrices are F32, else as F16."""
+    return "f32" if matrix_types(dense, experts) == {GGMLType.F32} else "f16"
+
+
+def _kv_type(model: Model, config: EngineConfig) -> KVType:
+    """Return how keys and values are kept.
+
+    Raises:
+        ConfigError: the model's heads are no whole blocks of the type that is set.
+    """
+    if config.kv_type is None:
+        return default_kv_type(model.dense.values(), model.experts)
+    head_dim = model.spec.head_dim
+    if config.kv_type == "q8_0" and head_dim % BLOCK:
+        raise ConfigError(
+            f"kv_type is q8_0, which rounds blocks of {BLOCK} values, and the model's heads have {head_dim}; "
+            "f16 and f32 work"
+        )
+    return config.kv_type
+
+
 class _Planner:
     """The arithmetic of one plan."""
 
@@ -181,6 +203,7 @@ class _Planner:
         }
         fine = config.activations == "int15" or (config.activations == "auto" and spec.d_model < SMALL_MODEL)
         self._planes = 2 if fine else 1
+        self._kv_type = _kv_type(model, config)
         self._batches = self._batch_candidates()
         contexts = (config.context or _LEAST_CONTEXT, config.context or _MOST_CONTEXT)
         self._blocks = [-(-min(context, spec.context_length) // KV_TILE) for context in contexts]  # least, most
@@ -209,6 +232,7 @@ class _Planner:
             kv_blocks=kv_blocks,
             threads=self._threads,
             planes=self._planes,
+            kv_type=self._kv_type,
         )
 
     def parts(self, limits: Limits, slots: int) -> dict[str, int]:
@@ -227,7 +251,7 @@ class _Planner:
         return parts | {"page tables": sum(parts.values()) // 512 + MiB}
 
     def _kv_bytes(self, blocks: int) -> int:
-        return blocks * kv_block_bytes(self._spec)
+        return blocks * kv_block_bytes(self._spec, self._kv_type)
 
     def _scratch_bytes(self, limits: Limits) -> int:
         return scratch_bytes(self._spec, limits, self._kinds, self._experts)

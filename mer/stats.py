@@ -42,6 +42,7 @@ class Settings:
     wide_vectors: bool  # LLVM may use 512-bit vectors; false if numba was imported before it could be told so
     kernel_cache: str  # folder, or why compiled kernels are not kept
     activations: str  # precision of activations that meet the weights: int8, int15, or float32 for float weights
+    kv_type: str  # of keys and values: f32, f16 or q8_0
     policy: str
     prefetch: str  # mode in force
     heat: str | None  # path of the heat profile in use

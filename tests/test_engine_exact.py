@@ -13,7 +13,7 @@ import trio
 
 import mer
 from mer.compute.reference import ReferenceModel
-from mer.config import Activations
+from mer.config import Activations, KVType
 from mer.engine import Engine
 from mer.sched.events import TokenEvent
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
@@ -144,9 +144,10 @@ async def test_quantized_files_stay_close_to_the_reference_at_every_position(
 ) -> None:
     """Teacher forcing: no token is much less likely than the reference's; all experts are used, so no routing flips."""
     tiny = tiny_model(folder / f"all-{kind}-{activations}.gguf", **KINDS[kind] | {"n_experts": 3, "top_k": 3})
-    reference = ReferenceModel(tiny.path, int8_activations=activations == "int8")
+    reference = ReferenceModel(tiny.path, int8_activations=activations == "int8", kv_type="f16")
     async with mer.open_engine(tiny.path, memory=MEMORY, slots=2, activations=activations) as engine:
         assert engine.statistics().settings.activations == activations
+        assert engine.statistics().settings.kv_type == "f16"
         for prompt in PROMPTS:
             ids = engine.encode(prompt)
             tokens, _ = await streamed(engine, prompt, 12)
@@ -154,6 +155,39 @@ async def test_quantized_files_stay_close_to_the_reference_at_every_position(
             logits[:, list(engine.tokenizer.eos_ids)] = -np.inf
             chosen = logits[np.arange(len(tokens)), list(tokens)]
             assert (logits.max(1) - chosen <= 4e-3 * logits.max()).all()
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+async def test_a_kept_type_changes_no_token_with_slots_threads_and_batches(folder: Path, kv_type: KVType) -> None:
+    """And the tokens are those of the reference that rounds keys and values alike, or as likely within its steps."""
+    tiny = tiny_model(folder / f"kv-{kv_type}.gguf", seed=6, d_model=64, n_heads=2, n_kv_heads=1, sliding_window=20)
+    reference = ReferenceModel(tiny.path, kv_type=kv_type)
+    outputs = set()
+    for slots, threads, batch_tokens in ((2, 1, 3), (N_EXPERTS, 2, None)):
+        async with mer.open_engine(
+            tiny.path, memory=MEMORY, slots=slots, threads=threads, batch_tokens=batch_tokens, max_sequences=1,
+            kv_type=kv_type,
+        ) as engine:  # fmt: skip
+            assert engine.statistics().settings.kv_type == engine.plan.limits.kv_type == kv_type
+            outputs.add(await streamed(engine, PROMPTS[2], 30))
+            ids, eos = engine.encode(PROMPTS[2]), list(engine.tokenizer.eos_ids)
+    ((tokens, _),) = outputs
+    logits = reference.logits([*ids, *tokens[:-1]])[len(ids) - 1 :]
+    logits[:, eos] = -np.inf
+    chosen = logits[np.arange(len(tokens)), list(tokens)]
+    assert (logits.max(1) - chosen <= {"f32": 1e-5, "f16": 1e-3, "q8_0": 1e-2}[kv_type] * logits.max()).all()
+
+
+async def test_heads_that_are_no_whole_blocks_are_refused(folder: Path) -> None:
+    with pytest.raises(mer.ConfigError, match=r"kv_type is q8_0, .*blocks of 32 .* heads have 16; f16 and f32 work"):
+        async with mer.open_engine(model(folder, "llama-F32").path, memory=MEMORY, kv_type="q8_0"):
+            pass
+
+
+@pytest.mark.parametrize(("kind", "want"), [("llama-F32", "f32"), ("llama-Q4_0", "f16")])
+async def test_float32_models_keep_float32(folder: Path, kind: str, want: str) -> None:
+    async with mer.open_engine(model(folder, kind).path, memory=MEMORY) as engine:
+        assert engine.statistics().settings.kv_type == want
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,12 +113,13 @@ async def test_prefixes_of_other_models_and_other_arithmetic_are_refused(folder:
     path = tmp_path / "x"
     async with mer.open_engine(model(folder, "llama-Q4_0"), memory=MEMORY, activations="int8") as engine:
         await engine.save_prefix(IDS, path)
-    for kind, activations, text in (
-        ("llama-Q4_0", "int15", "computed with int8 activations, and this engine computes with int15"),
-        ("llama-F32", "auto", "another model"),
-        ("qwen3moe-Q8_0", "int8", "another model"),
+    for kind, options, text in (
+        ("llama-Q4_0", {"activations": "int15"}, "with int8 activations, and this engine computes with int15"),
+        ("llama-Q4_0", {"activations": "int8", "kv_type": "f32"}, "holds f16 keys and values, and .* keeps f32"),
+        ("llama-F32", {}, "another model"),
+        ("qwen3moe-Q8_0", {"activations": "int8"}, "another model"),
     ):
-        async with mer.open_engine(model(folder, kind), memory=MEMORY, activations=activations) as engine:  # type: ignore[arg-type]
+        async with mer.open_engine(model(folder, kind), memory=MEMORY, **options) as engine:  # type: ignore[arg-type]
             with pytest.raises(PrefixFileError, match=text):
                 await engine.load_prefix(path)
             assert engine.statistics().kv.cached == 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import mer
 from mer import plan as plan_module
-from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.kv_tile import KV_TILE
 from mer.compute.scratch import kv_block_bytes
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
@@ -100,6 +100,7 @@ configs = st.fixed_dictionaries(
         "batch_tokens": st.integers(64, 700),
         "slots": st.integers(5, 100),
         "activations": st.sampled_from(["auto", "int8", "int15"]),
+        "kv_type": st.sampled_from(["f32", "f16"]),
     },
 )
 
@@ -132,7 +133,7 @@ def test_from_the_floor_up_the_parts_fit_the_budget(
     classes = made.classes
     slot_bytes = [n * size for n, size in zip(made.slot_counts, classes.slot_bytes, strict=True)]
     assert made.parts["expert slots"] == sum(slot_bytes)
-    assert made.parts["KV cache"] == limits.kv_blocks * kv_block_bytes(spec)
+    assert made.parts["KV cache"] == limits.kv_blocks * kv_block_bytes(spec, limits.kv_type)
     assert classes == model.experts.slot_classes(4096)
     # every class has slots, none more than experts
     most = config.get("slots", made.total_experts)
@@ -152,7 +153,7 @@ def test_from_the_floor_up_the_parts_fit_the_budget(
     if made.slots < min(made.total_experts, most):
         got = made.parts["expert slots"] + made.parts["load buffers"] + max(classes.slot_bytes)
         assert got >= sum(classes.slot_bytes) + more * 19 // 24 * 512 // 513 - 3
-        block = kv_block_bytes(spec)
+        block = kv_block_bytes(spec, limits.kv_type)
         full = limits.kv_blocks == limits.sequences * limits.sequence_blocks
         assert full or made.used_bytes + block + block // 512 + 2 > made.budget_bytes
 

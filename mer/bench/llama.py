@@ -34,11 +34,15 @@ class Answer:
     threads: int
 
 
-def command(binary: Path, model: Path, case: Case, threads: int) -> list[str]:
-    """Return the command line that runs one case once."""
+def command(binary: Path, model: Path, case: Case, threads: int, kv_type: str) -> list[str]:
+    """Return the command line that runs one case once, with keys and values of this type."""
     counts = ["-p", str(case.n_prompt), "-n", str(case.n_gen)]
     if case.depth:  # an option that older versions do not have
         counts += ["-d", str(case.depth)]
+    if kv_type != "f16":  # its default
+        counts += ["-ctk", kv_type, "-ctv", kv_type]
+    if kv_type == "q8_0":  # quantized values need it
+        counts += ["-fa", "1"]
     return [str(binary), "-m", str(model), *counts, "-t", str(threads), "-r", "1", "-o", "json"]
 
 

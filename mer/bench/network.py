@@ -49,6 +49,7 @@ def _spec(workload: Workload, data: DataFile) -> ModelSpec:
         rope_style=RopeStyle.NEOX,
         routing=Routing.SOFTMAX_OVER_TOP_K,
         qk_norm=False,
+        sliding_window=None,
         tied_head=True,
     )
 
@@ -137,7 +138,7 @@ async def open_worker(
         ConfigError: the system refuses a thread.
         MerError: what the block raises, unwrapped.
     """
-    steps = steps_for({GGMLType(data.plan.geometry.type)}, 1)
+    steps = steps_for({GGMLType(data.plan.geometry.type)}, 1, "f32")
     for number, step in enumerate(steps, 1):
         await trio.to_thread.run_sync(step.compile)
         on_progress(number, len(steps))

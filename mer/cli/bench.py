@@ -81,6 +81,10 @@ def model_command(
         Literal["off", "markov", "gate", "auto"], Parameter(group=ENGINE, help="Which guesses are read ahead.")
     ] = "auto",
     policy: Annotated[str | None, Parameter(group=ENGINE, help="Which experts stay in memory. [default: lfru]")] = None,
+    kv_type: Annotated[
+        Literal["f32", "f16", "q8_0"] | None,
+        Parameter(group=ENGINE, help="How keys and values are kept. [default: f32 for F32 weights, else f16]"),
+    ] = None,
     output: Annotated[
         Literal["md", "csv", "json"], Parameter(group=OUTPUT, alias="-o", help="What is printed.")
     ] = "md",
@@ -110,6 +114,7 @@ def model_command(
             threads=threads,
             prefetch=prefetch,
             policy=policy,
+            kv_type=kv_type,
             vs=vs,
             plot=plot,
             output=output,

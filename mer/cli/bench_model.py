@@ -22,7 +22,7 @@ from mer.cli.console import Bars, load_reporter, note, printable
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
-from mer.config import EngineConfig, Progress, default_threads
+from mer.config import EngineConfig, KVType, Progress, default_threads
 from mer.errors import ConfigError
 from mer.plan import Model, load_model, plan_memory
 from mer.units import format_bytes, format_duration
@@ -46,6 +46,7 @@ class ModelOptions:
     threads: int | None
     prefetch: str
     policy: str | None
+    kv_type: KVType | None
     vs: Path | None
     plot: Path | None
     output: str
@@ -153,6 +154,7 @@ def _arguments(options: ModelOptions, memory: str | None, cases: Sequence[Case])
         "threads": options.threads,
         "prefetch": options.prefetch,
         "policy": options.policy,
+        "kv_type": options.kv_type,
         "context": max(case.positions for case in cases),
         "prefix_reuse": False,
     }
@@ -197,7 +199,9 @@ async def _run(
                         turn.measured.rounds.append(done)
                         if binary is not None:
                             bars.show(f"llama-bench {stage}", 0, 0, "")
-                            turn.command = llama.command(binary, options.model, case, setup.threads)
+                            turn.command = llama.command(
+                                binary, options.model, case, setup.threads, setup.settings["kv_type"]
+                            )
                             try:
                                 turn.answers.append(await _ask(turn.command, case))
                             except LlamaBenchError:
@@ -278,9 +282,9 @@ def _in_force(row: dict[str, Any]) -> str:
     settings = row["settings"]
     reads = "direct" if all(mode["direct"] for mode in settings["io_modes"]) else "buffered"
     return (
-        f"in force: {row['kernels']} kernels, {settings['activations']} activations, {reads} reads by "
-        f"{settings['io_engine']}, "
-        f"{settings['policy']} cache, prefetch {settings['prefetch']}, context {settings['context']}, "
+        f"in force: {row['kernels']} kernels, {settings['activations']} activations, {settings['kv_type']} KV, "
+        f"{reads} reads by {settings['io_engine']}, {settings['policy']} cache, "
+        f"prefetch {settings['prefetch']}, context {settings['context']}, "
         f"prefill chunk {settings['batch_tokens']}, memory budget {format_bytes(row['memory_bytes'])}; "
         f"loaded in {format_duration(row['load_s'])}, {format_duration(row['compile_s'])} of it for kernels"
     )

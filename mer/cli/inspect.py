@@ -12,7 +12,9 @@ import attrs
 import numpy as np
 
 from mer.cli.console import printable
+from mer.compute.kernels.kv_tile import KV_TILE
 from mer.compute.kernels.target import FORM
+from mer.compute.scratch import kv_block_bytes
 from mer.errors import MerError
 from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
@@ -20,6 +22,7 @@ from mer.io.gguf import GGUFFile, read_gguf
 from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
+from mer.plan import default_kv_type
 from mer.text.vocabulary import read_vocabulary
 from mer.units import format_bytes
 
@@ -94,6 +97,9 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
         "largest_bytes": max(sizes),
         "bytes_per_token": spec.n_layers * spec.top_k * experts.total_bytes // len(sizes),
     }
+    kv_type = default_kv_type(dense_tensors(spec, gguf).values(), experts)
+    report["kv_type"] = kv_type
+    report["kv_bytes_per_token"] = kv_block_bytes(spec, kv_type) // KV_TILE
     report["dense_bytes"] = sum(t.n_bytes for t in gguf.tensors.values() if not is_expert_tensor(t.name))
     return report
 
@@ -159,7 +165,8 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
         rows += [
             ("layers", f"{m['n_layers']}, {m['n_experts']} experts each, {m['top_k']} per token ({m['routing']})"),
             ("widths", f"d_model {m['d_model']}, d_ff {m['d_ff']} per expert, vocabulary {m['vocab_size']}"),
-            ("attention", f"{heads}, context {m['context_length']}"),
+            ("attention", f"{heads}, context {m['context_length']}" + _window_text(m["sliding_window"])),
+            ("KV cache", f"{report['kv_type']} by default, {format_bytes(report['kv_bytes_per_token'])} a token"),
             ("experts", f"{format_bytes(e['bytes'])} in all, up to {each} each, named {e['naming']}"),
             ("dense weights", format_bytes(report["dense_bytes"])),
             ("a token uses", f"{format_bytes(e['bytes_per_token'])} of experts and the dense weights"),
@@ -180,6 +187,10 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
         shape = " x ".join(map(str, tensor["shape"]))
         where = f"{tensor['bytes']} bytes at {tensor['offset']} of file {tensor['file']}"
         print(printable(f"{tensor['name']:<32} {tensor['type']:<5} {shape:<20} {where}"))
+
+
+def _window_text(window: int | None) -> str:
+    return "" if window is None else f", window {window}"
 
 
 def _io_text(mode: dict[str, Any]) -> str:

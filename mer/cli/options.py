@@ -57,6 +57,13 @@ class EngineOptions:
         Parameter(help="Precision of activations that meet quantized weights; int15 doubles a prefill's arithmetic."),
     ] = "auto"
 
+    kv_type: Annotated[
+        Literal["f32", "f16", "q8_0"] | None,
+        Parameter(
+            name="--kv-type", help="How keys and values are kept. [default: f32 for a model of F32 weights, else f16]"
+        ),
+    ] = None
+
     prefetch: Annotated[
         Literal["off", "markov", "gate", "auto"],
         Parameter(help="Which guesses at what the next layer needs are read while the disk is idle."),

@@ -8,7 +8,7 @@ from typing import Any
 
 from mer.cli.options import EngineOptions
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
-from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.kv_tile import KV_TILE
 from mer.config import EngineConfig, default_threads
 from mer.plan import MemoryPlan, load_model, plan_memory
 from mer.units import format_bytes, format_slots
@@ -50,6 +50,7 @@ def describe(memory_plan: MemoryPlan) -> dict[str, Any]:
         "experts": memory_plan.total_experts,
         "context": memory_plan.context,
         "kv_tokens": memory_plan.limits.kv_blocks * KV_TILE,
+        "kv_type": memory_plan.limits.kv_type,
         "max_sequences": memory_plan.limits.sequences,
         "batch_tokens": memory_plan.limits.batch_tokens,
         "threads": memory_plan.limits.threads,
@@ -90,7 +91,8 @@ def _print(report: dict[str, Any]) -> None:
     if len(report["slot_bytes"]) > 1 or report["slot_waste"] >= 0.001:
         print(f"as experts differ in size, {report['slot_waste']:.1%} of the slots' memory stays unused")
     print(f"context {report['context']} tokens, up to {report['max_sequences']} sequences at once ", end="")
-    print(f"with {report['kv_tokens']} tokens together, prefill chunk {report['batch_tokens']}, ", end="")
+    print(f"with {report['kv_tokens']} tokens together in {report['kv_type']}, ", end="")
+    print(f"prefill chunk {report['batch_tokens']}, ", end="")
     print(f"{report['threads']} threads")
     print(f"a token uses {format_bytes(report['expert_bytes_per_token'])} of experts ", end="")
     print(f"and {format_bytes(report['dense_bytes_per_token'])} of dense weights")

@@ -180,8 +180,8 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
         f"memory: {format_bytes(statistics.private_bytes)} of a budget of {format_bytes(settings.memory_bytes)}; "
         f"{format_slots(settings.slot_counts, settings.slot_bytes)}; "
         f"peak RSS with file pages {format_bytes(statistics.peak_rss_bytes)}",
-        f"in force: {settings.kernels} kernels, {settings.activations} activations, {settings.threads} threads, "
-        f"{'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} reads by {settings.io_engine}, "
-        f"{settings.policy} cache, "
-        f"context {settings.context}, prefill chunk {settings.batch_tokens}",
+        f"in force: {settings.kernels} kernels, {settings.activations} activations, {settings.kv_type} KV, "
+        f"{settings.threads} threads, {'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} "
+        f"reads by {settings.io_engine}, {settings.policy} cache, context {settings.context}, "
+        f"prefill chunk {settings.batch_tokens}",
     ]

@@ -8,18 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.compute.experts import RoutedExperts
-from mer.compute.kernels.attention import attention, rope_store
+from mer.compute.kernels.attention import ATTENTION, thread_bytes
 from mer.compute.kernels.dispatch import dispatch
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
+from mer.compute.kernels.rope import ROPE_STORE
 from mer.compute.kernels.router import route
 from mer.compute.kernels.step import Step
 from mer.compute.matrix import FLOAT_BYTES, Activations, Matrix, float_stride, is_tiled, multiply
 from mer.compute.program import Program
-from mer.compute.scratch import Limits, Scratch, kv_block_bytes
+from mer.compute.scratch import KV_KINDS, Limits, Scratch, kv_block_bytes
 from mer.compute.weights import DenseWeights
 from mer.compute.worker import Batch, Float32Array, Int32Array, Int64Array, LoadedExpert, Uint8Array
+from mer.config import KVType
 from mer.errors import ComputeError
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
@@ -45,7 +47,8 @@ class Forward:
     def __init__(self, spec: ModelSpec, limits: Limits, weights: DenseWeights, experts: ExpertMap) -> None:
         self._spec, self._limits, self._weights = spec, limits, weights
         self.scratch = Scratch(spec, limits, weights.types | matrix_types((), experts), experts)
-        self._layer_kv_bytes = kv_block_bytes(spec) // spec.n_layers
+        self._kv_block_bytes = kv_block_bytes(spec, limits.kv_type)
+        self._kv_kind = KV_KINDS[limits.kv_type]
         self._batch: Batch | None = None
         self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
         self._predicts = False  # whether the last Attend did
@@ -123,19 +126,20 @@ class Forward:
         norms = [self._weights.vector(f"blk.{layer}.attn_{x}_norm.weight") if spec.qk_norm else 0 for x in "qk"]
         heads = spec.n_heads << 32 | spec.n_kv_heads
         pair = 1 if spec.rope_style is RopeStyle.INTERLEAVED else spec.rope_dim // 2
-        kv = s.kv.address + layer * self._layer_kv_bytes
-        block_bytes = kv_block_bytes(spec)
+        kv = s.kv.address + layer * (self._kv_block_bytes // spec.n_layers)
+        block_bytes = self._kv_block_bytes
         max_blocks = self.batch.tables.shape[1]
         where = (a["positions"], a["sequences"], a["table"], max_blocks)
         program.add(
-            rope_store, a["q_raw"], a["k_raw"], a["v_raw"], q_stride, kv_stride, a["q"], n, heads, spec.head_dim,
-            spec.rope_dim << 32 | pair, a["angles"], *norms, eps, kv, block_bytes, *where,
+            ROPE_STORE[self._kv_kind], a["q_raw"], a["k_raw"], a["v_raw"], q_stride, kv_stride, a["q"], n, heads,
+            spec.head_dim, spec.rope_dim << 32 | pair, a["angles"], *norms, eps, kv, block_bytes, *where,
         )  # fmt: skip
         program.barrier()
-        scratch_stride = FLOAT_BYTES * 64 + float_stride(spec.head_dim)
+        scratch_stride = thread_bytes(spec.n_heads, spec.n_kv_heads, spec.head_dim)
         program.add(
-            attention, a["q"], n, heads, spec.head_dim, s.scale, kv, block_bytes, *where, a["attended"], q_stride,
-            a["scores"], scratch_stride,
+            ATTENTION[self._kv_kind], a["q"], n, heads, spec.head_dim, s.scale, kv, block_bytes, *where, a["attended"],
+            q_stride, a["attention"], scratch_stride, spec.sliding_window or 0, self._limits.split_tokens(spec),
+            a["attention_parts"],
         )  # fmt: skip
         program.barrier()
         attended = Activations(n, a["attended"], q_stride, s.packed["input"])
@@ -176,7 +180,7 @@ class Forward:
         self._block(block)[:] = kv
 
     def _block(self, block: int) -> Uint8Array:
-        n_bytes = kv_block_bytes(self._spec)
+        n_bytes = self._kv_block_bytes
         return self.scratch.kv.view(self.scratch.kv.address + block * n_bytes, n_bytes)
 
     def damaged(self) -> Int32Array:
@@ -299,8 +303,9 @@ def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLTyp
     return types | {p.type for layer in experts.experts for e in layer for p in e.parts}
 
 
-def steps_for(kinds: Collection[GGMLType], planes: int) -> list[Step]:
-    """Return every kernel step that a model of these weight types uses with activations of so many planes."""
+def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list[Step]:
+    """Return every kernel step that a model of these weight types uses, with activations of so many planes."""
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
-    return [*steps, pack, rms_norm, gather, swiglu, combine, rope_store, attention, route, dispatch]
+    steps += [ROPE_STORE[KV_KINDS[kv_type]], ATTENTION[KV_KINDS[kv_type]]]
+    return [*steps, pack, rms_norm, gather, swiglu, combine, route, dispatch]

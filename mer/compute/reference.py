@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.compute.reference_types import F32, UNPACK, Raw, unpack
+from mer.config import KVType
 from mer.io.extents import ExpertPart, map_experts
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile, read_gguf
@@ -141,11 +142,34 @@ def rope(x: F64, positions: npt.ArrayLike, *, dim: int, base: float, scale: floa
     return out
 
 
-def attention(q: F64, k: F64, v: F64) -> F64:
+def round_kv(x: F64, kv_type: KVType) -> F64:
+    """Return keys or values x [..., C] as the KV cache keeps them.
+
+    f32 and f16 round to nearest even. q8_0 rounds blocks of 32 as ggml's reference does: in float32
+    scale = max|x| / 127 and q = x * (1 / scale), to the nearest integer with ties away from zero; then
+    the scale becomes a half float.
+    """
+    values = np.asarray(x, np.float32)
+    if kv_type == "f32":
+        return values.astype(np.float64)
+    if kv_type == "f16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float64)
+    blocks = values.reshape(*values.shape[:-1], -1, 32)
+    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+    scaled = blocks * inverse
+    q = np.copysign(np.floor(np.abs(scaled.astype(np.float64)) + 0.5), scaled)  # exact: float64 holds the sum
+    out: F64 = (q * scales.astype(np.float16)).reshape(values.shape)
+    return out
+
+
+def attention(q: F64, k: F64, v: F64, window: int | None = None) -> F64:
     """Return causal grouped-query attention [T, H, C] of the last T of S positions.
 
     Queries q [T, H, C] meet keys and values k, v [S, G, C]. Query head h attends
-    with kv head h // (H / G); scores are divided by sqrt(C).
+    with kv head h // (H / G); scores are divided by sqrt(C). With a window, each attends
+    to that many positions, its own included.
     """
     n_tokens, n_heads, head_dim = q.shape
     n_positions, n_kv_heads, _ = k.shape
@@ -153,8 +177,9 @@ def attention(q: F64, k: F64, v: F64) -> F64:
     values = np.repeat(v, n_heads // n_kv_heads, axis=1)
     scores = np.einsum("thc,shc->hts", q, keys) / np.sqrt(head_dim)
     positions = np.arange(n_positions)
-    future = positions[None, :] > positions[n_positions - n_tokens :, None]  # [T, S]
-    out: F64 = np.einsum("hts,shc->thc", softmax(np.where(future, -np.inf, scores)), values)
+    ahead = positions[None, :] - positions[n_positions - n_tokens :, None]  # [T, S]
+    unseen = (ahead > 0) | (ahead <= -(window or n_positions))
+    out: F64 = np.einsum("hts,shc->thc", softmax(np.where(unseen, -np.inf, scores)), values)
     return out
 
 
@@ -224,12 +249,16 @@ class ReferenceModel:
         path: the file.
         int8_activations: round what meets quantized matrices to int8, as the integer kernels do; the router
             and norms never are.
+        kv_type: how keys and values are kept.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, int8_activations: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, int8_activations: bool = False, kv_type: KVType = "f32"
+    ) -> None:
         self.gguf: GGUFFile = read_gguf(path)
         self.spec: ModelSpec = model_spec(self.gguf)
         self.int8_activations = int8_activations
+        self.kv_type: KVType = kv_type
         self._cache: dict[tuple[int, int], Matrix] = {}  # {(file, offset): matrix}
         self._tensors = dense_tensors(self.spec, self.gguf)
         spec = self.spec
@@ -273,7 +302,9 @@ class ReferenceModel:
             rope(a, positions, dim=spec.rope_dim, base=spec.rope_base, scale=spec.rope_scale, style=spec.rope_style)
             for a in (q, k)
         )
-        return self._matmul(block + "attn_output.weight", attention(q, k, v).reshape(len(x), -1))
+        k, v = (round_kv(a, self.kv_type) for a in (k, v))
+        attended = attention(q, k, v, spec.sliding_window)
+        return self._matmul(block + "attn_output.weight", attended.reshape(len(x), -1))
 
     def mixture(self, layer: int, h: F64, expert_ids: npt.NDArray[np.int64], expert_weights: F64) -> F64:
         """Return the weighted sum, in router order, of the experts' outputs for normalized h [T, D]."""

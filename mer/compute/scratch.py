@@ -7,17 +7,20 @@ from collections.abc import Iterable, Mapping
 import attrs
 import numpy as np
 
-from mer.compute.kernels.attention import KV_TILE
+from mer.compute.kernels.attention import split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.entry import ENTRY_WORDS
+from mer.compute.kernels.kv_tile import F16_KIND, F32_KIND, Q8_0_KIND, tile_bytes
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.tile import BlockFormat
 from mer.compute.matrix import FLOAT_BYTES, PackedArea, RawRoom, float_stride, raw_bytes
 from mer.compute.program import Memory
+from mer.config import KVType
 from mer.io.extents import ExpertMap, round_up
 from mer.io.ggml import GGMLType
 from mer.model.spec import ModelSpec
 
 RESIDENT_ROWS = 16
+KV_KINDS: Mapping[KVType, int] = {"f32": F32_KIND, "f16": F16_KIND, "q8_0": Q8_0_KIND}
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +34,7 @@ class Limits:
     kv_blocks: int  # KV blocks in all
     threads: int
     planes: int = 1  # int8 planes of an activation that meets quantized weights: 1 or 2
+    kv_type: KVType = "f32"
 
     def resident_rows(self, spec: ModelSpec) -> int:
         """Rows of a batch up to which all layers may be one program; larger ones have more to do than setting it up."""
@@ -40,10 +44,14 @@ class Limits:
         """Rows of gate and up computed at once: a whole batch on one expert, or one token on all of its experts."""
         return max(self.batch_tokens, spec.top_k)
 
+    def split_tokens(self, spec: ModelSpec) -> int:
+        """Rows of a batch up to which attention gives out spans of positions one by one."""
+        return split_tokens(self.threads, spec.n_kv_heads, self.batch_tokens)
 
-def kv_block_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of one KV block: K and V of all layers for `KV_TILE` positions, heads padded to 16 floats."""
-    return spec.n_layers * 2 * spec.n_kv_heads * KV_TILE * float_stride(spec.head_dim)
+
+def kv_block_bytes(spec: ModelSpec, kv_type: KVType) -> int:
+    """Return the bytes of one KV block: K and V of all layers for 64 positions, heads padded to 32 values."""
+    return spec.n_layers * 2 * spec.n_kv_heads * tile_bytes(KV_KINDS[kv_type], spec.head_dim)
 
 
 def _formats(kinds: Iterable[GGMLType]) -> dict[int, BlockFormat]:
@@ -71,7 +79,10 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
         "q": t * spec.n_heads * float_stride(spec.head_dim),
         "attended": t * float_stride(heads),
         "angles": t * FLOAT_BYTES * max(spec.rope_dim, 1),
-        "scores": limits.threads * (FLOAT_BYTES * KV_TILE + float_stride(spec.head_dim)),
+        "attention": limits.threads * thread_bytes(spec.n_heads, spec.n_kv_heads, spec.head_dim),
+        "attention_parts": split_bytes(
+            limits.split_tokens(spec), spec.n_heads, spec.n_kv_heads, spec.head_dim, limits.sequence_blocks
+        ),
         "router": t * float_stride(spec.n_experts),
         "expert_ids": t * FLOAT_BYTES * spec.top_k,
         "expert_weights": t * FLOAT_BYTES * spec.top_k,
@@ -133,7 +144,7 @@ class Scratch:
             }
             for name, (rows, cols) in packed_shapes(spec, limits).items()
         }
-        self.kv = Memory(limits.kv_blocks * kv_block_bytes(spec))
+        self.kv = Memory(limits.kv_blocks * kv_block_bytes(spec, limits.kv_type))
         t, k = limits.batch_tokens, spec.top_k
         self.expert_ids = self.memory.ints(self.address["expert_ids"], t * k)
         self.predicted_ids = self.memory.ints(self.address["predicted_ids"], t * k)

@@ -123,11 +123,6 @@ def read_spec(gguf: GGUFFile, *, d_ff_key: str, rope_style: RopeStyle, routing: 
         raise gguf.error(f"{arch}.expert_used_count", f"is {top_k}; {arch}.expert_count = {n_experts} is the most")
     context_length = integer("context_length", MAX_CONTEXT)
     window = gguf.get_int(f"{arch}.attention.sliding_window", default=0, minimum=0, maximum=MAX_CONTEXT)
-    if 0 < window < context_length:
-        raise UnsupportedModel(
-            f"{gguf.paths[0]}: {arch}.attention.sliding_window = {window} is below the context of {context_length}; "
-            "sliding-window attention is not implemented, only models that attend to the whole context work"
-        )
     rms_eps = _real(gguf, f"{arch}.attention.layer_norm_rms_epsilon", None, maximum=1.0)
     return ModelSpec(
         architecture=arch,
@@ -149,6 +144,7 @@ def read_spec(gguf: GGUFFile, *, d_ff_key: str, rope_style: RopeStyle, routing: 
         rope_style=rope_style,
         routing=routing,
         qk_norm=qk_norm,
+        sliding_window=window if 0 < window < context_length else None,
         tied_head="output.weight" not in gguf.tensors,
     )
 

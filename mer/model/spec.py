@@ -48,6 +48,7 @@ class ModelSpec:
     rope_style: RopeStyle
     routing: Routing
     qk_norm: bool  # RMSNorm per head on Q and K before RoPE
+    sliding_window: int | None  # positions a token attends to in every layer, its own included; None: all before it
     tied_head: bool  # the output head is the token embedding
 
 

@@ -21,7 +21,7 @@ from mer.errors import MerError
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
 MAGIC: Final = b"MERKVPFX"
-VERSION: Final = 1
+VERSION: Final = 2
 TOKEN_BYTES: Final = 4
 _HEADER: Final = struct.Struct(f"<8sHHIIIIIQ16s16s{FINGERPRINT_BYTES}s")
 _CHECKSUM: Final = struct.Struct("<I")
@@ -57,7 +57,7 @@ class KVLayout:
     """What the bytes of a block mean: two engines with the same layout compute the same bytes for the same tokens."""
 
     fingerprint: bytes  # of the model, see `model_fingerprint`
-    kv_type: str = attrs.field(validator=_name)  # "float32": finite little-endian floats
+    kv_type: str = attrs.field(validator=_name)  # "f32", "f16" or "q8_0" (docs/prefix-reuse.md), all numbers finite
     arithmetic: str = attrs.field(validator=_name)  # precision of activations that meet the weights
     n_layers: int  # L
     n_kv_heads: int  # G
@@ -82,6 +82,16 @@ class KVLayout:
             self.fingerprint,
         )
         return header + _CHECKSUM.pack(zlib.crc32(header))
+
+    def is_finite(self, block: Bytes) -> bool:
+        """Return whether all floats in a block's bytes are finite; bytes of a type that is not known are."""
+        if self.kv_type in ("f32", "f16"):
+            return bool(np.isfinite(block.view("<f4" if self.kv_type == "f32" else "<f2")).all())
+        if self.kv_type == "q8_0":  # in each tile first int8, then scales
+            tiles = block.reshape(2 * self.n_layers * self.n_kv_heads, -1)
+            scales = np.ascontiguousarray(tiles[:, self.block_tokens * self.head_dim :])
+            return bool(np.isfinite(scales.view("<f2")).all())
+        return True
 
     def file_bytes(self, n_blocks: int) -> int:
         """Return the size of a file of so many blocks."""
@@ -251,7 +261,7 @@ class PrefixReader:
         block, checksum = self._read_checked(offset, layout.block_bytes, self._checksums[index])
         if index + 1 == len(self._checksums):
             self._checksums.append(checksum)
-        if layout.kv_type == "float32" and not np.isfinite(block.view("<f4")).all():
+        if not layout.is_finite(block):
             raise self._error(offset, f"block {index} holds NaN or infinity; no engine saves that")
         return block
 
@@ -266,17 +276,20 @@ class PrefixReader:
             raise self._error(_HEADER.size, "the header of this saved prefix is damaged: its checksum is wrong")
         n_layers, n_kv_heads, head_dim, block_tokens, n_blocks, block_bytes, kv_type, arithmetic, fingerprint = fields
         layout = self._layout
-        found = (n_layers, n_kv_heads, head_dim, block_tokens, block_bytes, kv_type.rstrip(b"\0"))
-        wanted = (
-            layout.n_layers,
-            layout.n_kv_heads,
-            layout.head_dim,
-            layout.block_tokens,
-            layout.block_bytes,
-            layout.kv_type.encode(),
-        )
+        found = (n_layers, n_kv_heads, head_dim, block_tokens)
+        wanted = (layout.n_layers, layout.n_kv_heads, layout.head_dim, layout.block_tokens)
         if fingerprint != layout.fingerprint or found != wanted:
             raise self._error(None, "the prefix of another model; save one with this model")
+        if kv_type.rstrip(b"\0") != layout.kv_type.encode():
+            raise self._error(
+                None,
+                f"it holds {ascii(kv_type.rstrip(bytes(1)))[2:-1]} keys and values, and this engine keeps "
+                f"{layout.kv_type}; open the engine with the same kv_type, or save the prefix again",
+            )
+        if block_bytes != layout.block_bytes:
+            raise self._error(
+                None, f"its blocks have {block_bytes} bytes, those of this model {layout.block_bytes}: it is damaged"
+            )
         if arithmetic.rstrip(b"\0") != layout.arithmetic.encode():
             raise self._error(
                 None,

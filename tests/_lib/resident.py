@@ -29,6 +29,7 @@ from mer.compute.worker import (
     Project,
     RunExperts,
 )
+from mer.config import KVType
 from mer.io.extents import ExpertMap, map_experts
 from mer.io.gguf import GGUFFile, read_gguf
 from mer.io.reader import ThreadReader
@@ -189,6 +190,7 @@ def run(
     split: Split = together,
     kv_blocks: int = 8,
     planes: int = 1,
+    kv_type: KVType = "f32",
     batch_tokens: int = 0,
 ) -> list[Done]:
     """Load a model and return the last result of each batch, in order.
@@ -201,6 +203,7 @@ def run(
         split: how a layer's experts are divided into jobs.
         kv_blocks: KV blocks in all.
         planes: of activations that meet quantized weights; 1 is int8, 2 is 15 bits.
+        kv_type: how keys and values are kept.
         batch_tokens: rows that the worker is made for, if more than the largest batch has.
     """
     limits = Limits(
@@ -211,6 +214,7 @@ def run(
         kv_blocks=kv_blocks,
         threads=threads,
         planes=planes,
+        kv_type=kv_type,
     )
 
     async def main() -> list[Done]:
@@ -230,6 +234,7 @@ def logits(
     keep: bool = True,
     split: Split = together,
     planes: int = 1,
+    kv_type: KVType = "f32",
     batch_tokens: int = 0,
 ) -> Logits:
     """Return the logits [T, V] of one sequence, fed in chunks of the given lengths."""
@@ -238,6 +243,9 @@ def logits(
         batches.append(batch(tokens[start : start + length], start, table=table))
         start += length
     assert start == len(tokens)
-    done = run(path, batches, threads=threads, keep=keep, split=split, planes=planes, batch_tokens=batch_tokens)
+    done = run(
+        path, batches, threads=threads, keep=keep, split=split, planes=planes, kv_type=kv_type,
+        batch_tokens=batch_tokens,
+    )  # fmt: skip
     results = [result.logits for result in done]
     return np.concatenate([part for part in results if part is not None])

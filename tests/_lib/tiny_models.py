@@ -40,6 +40,7 @@ class TinyShape:
     rope_factor: float | None = None  # linear RoPE scaling
     rms_eps: float = 1e-5
     tied: bool = False
+    sliding_window: int | None = None
 
     @property
     def head_size(self) -> int:
@@ -217,6 +218,8 @@ def hyperparameters(shape: TinyShape) -> dict[str, Any]:
         values["rope.dimension_count"] = shape.head_size
     if shape.arch == "qwen3moe" or shape.head_dim is not None:
         values |= {"attention.key_length": shape.head_size, "attention.value_length": shape.head_size}
+    if shape.sliding_window is not None:
+        values["attention.sliding_window"] = shape.sliding_window
     if shape.rope_factor is not None:
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": shape.rope_factor}
     return {"general.name": f"tiny {shape.arch}"} | {f"{shape.arch}.{key}": value for key, value in values.items()}
@@ -295,6 +298,7 @@ def hf_model(shape: TinyShape, weights: Mapping[str, Array]) -> Any:
         "num_experts_per_tok": shape.top_k,
         "tie_word_embeddings": shape.tied,
         "attn_implementation": "eager",
+        "sliding_window": shape.sliding_window,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
@@ -303,7 +307,11 @@ def hf_model(shape: TinyShape, weights: Mapping[str, Array]) -> Any:
         model: Any = transformers.MixtralForCausalLM(mixtral)
     else:
         qwen = transformers.Qwen3MoeConfig(
-            moe_intermediate_size=shape.d_ff, num_experts=shape.n_experts, norm_topk_prob=True, **common
+            moe_intermediate_size=shape.d_ff,
+            num_experts=shape.n_experts,
+            norm_topk_prob=True,
+            use_sliding_window=shape.sliding_window is not None,
+            **common,
         )
         model = transformers.Qwen3MoeForCausalLM(qwen)
     state = {name: torch.from_numpy(array) for name, array in hf_state(shape, weights).items()}

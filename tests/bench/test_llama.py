@@ -22,9 +22,12 @@ def printed(*tests: dict[str, Any]) -> str:
 def test_the_command_line() -> None:
     start = ["/b", "-m", "/m.gguf"]
     end = ["-t", "3", "-r", "1", "-o", "json"]
-    assert command(Path("/b"), Path("/m.gguf"), PP, 3) == [*start, "-p", "512", "-n", "0", *end]
-    assert command(Path("/b"), Path("/m.gguf"), Case(n_gen=8, depth=5), 3) == [
+    assert command(Path("/b"), Path("/m.gguf"), PP, 3, "f16") == [*start, "-p", "512", "-n", "0", *end]
+    assert command(Path("/b"), Path("/m.gguf"), Case(n_gen=8, depth=5), 3, "f16") == [
         *start, "-p", "0", "-n", "8", "-d", "5", *end
+    ]  # fmt: skip
+    assert command(Path("/b"), Path("/m.gguf"), PP, 3, "q8_0") == [
+        *start, "-p", "512", "-n", "0", "-ctk", "q8_0", "-ctv", "q8_0", "-fa", "1", *end
     ]  # fmt: skip
 
 

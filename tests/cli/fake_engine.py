@@ -33,7 +33,9 @@ class FakeSettings:
     slot_bytes: tuple[int, ...] = (2 << 20,)
     kernels: str = "portable"
     activations: str = "int15"
+    kv_type: str = "f16"
     threads: int = 3
+    io_engine: str = "io_uring"
     io_modes: tuple[IoMode, ...] = (IoMode(True, 4096, "it works"), IoMode(False, 4096, "refused"))
     policy: str = "layer-lru"
     context: int = 128

@@ -13,6 +13,7 @@ import pytest
 
 from mer.compute.reference import ReferenceModel
 from mer.compute.worker import LoadedExpert
+from mer.config import KVType
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
 from tests._lib.resident import batch, joined, logits, run
@@ -82,6 +83,46 @@ def test_float_models_equal_hugging_face(shape: dict[str, Any], tmp_path: Path) 
     want = model.hf_logits(tokens)
     part = safe(model.path, tokens, int8_activations=False)
     assert (error(logits(model.path, tokens), want)[part] < 1e-4).all()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("window", [1, 7, 63, 65, 100])
+def test_windows_equal_hugging_face(arch: Any, window: int, tmp_path: Path) -> None:
+    """Prompts longer than the window, and windows below, about and above a tile; in one chunk and in several."""
+    path = tmp_path / "m.gguf"
+    model = tiny_model(path, arch, sliding_window=window, n_experts=3, top_k=3)  # so that no routing can flip
+    tokens = some_tokens(170, model.shape.vocab_size)
+    want = model.hf_logits(tokens)
+    got = logits(path, tokens)
+    assert (error(got, want) < 1e-4).all()
+    whole = tiny_model(tmp_path / "whole.gguf", arch, n_experts=3, top_k=3).hf_logits(tokens)
+    assert (error(got, whole)[:window] < 1e-4).all()
+    assert (error(got, whole)[2 * window :] > 1e-3).all()
+    assert (error(ReferenceModel(path).logits(tokens), want) < 1e-5).all()
+    assert np.array_equal(logits(path, tokens, chunks=[1, 70, 2, 97], threads=3), got)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_kept_types_equal_the_reference_that_rounds_alike(arch: Any, kv_type: KVType, tmp_path: Path) -> None:
+    """A float32 rounding now and then moves a value over a tie: one step of it, among all that a token attends to.
+
+    A step is 2**-11 of a value as F16 and 1/254 of its block's largest as Q8_0. Without rounding the reference is as
+    far off as many steps are.
+    """
+    path = tmp_path / "m.gguf"
+    tiny_model(path, arch, seed=4, n_experts=3, top_k=3, n_heads=3, n_kv_heads=1, head_dim=32, sliding_window=90)
+    tokens = some_tokens(150)
+    got = logits(path, tokens, kv_type=kv_type)
+    errors = error(got, ReferenceModel(path, kv_type=kv_type).logits(tokens))
+    step = {"f16": 2.0**-11, "q8_0": 1 / 254}[kv_type]
+    assert errors.max() < step
+    assert np.median(errors) < step / 20
+    plain = error(got, ReferenceModel(path).logits(tokens))
+    assert np.median(plain) > 5 * np.median(errors)
+    for chunks, threads in (([1] * 3 + [61, 2, 84], 1), ([150], 3), ([64, 86], 4)):
+        again = logits(path, tokens, kv_type=kv_type, chunks=chunks, threads=threads)
+        assert np.array_equal(again, got)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe"])

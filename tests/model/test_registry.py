@@ -45,6 +45,7 @@ def test_a_mixtral_file_gives_its_specification(tmp_path: Path) -> None:
         rope_style=RopeStyle.INTERLEAVED,
         routing=Routing.SOFTMAX_OVER_TOP_K,
         qk_norm=False,
+        sliding_window=None,
         tied_head=True,
     )
 
@@ -71,6 +72,7 @@ def test_a_qwen3moe_file_gives_its_specification(tmp_path: Path) -> None:
         rope_style=RopeStyle.NEOX,
         routing=Routing.SOFTMAX_THEN_TOP_K,
         qk_norm=True,
+        sliding_window=None,
         tied_head=False,
     )
 
@@ -146,7 +148,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("rope.scaling.attn_factor", 0.5),
     ("rope.scaling.yarn_log_multiplier", 0.1),
     ("rope.scale_linear", 4.0),
-    ("attention.sliding_window", 255),
+    ("attention.sliding_window_pattern", [True, False]),
     ("attention.value_length", 32),
     ("attention.clamp_kqv", 8.0),
     ("attention.causal", False),
@@ -187,6 +189,13 @@ def test_features_that_are_not_implemented_are_named(tmp_path: Path, key: str, v
 def test_features_that_are_switched_off_change_nothing(tmp_path: Path, key: str, value: Any) -> None:
     path = random_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value, "general.file_type": 0})
     assert spec_of(path) == spec_of(random_gguf(tmp_path / "plain.gguf"))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("window", [1, 255])
+def test_a_window_below_the_context_is_read(tmp_path: Path, arch: Any, window: int) -> None:
+    path = random_gguf(tmp_path / "m.gguf", arch=arch, metadata={f"{arch}.attention.sliding_window": window})
+    assert spec_of(path).sliding_window == window
 
 
 def test_linear_scaling_without_a_factor_is_malformed(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mer.sched.kv_file import HEADER_BYTES, KVLayout, PrefixFileError, PrefixRea
 
 LAYOUT = KVLayout(
     fingerprint=bytes(range(32)),
-    kv_type="float32",
+    kv_type="f32",
     arithmetic="int15",
     n_layers=2,
     n_kv_heads=3,
@@ -50,7 +50,7 @@ def header(**changes: Any) -> bytes:
     """Return a header as docs/prefix-reuse.md describes it."""
     values = {
         "magic": b"MERKVPFX",
-        "version": 1,
+        "version": 2,
         "flags": 0,
         "n_layers": 2,
         "n_kv_heads": 3,
@@ -58,7 +58,7 @@ def header(**changes: Any) -> bytes:
         "block_tokens": 2,
         "n_blocks": 3,
         "block_bytes": 24,
-        "kv_type": b"float32",
+        "kv_type": b"f32",
         "arithmetic": b"int15",
         "fingerprint": bytes(range(32)),
     } | changes
@@ -126,16 +126,18 @@ def test_blocks_in_another_order_are_noticed(path: Path) -> None:
     [
         ({"magic": b"MERTRACE"}, "does not begin with"),
         ({"version": 0}, "version 0"),
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
+        ({"version": 3}, "version 3"),
         ({"flags": 1}, "flags 1"),
         ({"fingerprint": bytes(32)}, "another model"),
         ({"n_layers": 3}, "another model"),
         ({"n_kv_heads": 2}, "another model"),
         ({"head_dim": 0}, "another model"),
         ({"block_tokens": 2**32 - 1}, "another model"),
-        ({"block_bytes": 2**64 - 1}, "another model"),
-        ({"kv_type": b"float16"}, "another model"),
-        ({"kv_type": b"\xff" * 16}, "another model"),
+        ({"block_bytes": 2**64 - 1}, "blocks have 18446744073709551615 bytes"),
+        ({"kv_type": b"f16"}, "holds f16 keys and values, and this engine keeps f32; open .* the same kv_type"),
+        ({"kv_type": b"f16", "block_bytes": 12}, "holds f16 keys and values"),
+        ({"kv_type": b"\xff" * 16}, "holds .* keys and values"),
         ({"arithmetic": b"int8"}, "computed with int8 activations, and this engine computes with int15"),
         ({"arithmetic": b"\xff\n'"}, "computed with .* activations"),
         ({"n_blocks": 0}, "0 blocks"),
@@ -169,6 +171,30 @@ def test_numbers_that_are_not_finite_are_refused_though_the_checksum_is_right(pa
     layout = attrs.evolve(LAYOUT, kv_type="other")  # whose bytes are not floats
     write(path, layout, blocks)
     assert read(path, layout)[1] == [block.tobytes() for block in blocks]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 17, 71])
+def test_half_floats_and_scales_that_are_not_finite_are_refused(path: Path, value: float, place: int) -> None:
+    """Wherever they are in a tile; int8 may be anything."""
+    layout = attrs.evolve(LAYOUT, kv_type="f16", block_bytes=144)
+    blocks = [np.arange(72, dtype="<f2") for _ in range(3)]
+    write(path, layout, blocks)
+    assert read(path, layout)[1] == [block.tobytes() for block in blocks]
+    blocks[2][place] = value
+    write(path, layout, blocks)
+    with pytest.raises(PrefixFileError, match="block 2 holds NaN or infinity"):
+        read(path, layout)
+    layout = attrs.evolve(LAYOUT, kv_type="q8_0", head_dim=32, block_bytes=12 * 68)
+    tiles = np.full((12, 68), 0xFF, np.uint8)
+    tiles[:, 64:] = np.ones((12, 2), "<f2").view(np.uint8)
+    write(path, layout, [tiles] * 3)
+    assert read(path, layout)[1] == [tiles.tobytes()] * 3
+    worse = tiles.copy()
+    worse[place % 12, 66:] = np.array([value], "<f2").view(np.uint8)
+    write(path, layout, [tiles, tiles, worse])
+    with pytest.raises(PrefixFileError, match="block 2 holds NaN or infinity"):
+        read(path, layout)
 
 
 def test_a_file_that_changes_between_two_readings_is_noticed(path: Path) -> None:

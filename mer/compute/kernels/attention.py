@@ -1,144 +1,242 @@
-"""RoPE with the write into the KV cache, and causal attention over it with an online softmax.
+"""Causal attention over the KV cache with an online softmax, in passes over the tiles of one kv head (`kv_tile.py`).
 
-KV memory is a set of blocks of `KV_TILE` positions. A block holds, for each layer, K and then V as float32
-[kv heads, KV_TILE, padded head dim]. A sequence's table lists its blocks in order of position, so a tile is always the
-same 64 absolute positions and a result does not depend on chunk edges or on the batch.
+The arithmetic of a (token, head) is the same whatever is computed beside it. Its query is multiplied by the scale.
+Positions are taken in spans of 8 tiles, aligned to absolute position: within a span tiles come in order, each rescaling
+what came before (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"); the results of the spans
+are merged in order (as in flash decoding: Dao et al. 2023). Tiles that lie whole outside a token's window are skipped.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Final
 
 import numpy as np
 
-from mer.compute.kernels.ir import atomic_add, copy_bytes, load_f32, load_i32, load_i64, store_f32
-from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, COUNTER, step
-from mer.compute.kernels.vector import dot, exp_sum, rotate, scale_product, weighted_rows
+from mer.compute.kernels.ir import atomic_add, load_f32, load_i32, load_i64, store_f32, store_i32, zero_bytes
+from mer.compute.kernels.kv_tile import (
+    BLOCK,
+    F16_KIND,
+    F32_KIND,
+    KV_TILE,
+    Q8_0_KIND,
+    merge_row,
+    tile_pass,
+)
+from mer.compute.kernels.numba_api import literally, njit
+from mer.compute.kernels.rope import size_of_tile
+from mer.compute.kernels.step import ARG0, COUNTER, Step, step
 
-KV_TILE = 64  # positions in a KV block
+SPAN: Final = 8 * KV_TILE  # positions whose results are merged as one
+ROWS: Final = 64  # (token, head) pairs that one pass over the tiles serves, or the heads of a group if they are more
+_OCTET: Final = 8
+_SCORE_BYTES: Final = 2 * 4 * _OCTET * KV_TILE + 64  # of a pass over a tile
+
+
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // BLOCK) * BLOCK
+
+
+def state_bytes(rows: int, head_dim: int) -> int:
+    """Return the bytes of the unfinished results of so many rows: float32 [rows, P], maxima, and totals."""
+    return 4 * (-(-rows // 16) * 16) * (_padded(head_dim) + 2)
+
+
+def thread_bytes(n_heads: int, n_kv_heads: int, head_dim: int) -> int:
+    """Return the scratch that each thread needs: scores of 8 rows, two states, queries."""
+    rows = max(ROWS, n_heads // n_kv_heads)
+    queries = 4 * (-(-rows // _OCTET) * _OCTET) * _padded(head_dim)
+    return queries + 2 * state_bytes(rows, head_dim) + _SCORE_BYTES
+
+
+def split_tokens(n_threads: int, n_kv_heads: int, batch_tokens: int) -> int:
+    """Return the rows of a batch up to which spans are given out one by one, as there are few kv heads for a thread."""
+    return min(batch_tokens, (4 * n_threads - 1) // n_kv_heads)
+
+
+def split_bytes(n_tokens: int, n_heads: int, n_kv_heads: int, head_dim: int, max_blocks: int) -> int:
+    """Return the bytes of counters and states for spans that are given out one by one."""
+    items = n_tokens * n_kv_heads
+    spans = -(-max_blocks * KV_TILE // SPAN)
+    return -(-4 * items // 64) * 64 + items * spans * state_bytes(n_heads // n_kv_heads, head_dim)
 
 
 @njit
-def _kv_address(kv, block_bytes, table, max_blocks, sequence, position, head_bytes, head):  # type: ignore[no-untyped-def]
-    """Address of the K vector of one position and head; `kv` is the layer's K area in block 0."""
-    block = load_i32(table, sequence * max_blocks + position // 64)
-    return kv + block * block_bytes + head * head_bytes + (position % 64) * (head_bytes // 64)
+def _clear(state, n_rows, padded):  # type: ignore[no-untyped-def]
+    """Make a state that of no positions."""
+    zero_bytes(state, 4 * n_rows * (padded + 2))
+    for i in range(n_rows):
+        store_f32(state + 4 * n_rows * padded, i, np.float32(-np.inf))
 
 
 @njit
-def _place_head(out, source, c, norm, eps, rope_dim, pair, cos, sin):  # type: ignore[no-untyped-def]
-    """Copy one head of c floats, normalized if `norm` is not 0, and rotate its first rope_dim elements.
+def _first_seen(position, window):  # type: ignore[no-untyped-def]
+    """Return the first position that a token attends to."""
+    return max(0, position + 1 - window) if window > 0 else 0
 
-    pair is 1 for pairs (2i, 2i + 1), or rope_dim / 2 for pairs (i, i + rope_dim / 2).
-    """
-    if norm == 0:
-        copy_bytes(out, source, 4 * c)
-    else:
-        square = np.float32(0)
+
+@njit
+def _span(  # type: ignore[no-untyped-def]
+    kind, span, kv, block_bytes, blocks, c, padded, values_at, q, state, n_rows, group, position, n, window, scores
+):
+    """Compute the state of one span for n tokens from `position` on, a group of heads each."""
+    literally(kind)
+    _clear(state, n_rows, padded)
+    maxima = state + 4 * n_rows * padded
+    totals = maxima + 4 * n_rows
+    newest = position + n - 1
+    begin = max(512 * span, _first_seen(position, window) // 64 * 64)
+    end = min(512 * (span + 1), newest + 1)
+    for start in range(begin, end, 64):
+        tile = kv + load_i32(blocks, start // 64) * block_bytes
+        ahead = tile if start + 64 > newest else kv + load_i32(blocks, start // 64 + 1) * block_bytes
+        # all rows together, or token by token where not all see the whole tile
+        step = n if start + 63 <= position and start >= _first_seen(newest, window) else 1
+        for t in range(0, n, step):
+            first = max(0, _first_seen(position + t + step - 1, window) - start)
+            last = min(64, position + t + 1 - start)
+            r, stop = t * group, (t + step) * group
+            while first < last and r < stop:
+                rows = min(r & -r, 8) if r > 0 else 8  # 8, 4, 2 or 1, never across a multiple of it
+                while r + rows > stop:
+                    rows //= 2
+                tile_pass(
+                    kind, rows, tile, tile + values_at, ahead, c, padded, q + 4 * (r // 8 * 8 * c + r % 8), scores,
+                    state + 4 * r * padded, maxima + 4 * r, totals + 4 * r, first, last,
+                )  # fmt: skip
+                r += rows
+
+
+@njit
+def _merge(total, state, n_rows, padded, r, end):  # type: ignore[no-untyped-def]
+    """Merge rows of the state of a span into those of all earlier ones."""
+    for i in range(r, end):
+        at = 4 * (n_rows * padded + i)
+        merge_row(
+            total + 4 * i * padded, total + at, total + at + 4 * n_rows,
+            state + 4 * i * padded, state + at, state + at + 4 * n_rows, padded,
+        )  # fmt: skip
+
+
+@njit
+def _finish(state, n_rows, padded, c, group, n, out, out_stride):  # type: ignore[no-untyped-def]
+    """Write the results of n tokens: out is their first row, at the group's first head."""
+    for r in range(n * group):
+        target = out + r // group * out_stride + 4 * c * (r % group)
+        total = load_f32(state, n_rows * padded + n_rows + r)
         for i in range(c):
-            square += load_f32(source, i) * load_f32(source, i)
-        scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(c) + eps))
-        whole = c // 16 * 16
-        scale_product(out, source, norm, scale, whole)
-        for i in range(whole, c):
-            store_f32(out, i, load_f32(source, i) * scale * load_f32(norm, i))
-    turned = rope_dim // 2 // 16 * 16
-    rotate(out, pair, cos, sin, turned)
-    for i in range(turned, rope_dim // 2):
-        first = 2 * i if pair == 1 else i
-        x, y = load_f32(out, first), load_f32(out, first + pair)
-        store_f32(out, first, x * load_f32(cos, i) - y * load_f32(sin, i))
-        store_f32(out, first + pair, x * load_f32(sin, i) + y * load_f32(cos, i))
+            store_f32(target, i, load_f32(state, r * padded + i) / total)
 
 
-@step
-def rope_store(row: int, thread: int, n_threads: int) -> None:
-    """Normalize (where the model does) and rotate Q and K, pad Q's heads, and write K and V into the KV cache.
+@njit
+def _pack_queries(q, source, q_head, h, c, group, n, scale):  # type: ignore[no-untyped-def]
+    """Lay the scaled queries of n tokens' groups as [C, 8] for each 8 rows; source is the first token's first head."""
+    for r in range(n * group):
+        query = source + q_head * (r // group * h + r % group)
+        for i in range(c):
+            store_f32(q, r // 8 * 8 * c + 8 * i + r % 8, load_f32(query, i) * scale)
 
-    Arguments: q_raw, k_raw, v_raw, q_raw_stride_bytes, kv_raw_stride_bytes, q (float32 [T, H, padded C]), n (T), heads
-    (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines, sines), q_norm (or
-    0), k_norm (or 0), eps (address), kv, block_bytes, positions (int32 [T]), sequences (int32 [T]), table (int32),
-    max_blocks.
+
+@njit
+def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
+    """Attention of T query rows over their sequences' KV blocks; claimed are kv heads of a few tokens, or of a span.
+
+    Arguments: q (float32 [T, H, C padded to 16]), n (T), heads (H << 32 | G), c, scale (address), kv (the layer's tiles
+    in block 0), block_bytes, positions, sequences, table, max_blocks, out (float32 [T, H * C]), out_stride_bytes,
+    scratch, scratch_stride_bytes (`thread_bytes`), window (positions that a token attends to, its own included, or 0),
+    split (`split_tokens`), counters (`split_bytes`; the first 4 split G are counters and zero).
     """
-    q_raw, k_raw, v_raw = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    q_stride, kv_stride, q = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
-    n, heads, c = load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
-    rope, angles = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10)
-    q_norm, k_norm, eps = load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12), load_f32(load_i64(row, ARG0 + 13), 0)
-    kv, block_bytes = load_i64(row, ARG0 + 14), load_i64(row, ARG0 + 15)
-    positions, sequences = load_i64(row, ARG0 + 16), load_i64(row, ARG0 + 17)
-    table, max_blocks = load_i64(row, ARG0 + 18), load_i64(row, ARG0 + 19)
-    h, g = heads >> 32, heads & 0xFFFFFFFF
-    rope_dim, pair = rope >> 32, rope & 0xFFFFFFFF
-    padded = (c + 15) // 16 * 16
-    head_bytes = 4 * 64 * padded
-    items = n * (h + 2 * g)
-    for item in range(items * thread // n_threads, items * (thread + 1) // n_threads):
-        t, head = item // (h + 2 * g), item % (h + 2 * g)
-        cos = angles + 4 * rope_dim * t
-        sin = cos + 2 * rope_dim
-        if head < h:
-            source = q_raw + t * q_stride + 4 * c * head
-            _place_head(q + 4 * padded * (t * h + head), source, c, q_norm, eps, rope_dim, pair, cos, sin)
-            continue
-        head -= h
-        is_value = head >= g
-        head = head - g if is_value else head
-        target = _kv_address(
-            kv, block_bytes, table, max_blocks, load_i32(sequences, t), load_i32(positions, t), head_bytes, head
-        )
-        if is_value:
-            _place_head(target + g * head_bytes, v_raw + t * kv_stride + 4 * c * head, c, 0, eps, 0, 1, cos, sin)
-        else:
-            _place_head(target, k_raw + t * kv_stride + 4 * c * head, c, k_norm, eps, rope_dim, pair, cos, sin)
-
-
-@step
-def attention(row: int, thread: int, _n_threads: int) -> None:
-    """Causal attention of T query rows over their sequences' KV blocks; (token, head) pairs are claimed one by one.
-
-    Arguments: q (float32 [T, H, padded C]), n (T), heads (H << 32 | G), c, scale (address), kv, block_bytes, positions,
-    sequences, table, max_blocks, out (float32 [T, H * C]), out_stride_bytes, scratch, scratch_stride_bytes (64 scores
-    and one padded head for each thread).
-    """
-    q, n, heads = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    literally(kind)
+    q0, n, heads = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     c, scale = load_i64(row, ARG0 + 3), load_f32(load_i64(row, ARG0 + 4), 0)
-    kv, block_bytes = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
+    kv0, block_bytes = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
     positions, sequences = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
     table, max_blocks = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10)
-    out, out_stride = load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12)
-    scores = load_i64(row, ARG0 + 13) + thread * load_i64(row, ARG0 + 14)
-    acc = scores + 4 * 64
+    out0, out_stride = load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12)
+    scratch = load_i64(row, ARG0 + 13) + thread * load_i64(row, ARG0 + 14)
+    window, split, counters = load_i64(row, ARG0 + 15), load_i64(row, ARG0 + 16), load_i64(row, ARG0 + 17)
     h, g = heads >> 32, heads & 0xFFFFFFFF
-    padded = (c + 15) // 16 * 16
-    stride = 4 * padded
-    head_bytes = 64 * stride
+    group = h // g
+    q_head, padded = (c + 15) // 16 * 64, (c + 31) // 32 * 32
+    tile_size = size_of_tile(kind, padded)
+    values_at = g * tile_size
+    most = max(64, group)
+    n_rows = (most + 15) // 16 * 16
+    state_size = 4 * n_rows * (padded + 2)
+    scores, total = scratch, scratch + _SCORE_BYTES
+    own_state, q = total + state_size, total + 2 * state_size
+    alone = n <= split
+    step_tokens = 1 if alone else max(1, 64 // group)
+    while step_tokens > 1 and (n + step_tokens - 1) // step_tokens * g < 4 * n_threads:
+        step_tokens //= 2
+    pieces = (n + step_tokens - 1) // step_tokens * g
+    # of few rows a few spans are given out at a time, and whoever finishes a row's last one merges all of them
+    spans = (max_blocks * 64 + 511) // 512
+    per_part = max(1, spans * pieces // (8 * n_threads))
+    n_parts = (spans + per_part - 1) // per_part if alone else 1
+    part_size = 4 * ((group + 15) // 16 * 16) * (padded + 2)
+    parts = counters + (4 * split * g + 63) // 64 * 64
     while True:
         item = atomic_add(row + 8 * COUNTER, 1)
-        if item >= n * h:
+        if item >= pieces * n_parts:
             return
-        t, head = item // h, item % h
-        query = q + stride * item
-        sequence, last = load_i32(sequences, t), load_i32(positions, t)
-        maximum, total = np.float32(-np.inf), np.float32(0)
-        for i in range(padded):
-            store_f32(acc, i, np.float32(0))
-        for begin in range(0, last + 1, 64):
-            keys = _kv_address(kv, block_bytes, table, max_blocks, sequence, begin, head_bytes, head // (h // g))
-            count = min(64, last + 1 - begin)
-            top = maximum
-            for j in range(count):
-                score = dot(query, keys + j * stride, padded) * scale
-                store_f32(scores, j, score)
-                if not score <= top:  # a NaN score becomes the maximum and makes the row NaN
-                    top = score
-            for j in range(count, (count + 15) // 16 * 16):
-                store_f32(scores, j, np.float32(-np.inf))
-            keep = np.float32(0) if begin == 0 else np.float32(math.exp(maximum - top))
-            total = total * keep + exp_sum(scores, top, (count + 15) // 16 * 16)
-            weighted_rows(acc, scores, keys + g * head_bytes, count, stride, padded, keep)
-            maximum = top
-        target = out + t * out_stride + 4 * c * head
-        for i in range(c):
-            store_f32(target, i, load_f32(acc, i) / total)
+        piece, part = item // n_parts, item % n_parts
+        head = piece % g
+        stop = n - piece // g * step_tokens  # the last rows of a prompt have most to do
+        t = max(0, stop - step_tokens)
+        while t < stop:
+            position, sequence = load_i32(positions, t), load_i32(sequences, t)
+            run = 1
+            while t + run < stop and load_i32(sequences, t + run) == sequence:
+                run += 1
+            lowest, highest = _first_seen(position, window) // 512, (position + run - 1) // 512
+            begin, end = lowest, highest + 1
+            if alone:
+                begin, end = max(lowest, part * per_part), min(highest + 1, (part + 1) * per_part)
+                if begin >= end:
+                    break
+            mine = parts + part_size * spans * piece
+            if alone:
+                n_rows = (group + 15) // 16 * 16
+            _pack_queries(q, q0 + q_head * (t * h + head * group), q_head, h, c, group, run, scale)
+            if not alone:
+                _clear(total, n_rows, padded)
+            for span in range(begin, end):
+                state = mine + part_size * span if alone else own_state
+                _span(
+                    kind, span, kv0 + head * tile_size, block_bytes, table + 4 * sequence * max_blocks, c, padded,
+                    values_at, q, state, n_rows, group, position, run, window, scores,
+                )  # fmt: skip
+                for i in range(0 if alone else run):
+                    if _first_seen(position + i, window) < 512 * (span + 1) and 512 * span <= position + i:
+                        _merge(total, state, n_rows, padded, i * group, (i + 1) * group)
+            if alone:
+                if atomic_add(counters + 4 * piece, end - begin) + end - begin <= highest - lowest:
+                    break
+                store_i32(counters, piece, np.int32(0))
+                _clear(total, n_rows, padded)
+                for span in range(lowest, highest + 1):
+                    _merge(total, mine + part_size * span, n_rows, padded, 0, group)
+            out = out0 + t * out_stride + 4 * c * head * group
+            _finish(total, n_rows, padded, c, group, run, out, out_stride)
+            t += run
+
+
+@step
+def attention_f32(row: int, thread: int, n_threads: int) -> None:
+    """Attention over a KV cache of F32; arguments as in `_attention`."""
+    _attention(row, thread, n_threads, F32_KIND)
+
+
+@step
+def attention_f16(row: int, thread: int, n_threads: int) -> None:
+    """Attention over a KV cache of F16; arguments as in `_attention`."""
+    _attention(row, thread, n_threads, F16_KIND)
+
+
+@step
+def attention_q8_0(row: int, thread: int, n_threads: int) -> None:
+    """Attention over a KV cache of Q8_0; arguments as in `_attention`."""
+    _attention(row, thread, n_threads, Q8_0_KIND)
+
+
+ATTENTION: dict[int, Step] = {F32_KIND: attention_f32, F16_KIND: attention_f16, Q8_0_KIND: attention_q8_0}

@@ -94,6 +94,30 @@ def widen_half(b: ir.IRBuilder, half: Any) -> Any:
     return b.bitcast(b.or_(b.select(special, forced, scaled), sign), floats)
 
 
+def narrow_half(b: ir.IRBuilder, x: Any) -> Any:
+    """Round a float32 to a half float, given as i16: to nearest even, to infinity from 65520 on; NaN stays NaN.
+
+    By integers in every form. Below 2**-14 adding 0.5 puts the last bit of a subnormal half where float32 rounds;
+    above, half of the last bit less one, and the bit itself, are added before 13 bits are cut off.
+    """
+    bits = b.bitcast(x, I32)
+    magnitude = b.and_(bits, I32(0x7FFFFFFF))
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, F32), F32(0.5)), I32), I32(0x3F000000))
+    odd = b.and_(b.lshr(magnitude, I32(13)), I32(1))
+    normal = b.lshr(b.sub(b.add(b.add(magnitude, odd), I32(0xFFF)), I32(112 << 23)), I32(13))
+    half = b.select(b.icmp_unsigned("<", magnitude, I32(0x38800000)), small, normal)
+    half = b.select(b.icmp_unsigned(">=", magnitude, I32(0x47800000)), I32(0x7C00), half)
+    half = b.select(b.icmp_unsigned(">", magnitude, I32(0x7F800000)), I32(0x7E00), half)
+    return b.trunc(b.or_(half, b.and_(b.lshr(bits, I32(16)), I32(0x8000))), I16)
+
+
+def half_pair(b: ir.IRBuilder, address: Any, offset: int) -> tuple[Any, Any]:
+    """Return the first and the second half float of each of 16 words as float32."""
+    words = load(b, address, offset, V16I32)
+    first, second = b.trunc(words, V16I16), b.trunc(b.lshr(words, const(V16I32, 16)), V16I16)
+    return widen_half(b, first), widen_half(b, second)
+
+
 def widen_bfloat(b: ir.IRBuilder, brain: Any) -> Any:
     """Convert 16 bfloat16, given as <16 x i16>, to float32, exactly."""
     return b.bitcast(b.shl(b.zext(brain, V16I32), const(V16I32, 16)), V16F32)

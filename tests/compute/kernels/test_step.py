@@ -49,9 +49,10 @@ def output(done: subprocess.CompletedProcess[str]) -> list[str]:
 COMPILE_ALL = """
 from mer.compute.forward import steps_for
 from mer.compute.kernels.matmul import STEPS
+from mer.compute.scratch import KV_KINDS
 from mer.io.ggml import GGMLType
 kinds = [GGMLType(kind) for kind in STEPS]
-steps = {step.name: step for planes in (1, 2) for step in steps_for(kinds, planes)}
+steps = {step.name: step for planes in (1, 2) for kv in KV_KINDS for step in steps_for(kinds, planes, kv)}
 print(*(f"{name} {step.compile()}" for name, step in steps.items()), sep="\\n")
 """
 

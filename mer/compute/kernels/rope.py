@@ -1,0 +1,154 @@
+"""RoPE with the norms before it, and the write of K and V into the KV cache.
+
+KV memory is a set of blocks of `KV_TILE` positions. A block holds, for each layer, the K tiles of all kv heads and then
+their V tiles (`kv_tile.py`). A sequence's table lists its blocks in order of position, so a tile is always the same 64
+absolute positions and a result does not depend on chunk edges or on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64, store_f32
+from mer.compute.kernels.kv_tile import F16_KIND, F32_KIND, Q8_0_KIND, store_half, store_i8
+from mer.compute.kernels.numba_api import literally, njit
+from mer.compute.kernels.step import ARG0, Step, step
+from mer.compute.kernels.vector import amax, rotate, scale_product
+
+
+@njit
+def size_of_tile(kind, padded):  # type: ignore[no-untyped-def]
+    """Return the bytes of a tile of heads of so many elements, a multiple of 32."""
+    if kind == F32_KIND:
+        return 256 * padded
+    return 128 * padded if kind == F16_KIND else 68 * padded
+
+
+@njit
+def _place_head(out, source, c, norm, eps, rope_dim, pair, cos, sin):  # type: ignore[no-untyped-def]
+    """Copy one head of c floats, normalized if `norm` is not 0, and rotate its first rope_dim elements.
+
+    pair is 1 for pairs (2i, 2i + 1), or rope_dim / 2 for pairs (i, i + rope_dim / 2). `out` may be `source`.
+    """
+    if norm == 0:
+        copy_bytes(out, source, 4 * c)
+    else:
+        square = np.float32(0)
+        for i in range(c):
+            square += load_f32(source, i) * load_f32(source, i)
+        scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(c) + eps))
+        whole = c // 16 * 16
+        scale_product(out, source, norm, scale, whole)
+        for i in range(whole, c):
+            store_f32(out, i, load_f32(source, i) * scale * load_f32(norm, i))
+    turned = rope_dim // 2 // 16 * 16
+    rotate(out, pair, cos, sin, turned)
+    for i in range(turned, rope_dim // 2):
+        first = 2 * i if pair == 1 else i
+        x, y = load_f32(out, first), load_f32(out, first + pair)
+        store_f32(out, first, x * load_f32(cos, i) - y * load_f32(sin, i))
+        store_f32(out, first + pair, x * load_f32(sin, i) + y * load_f32(cos, i))
+
+
+@njit
+def _nearest(x):  # type: ignore[no-untyped-def]
+    """Return the integer nearest to a number of magnitude below 128, ties away from zero; 0 for any other."""
+    size = abs(x)
+    if not size < np.float32(128):
+        return 0
+    whole = int(size)
+    if size - np.float32(whole) >= np.float32(0.5):
+        whole += 1
+    return whole if x >= np.float32(0) else -whole
+
+
+@njit
+def _store_head(kind, tile, scales, source, c, start, stride):  # type: ignore[no-untyped-def]
+    """Round one head of c floats into a tile: element i at index start + i * stride.
+
+    `scales` is the address of the position's first scale.
+    """
+    literally(kind)
+    if kind == Q8_0_KIND:
+        for block in range(c // 32):
+            peak = amax(source + 128 * block, 32)
+            scale = peak / np.float32(127)
+            inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+            store_half(scales, 64 * block, scale if scale < np.float32(np.inf) else np.float32(np.nan))
+            for i in range(32 * block, 32 * block + 32):
+                store_i8(tile, start + i * stride, _nearest(load_f32(source, i) * inverse))
+    elif kind == F16_KIND:
+        for i in range(c):
+            store_half(tile, start + i * stride, load_f32(source, i))
+    else:
+        for i in range(c):
+            store_f32(tile, start + i * stride, load_f32(source, i))
+
+
+@njit
+def _rope_store(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
+    """Normalize (where the model does) and rotate Q and K, Q into padded heads, and write K and V to the KV cache.
+
+    Arguments: q_raw, k_raw (is changed), v_raw, q_raw_stride_bytes, kv_raw_stride_bytes, q (float32 [T, H, C padded to
+    16]), n (T), heads (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines,
+    sines), q_norm (or 0), k_norm (or 0), eps (address), kv (the layer's tiles in block 0), block_bytes, positions
+    (int32 [T]), sequences (int32 [T]), table (int32), max_blocks.
+    """
+    literally(kind)
+    q_raw, k_raw, v_raw = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    q_stride, kv_stride, q = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    n, heads, c = load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
+    rope, angles = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10)
+    q_norm, k_norm, eps = load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12), load_f32(load_i64(row, ARG0 + 13), 0)
+    kv, block_bytes = load_i64(row, ARG0 + 14), load_i64(row, ARG0 + 15)
+    positions, sequences = load_i64(row, ARG0 + 16), load_i64(row, ARG0 + 17)
+    table, max_blocks = load_i64(row, ARG0 + 18), load_i64(row, ARG0 + 19)
+    h, g = heads >> 32, heads & 0xFFFFFFFF
+    rope_dim, pair = rope >> 32, rope & 0xFFFFFFFF
+    q_head, padded = (c + 15) // 16 * 64, (c + 31) // 32 * 32
+    tile_size = size_of_tile(kind, padded)
+    items = n * (h + 2 * g)
+    for item in range(items * thread // n_threads, items * (thread + 1) // n_threads):
+        t, head = item // (h + 2 * g), item % (h + 2 * g)
+        cos = angles + 4 * rope_dim * t
+        sin = cos + 2 * rope_dim
+        if head < h:
+            source = q_raw + t * q_stride + 4 * c * head
+            _place_head(q + q_head * (t * h + head), source, c, q_norm, eps, rope_dim, pair, cos, sin)
+            continue
+        tile = head - h  # K tiles, then V tiles
+        position = load_i32(positions, t)
+        block = load_i32(table, load_i32(sequences, t) * max_blocks + position // 64)
+        target = kv + block * block_bytes + tile * tile_size
+        slot = position % 64
+        scales = target + 64 * padded + 2 * slot
+        if tile < g:
+            source = k_raw + t * kv_stride + 4 * c * tile
+            _place_head(source, source, c, k_norm, eps, rope_dim, pair, cos, sin)
+            _store_head(kind, target, scales, source, c, slot, 64)
+        else:
+            source = v_raw + t * kv_stride + 4 * c * (tile - g)
+            _store_head(kind, target, scales, source, c, slot * padded, 1)
+
+
+@step
+def rope_store_f32(row: int, thread: int, n_threads: int) -> None:
+    """RoPE and the write into a KV cache of F32; arguments as in `_rope_store`."""
+    _rope_store(row, thread, n_threads, F32_KIND)
+
+
+@step
+def rope_store_f16(row: int, thread: int, n_threads: int) -> None:
+    """RoPE and the write into a KV cache of F16; arguments as in `_rope_store`."""
+    _rope_store(row, thread, n_threads, F16_KIND)
+
+
+@step
+def rope_store_q8_0(row: int, thread: int, n_threads: int) -> None:
+    """RoPE and the write into a KV cache of Q8_0; arguments as in `_rope_store`."""
+    _rope_store(row, thread, n_threads, Q8_0_KIND)
+
+
+ROPE_STORE: dict[int, Step] = {F32_KIND: rope_store_f32, F16_KIND: rope_store_f16, Q8_0_KIND: rope_store_q8_0}
