@@ -119,7 +119,7 @@ def test_the_answer_alone_goes_to_standard_output(engine: FakeEngine, capsys: py
         "prompt: 4 tokens, 5.3 tokens/s; first token after 750.0 ms; loaded in 500.0 ms",
         "experts: 75.0% of 40 lookups hit; read 4.00 KiB, 100 B per generated token",
         "memory: 99.0 MiB of a budget of 1.00 GiB; 20 slots of 2.00 MiB; peak RSS with file pages 123 MiB",
-        "in force: portable kernels, int15 activations, f16 KV, 3 threads, buffered reads, layer-lru cache, "
+        "in force: portable kernels, int15 activations, f16 KV, 3 threads, buffered reads by io_uring, layer-lru cache, "
         "context 128, prefill chunk 32",
     ]
     assert engine.closed
