@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,6 +36,9 @@ PrefetchSetting: TypeAlias = Literal["off", "markov", "gate", "auto"]
 
 KVType: TypeAlias = Literal["f32", "f16", "q8_0"]
 """How keys and values are kept: as float32, as half floats, or as ggml's Q8_0: int8, and a half float for every 32."""
+
+Hybrid: TypeAlias = Literal["auto", "off"]
+"""Beside a GPU, whether the processor computes experts that are only in memory, as many as measure faster."""
 
 SMALL_MODEL = 2048  # d_model from which auto means int8
 
@@ -101,6 +105,11 @@ def _optional_bytes(value: int | str | None) -> int | None:
     return None if value is None else parse_bytes(value)
 
 
+def _device(_instance: Any, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|torch-cpu", value, re.ASCII):
+        raise ConfigError(f"device is {value!r}; it may be auto, cpu, cuda or cuda:N")
+
+
 @attrs.frozen(kw_only=True)
 class EngineConfig:
     """Everything that `open_engine` takes; None means chosen from the machine and the model, and reported.
@@ -134,6 +143,10 @@ class EngineConfig:
     trace: Path | None = attrs.field(default=None, converter=_optional_path)  # a routing trace to make or continue
     prefix_reuse: bool = attrs.field(default=True, validator=_bool)  # of what was computed for the same tokens before
     prefetch: PrefetchSetting = attrs.field(default="auto", validator=_one_of("off", "markov", "gate", "auto"))
+    device: str = attrs.field(default="auto", validator=_device)  # "auto", "cpu", "cuda" or "cuda:N"
+    vram: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes of the device's own memory
+    hybrid: Hybrid = attrs.field(default="auto", validator=_one_of("auto", "off"))
+    vram_slots: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # caps the slots there
     on_progress: Callable[[Progress], None] = attrs.field(default=_ignore, validator=_callable)
 
 

@@ -12,15 +12,11 @@ from types import TracebackType
 import numpy as np
 import trio
 
-from mer.compute.cpu import CPUWorker
-from mer.compute.forward import Forward, matrix_types, steps_for
 from mer.compute.kernels.kv_tile import KV_TILE
-from mer.compute.kernels.matmul import block_format
-from mer.compute.kernels.step import Step, cache_failure
-from mer.compute.kernels.target import FORM, KERNEL_CACHE, WIDE_VECTORS
-from mer.compute.scratch import kv_block_bytes
-from mer.compute.weights import DenseWeights
-from mer.config import Activations, EngineConfig, IoEngine, KVType, PrefetchSetting, Progress, Sampling
+from mer.compute.kernels.step import cache_failure
+from mer.compute.kernels.target import KERNEL_CACHE, WIDE_VECTORS
+from mer.computing import Computing, Worker, open_computing
+from mer.config import Activations, EngineConfig, Hybrid, IoEngine, KVType, PrefetchSetting, Progress, Sampling
 from mer.errors import ContextOverflow, EngineClosed, RequestError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
@@ -30,7 +26,7 @@ from mer.io.open_reader import OpenReader, open_reader
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
 from mer.model.spec import ModelSpec
-from mer.plan import MemoryPlan, Model, load_model, plan_memory
+from mer.plan import MemoryPlan, Model, VRAMPlan, load_model, plan_memory
 from mer.prefetching import open_guessing, prefetch_mode
 from mer.residency import open_residency
 from mer.sched.events import Completion, Event, TokenEvent
@@ -45,7 +41,7 @@ from mer.sched.scheduler import Scheduler
 from mer.sched.sequence import CHANNEL_EVENTS
 from mer.sched.sequence import Sequence as Generation
 from mer.sched.store import ExpertStore
-from mer.stats import Settings, Statistics
+from mer.stats import Settings, Statistics, VRAMSettings
 from mer.system import peak_rss_bytes, private_bytes
 from mer.text.chat import ChatTemplate, Message
 from mer.text.detokenizer import StreamDetokenizer
@@ -141,7 +137,7 @@ class Engine:
         self._stop = stop
         self._template: ChatTemplate | None = None
         self._longest_token_bytes = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1)
-        self._closed = False
+        self._closed = ""  # or why
 
     @property
     def spec(self) -> ModelSpec:
@@ -173,7 +169,12 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine: generations under way raise EngineClosed. Closing twice is allowed."""
-        self._closed = True
+        self._closed = self._closed or "the engine is closed"
+        self._stop.cancel()
+
+    def fail(self, reason: str) -> None:
+        """Stop the engine as `close` does, because it can compute nothing more."""
+        self._closed = self._closed or f"the engine is closed: {reason}"
         self._stop.cancel()
 
     async def generate(
@@ -267,7 +268,7 @@ class Engine:
             EngineClosed: the engine is closed.
         """
         if self._closed:
-            raise EngineClosed("the engine is closed")
+            raise EngineClosed(self._closed)
         ids = self.encode(await self._encode_long(prompt))
         tokens = ids[: self._prefixes.whole(len(ids))]
         if not tokens:
@@ -314,7 +315,7 @@ class Engine:
             EngineClosed: the engine is closed.
         """
         if self._closed:
-            raise EngineClosed("the engine is closed")
+            raise EngineClosed(self._closed)
         return await self._prefixes.load(path)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -354,7 +355,7 @@ class Engine:
     ) -> tuple[Generation, trio.MemoryReceiveChannel[Event]]:
         """Check a request and make its generation."""
         if self._closed:
-            raise EngineClosed("the engine is closed")
+            raise EngineClosed(self._closed)
         given = max_tokens is not None
         if given and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
             raise RequestError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1 up")
@@ -405,6 +406,10 @@ async def open_engine(
     kv_type: KVType | None = None,
     prefetch: PrefetchSetting = "auto",
     prefix_reuse: bool = True,
+    device: str = "auto",
+    vram: int | str | None = None,
+    hybrid: Hybrid = "auto",
+    vram_slots: int | None = None,
     policy: str | None = None,
     heat: str | os.PathLike[str] | None = None,
     trace: str | os.PathLike[str] | None = None,
@@ -434,6 +439,11 @@ async def open_engine(
         kv_type: how keys and values are kept: "f32", "f16" or "q8_0"; by default "f32" for a model of F32 weights, else
             "f16".
         prefix_reuse: whether prompts use what was computed for the same tokens before.
+        device: "cpu", "cuda", "cuda:N", or "auto", which takes the first GPU that torch can use; see docs/cuda.md.
+        vram: bounds what the engine takes of the GPU's memory, in bytes or as text; by default what is free there.
+        hybrid: whether the processor computes experts that are only in memory beside the GPU: "auto", as many as
+            measure faster, or "off". With "auto" tokens may depend on what is where.
+        vram_slots: caps the expert slots there below what that allows.
         policy: which experts stay in memory: "lfru", "layer-lru", "lfu", "static" or "cost"; by default "lfru".
         heat: a heat profile of this model, which the policy "static" needs.
         trace: a file that the routing is recorded in, made or appended to; see docs/traces.md. If it cannot be
@@ -444,8 +454,8 @@ async def open_engine(
 
     Raises:
         ModelFileError: the file is malformed or not supported.
-        NotEnoughMemory: the budget is too small; the text carries the arithmetic.
-        ConfigError: a setting is out of range.
+        NotEnoughMemory: a budget is too small; the text carries the arithmetic.
+        ConfigError: a setting is out of range, or the device that was asked for cannot be used.
         ReadError: bytes could not be read.
         ProfileError: the heat profile is malformed or of another model.
         TraceError: the trace exists and is malformed or of another model.
@@ -465,6 +475,10 @@ async def open_engine(
         kv_type=kv_type,
         prefetch=prefetch,
         prefix_reuse=prefix_reuse,
+        device=device,
+        vram=vram,
+        hybrid=hybrid,
+        vram_slots=vram_slots,
         policy=policy,
         heat=heat,
         trace=trace,
@@ -489,12 +503,10 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     model = load_model(config)
     plan = plan_memory(model, config)
     tokenizer = Tokenizer.from_gguf(model.gguf)
-    kinds = matrix_types(model.dense.values(), model.experts)
     with ExitStack() as stack:
         residency = await open_residency(config, model, plan)
         if residency.recorder is not None:
             stack.callback(residency.recorder.close)
-        await _compile(steps_for(kinds, plan.limits.planes, plan.limits.kv_type), config.on_progress)
         opened = stack.enter_context(
             open_reader(
                 model.gguf.paths,
@@ -505,17 +517,16 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             )
         )
         reader = opened.reader
-        weights = DenseWeights(model.dense)
-        await weights.load(
-            reader, lambda done, total: config.on_progress(Progress("dense weights", done, total, "bytes"))
-        )
+        computing = await open_computing(config, model, plan, reader)
+        worker = computing.worker
         dense_bytes_read = reader.statistics().bytes_read
-        worker = CPUWorker(Forward(model.spec, plan.limits, weights, model.experts), plan.limits.threads)
         arena = Arena(plan.slot_counts, plan.classes.slot_bytes)
         stack.callback(arena.close)
+        stack.callback(worker.close)
+        pinned = computing.pin(arena.address(0), arena.n_bytes)
         pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
         cache = ExpertCache(residency.policy, (model.spec.n_layers, model.spec.n_experts))
-        store = ExpertStore(cache, pool, plan.classes.kind_of)
+        store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier)
         fetcher = Fetcher(
             pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.inner_landed
         )
@@ -537,7 +548,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             prefetcher=None if guessing is None else guessing.prefetcher,
             on_routed=residency.routed,
         )
-        settings = _settings(config, plan, model, arena, opened, cache)
+        settings = _settings(config, plan, model, computing, pinned, arena, opened, cache)
         load_s = 0.0
 
         def statistics() -> Statistics:
@@ -563,7 +574,6 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             )
 
         worker.start_threads()
-        stack.callback(worker.close)
         with _Unwrapped():
             async with trio.open_nursery() as nursery:
                 engine = Engine(
@@ -573,7 +583,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                     scheduler=scheduler,
                     prefixes=PrefixFiles(
                         kv=kv,
-                        layout=_kv_layout(model, plan),
+                        layout=_kv_layout(model, computing),
                         transfer=scheduler.transfer,
                         give_back=scheduler.give_back,
                     ),
@@ -582,7 +592,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                     stop=nursery.cancel_scope,
                 )
                 nursery.start_soon(fetcher.run)
-                nursery.start_soon(worker.run)
+                nursery.start_soon(_compute, worker, engine)
                 if residency.recorder is not None:
                     nursery.start_soon(residency.recorder.run)
                 nursery.start_soon(scheduler.run)
@@ -590,38 +600,36 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 task_status.started(engine)
 
 
-async def _compile(steps: Sequence[Step], on_progress: Callable[[Progress], None]) -> None:
-    """Compile or load kernels, off the trio thread."""
-    on_progress(Progress("kernels", 0, len(steps), "kernels"))
-    for number, step in enumerate(steps, 1):
-        await trio.to_thread.run_sync(step.compile)
-        on_progress(Progress("kernels", number, len(steps), "kernels"))
+async def _compute(worker: Worker, engine: Engine) -> None:
+    """Run the worker; one that ends by itself can compute nothing more, so that the engine closes."""
+    await worker.run()
+    engine.fail("its compute worker has stopped, because its device failed")
 
 
-def _activations(model: Model, plan: MemoryPlan) -> str:
-    """Return the precision of activations in force."""
-    if all(block_format(int(kind)) is None for kind in matrix_types(model.dense.values(), model.experts)):
-        return "float32"
-    return "int8" if plan.limits.planes == 1 else "int15"
-
-
-def _kv_layout(model: Model, plan: MemoryPlan) -> KVLayout:
+def _kv_layout(model: Model, computing: Computing) -> KVLayout:
     """Return what the bytes of a KV block depend on."""
     spec = model.spec
     return KVLayout(
         fingerprint=model_fingerprint(model.gguf),
-        kv_type=plan.limits.kv_type,
-        arithmetic=_activations(model, plan),
+        kv_type=computing.kv_type,
+        arithmetic=computing.arithmetic,
         n_layers=spec.n_layers,
         n_kv_heads=spec.n_kv_heads,
         head_dim=spec.head_dim,
         block_tokens=KV_TILE,
-        block_bytes=kv_block_bytes(spec, plan.limits.kv_type),
+        block_bytes=computing.kv_block_bytes,
     )
 
 
 def _settings(
-    config: EngineConfig, plan: MemoryPlan, model: Model, arena: Arena, opened: OpenReader, cache: ExpertCache
+    config: EngineConfig,
+    plan: MemoryPlan,
+    model: Model,
+    computing: Computing,
+    pinned: str,
+    arena: Arena,
+    opened: OpenReader,
+    cache: ExpertCache,
 ) -> Settings:
     types: dict[str, int] = {}
     for tensor in model.gguf.tensors.values():
@@ -642,11 +650,14 @@ def _settings(
         prefix_reuse=config.prefix_reuse,
         max_sequences=plan.limits.sequences,
         batch_tokens=plan.limits.batch_tokens,
-        kernels=FORM.value,
+        device=plan.device.label,
+        device_reason=plan.device.reason,
+        vram=None if plan.vram is None else _vram_settings(plan.vram, config.hybrid, pinned),
+        kernels=computing.kernels,
         wide_vectors=WIDE_VECTORS,
         kernel_cache=cache_failure() or str(KERNEL_CACHE),
-        activations=_activations(model, plan),
-        kv_type=plan.limits.kv_type,
+        activations=computing.activations,
+        kv_type=computing.kv_type,
         policy=cache.statistics().policy,
         prefetch=prefetch_mode(config, plan),
         heat=None if config.heat is None else str(config.heat),
@@ -654,6 +665,21 @@ def _settings(
         io_modes=opened.reader.modes,
         huge_pages=arena.huge_pages,
         types=types,
+    )
+
+
+def _vram_settings(vram: VRAMPlan, hybrid: str, pinned: str) -> VRAMSettings:
+    return VRAMSettings(
+        budget_bytes=vram.budget_bytes,
+        budget_source=vram.budget_source,
+        parts=dict(vram.parts),
+        slots=vram.slots,
+        slot_counts=vram.slot_counts,
+        slot_bytes=vram.classes.slot_bytes,
+        dense=vram.dense,
+        dense_reason=vram.dense_reason,
+        hybrid=hybrid,
+        pinned=pinned,
     )
 
 

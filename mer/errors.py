@@ -177,5 +177,18 @@ class ComputeError(MerError):
     """A compute worker failed while running a job."""
 
 
+class DeviceError(ComputeError):
+    """The device of the CUDA worker failed.
+
+    Args:
+        message: what failed, and what would work.
+        fatal: whether the device can compute nothing more in this process, so that the engine closes.
+    """
+
+    def __init__(self, message: str, *, fatal: bool) -> None:
+        self.fatal = fatal
+        super().__init__(message)
+
+
 class EngineClosed(MerError):
     """The engine is closed, or can no longer serve requests."""

@@ -20,6 +20,22 @@ from mer.sched.speculation import SpeculationStatistics
 
 
 @attrs.frozen(kw_only=True)
+class VRAMSettings:
+    """How the device's own memory is spent."""
+
+    budget_bytes: int
+    budget_source: str
+    parts: Mapping[str, int]  # name -> bytes
+    slots: int  # that keep experts
+    slot_counts: tuple[int, ...]  # per class of slots
+    slot_bytes: tuple[int, ...]
+    dense: str  # where attention, router, head and KV are: "device" or "cpu"
+    dense_reason: str
+    hybrid: str  # "auto" or "off"
+    pinned: str  # whether the slots in memory are pinned for copies, or why not
+
+
+@attrs.frozen(kw_only=True)
 class Settings:
     """What is in force, whether it was set or chosen."""
 
@@ -38,7 +54,10 @@ class Settings:
     prefix_reuse: bool
     max_sequences: int
     batch_tokens: int
-    kernels: str  # instruction-set form
+    device: str  # "cpu", or the device with the card's name
+    device_reason: str  # why it is this one
+    vram: VRAMSettings | None  # None on the CPU
+    kernels: str  # instruction-set form; on a device "triton" or "torch"
     wide_vectors: bool  # LLVM may use 512-bit vectors; false if numba was imported before it could be told so
     kernel_cache: str  # folder, or why compiled kernels are not kept
     activations: str  # precision of activations that meet the weights: int8, int15, or float32 for float weights

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 import mer
 from mer import plan as plan_module
+from mer import planner as planner_module
 from mer.compute.kernels.kv_tile import KV_TILE
 from mer.compute.scratch import kv_block_bytes
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.model.spec import ModelSpec
-from mer.plan import MemoryPlan, Model, load_model, plan_memory, slot_order
+from mer.plan import MemoryPlan, Model, load_model, plan_memory
+from mer.planner import slot_order
 from mer.units import format_bytes
 from tests._lib.tiny_models import Type, tiny_model
 
@@ -31,7 +33,7 @@ PRIVATE = 80 * MIB
 @pytest.fixture(autouse=True, scope="module")
 def a_process_of_one_size() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "private_bytes", lambda: PRIVATE)
+        patch.setattr(planner_module, "private_bytes", lambda: PRIVATE)
         yield
 
 
@@ -271,7 +273,7 @@ def test_slots_of_mixed_experts_waste_at_most_a_20th(
 
 def test_the_process_as_it_is_counts(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     small, _ = floor_of(models[0])
-    monkeypatch.setattr(plan_module, "private_bytes", lambda: PRIVATE + 700 * MIB)
+    monkeypatch.setattr(planner_module, "private_bytes", lambda: PRIVATE + 700 * MIB)
     large, text = floor_of(models[0])
     assert large - small >= 600 * MIB
     assert "interpreter and libraries" in text

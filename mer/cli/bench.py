@@ -85,6 +85,15 @@ def model_command(
         Literal["f32", "f16", "q8_0"] | None,
         Parameter(group=ENGINE, help="How keys and values are kept. [default: f32 for F32 weights, else f16]"),
     ] = None,
+    device: Annotated[
+        str, Parameter(group=ENGINE, env_var="MER_DEVICE", help="What computes: cpu, cuda, cuda:N or auto.")
+    ] = "auto",
+    vram: Annotated[
+        str | None, Parameter(group=ENGINE, help="Bytes of the GPU's memory. [default: what is free there]")
+    ] = None,
+    hybrid: Annotated[
+        Literal["auto", "off"], Parameter(group=ENGINE, help="Whether the processor computes beside a GPU.")
+    ] = "auto",
     output: Annotated[
         Literal["md", "csv", "json"], Parameter(group=OUTPUT, alias="-o", help="What is printed.")
     ] = "md",
@@ -115,6 +124,9 @@ def model_command(
             prefetch=prefetch,
             policy=policy,
             kv_type=kv_type,
+            device=device,
+            vram=vram,
+            hybrid=hybrid,
             vs=vs,
             plot=plot,
             output=output,

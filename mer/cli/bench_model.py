@@ -47,6 +47,9 @@ class ModelOptions:
     prefetch: str
     policy: str | None
     kv_type: KVType | None
+    device: str
+    vram: str | None
+    hybrid: str
     vs: Path | None
     plot: Path | None
     output: str
@@ -155,6 +158,9 @@ def _arguments(options: ModelOptions, memory: str | None, cases: Sequence[Case])
         "prefetch": options.prefetch,
         "policy": options.policy,
         "kv_type": options.kv_type,
+        "device": options.device,
+        "vram": options.vram,
+        "hybrid": options.hybrid,
         "context": max(case.positions for case in cases),
         "prefix_reuse": False,
     }

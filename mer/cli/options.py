@@ -64,6 +64,25 @@ class EngineOptions:
         ),
     ] = None
 
+    device: Annotated[
+        str,
+        Parameter(
+            env_var="MER_DEVICE",
+            help="What computes: cpu, cuda, cuda:N, or auto, which takes a GPU if torch can use one.",
+        ),
+    ] = "auto"
+    vram: Annotated[
+        str | None,
+        Parameter(help="Bytes of the GPU's memory the engine may use, such as 6GiB. [default: what is free there]"),
+    ] = None
+    hybrid: Annotated[
+        Literal["auto", "off"],
+        Parameter(help="Beside a GPU, let the processor compute experts that are only in memory where that is faster."),
+    ] = "auto"
+    vram_slots: Annotated[
+        int | None, Parameter(help="Keep at most so many experts on the GPU. [default: what its memory holds]")
+    ] = None
+
     prefetch: Annotated[
         Literal["off", "markov", "gate", "auto"],
         Parameter(help="Which guesses at what the next layer needs are read while the disk is idle."),

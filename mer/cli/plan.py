@@ -10,7 +10,7 @@ from mer.cli.options import EngineOptions
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.compute.kernels.kv_tile import KV_TILE
 from mer.config import EngineConfig, default_threads
-from mer.plan import MemoryPlan, load_model, plan_memory
+from mer.plan import MemoryPlan, VRAMPlan, load_model, plan_memory
 from mer.units import format_bytes, format_slots
 
 
@@ -57,6 +57,25 @@ def describe(memory_plan: MemoryPlan) -> dict[str, Any]:
         "expert_bytes_per_token": memory_plan.expert_bytes_per_token,
         "dense_bytes_per_token": memory_plan.dense_bytes_per_token,
         "expected_read_bytes_per_token": memory_plan.expected_read_bytes_per_token,
+        "device": memory_plan.device.label,
+        "device_reason": memory_plan.device.reason,
+        "vram": None if memory_plan.vram is None else _describe_vram(memory_plan.vram),
+    }
+
+
+def _describe_vram(vram: VRAMPlan) -> dict[str, Any]:
+    """Return the plan of the device's own memory as JSON-ready values; sizes in bytes."""
+    return {
+        "budget_bytes": vram.budget_bytes,
+        "budget_source": vram.budget_source,
+        "floor_bytes": vram.floor_bytes,
+        "parts": dict(vram.parts),
+        "unused_bytes": vram.budget_bytes - sum(vram.parts.values()),
+        "dense": vram.dense,
+        "dense_reason": vram.dense_reason,
+        "slots": vram.slots,
+        "slot_counts": list(vram.slot_counts),
+        "slot_bytes": list(vram.classes.slot_bytes),
     }
 
 
@@ -81,11 +100,17 @@ def forecast(memory_plan: MemoryPlan, disk_rate: float, memory_rate: float) -> d
 
 def _print(report: dict[str, Any]) -> None:
     """Print a plan and its forecast for a person."""
+    print(f"device {report['device']} ({report['device_reason']})")
+    if (vram := report["vram"]) is not None:
+        print(f"VRAM {format_bytes(vram['budget_bytes'])} ({vram['budget_source']}); ", end="")
+        print(f"the smallest that works is {format_bytes(vram['floor_bytes'])}")
+        _print_parts(vram)
+        print(f"dense weights, KV and attention on the {vram['dense']} ({vram['dense_reason']})")
+        slots = format_slots(vram["slot_counts"], vram["slot_bytes"])
+        print(f"{slots} for {report['experts']} experts: {vram['slots'] / report['experts']:.0%} stay there")
     print(f"budget {format_bytes(report['budget_bytes'])} ({report['budget_source']}); ", end="")
     print(f"the smallest that works is {format_bytes(report['floor_bytes'])}")
-    for name, n_bytes in (report["parts"] | {"unused": report["unused_bytes"]}).items():
-        if n_bytes:
-            print(f"  {name:<26} {format_bytes(n_bytes):>9}")
+    _print_parts(report)
     slots = format_slots(report["slot_counts"], report["slot_bytes"])
     print(f"{slots} for {report['experts']} experts: {report['slots'] / report['experts']:.0%} stay in memory")
     if len(report["slot_bytes"]) > 1 or report["slot_waste"] >= 0.001:
@@ -102,3 +127,10 @@ def _print(report: dict[str, Any]) -> None:
     print(f"measured here: disk {rates[0]}/s, memory {rates[1]}/s")
     limit = report["limit_tokens_per_s"]
     print(f"the {report['binds']} binds: at most {limit:{',.0f' if limit >= 100 else '.3g'}} tokens/s")
+
+
+def _print_parts(report: dict[str, Any]) -> None:
+    """Print the parts of a budget and what is left of it."""
+    for name, n_bytes in (report["parts"] | {"unused": report["unused_bytes"]}).items():
+        if n_bytes:
+            print(f"  {name:<26} {format_bytes(n_bytes):>9}")

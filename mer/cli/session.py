@@ -173,7 +173,7 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
         rate = (result.prompt_tokens - result.reused_tokens) / result.prefill_s
         prompt += f", {rate:.1f} tokens/s; first token after {format_duration(result.prefill_s)}"
     settings = statistics.settings
-    return [
+    lines = [
         generated,
         f"{prompt}; loaded in {format_duration(statistics.load_s)}",
         experts + read,
@@ -185,3 +185,11 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
         f"reads by {settings.io_engine}, {settings.policy} cache, context {settings.context}, "
         f"prefill chunk {settings.batch_tokens}",
     ]
+    if settings.vram is not None and (vram := statistics.worker.vram) is not None:
+        used = format_bytes(sum(settings.vram.parts.values()))
+        lines.append(
+            f"device: {settings.device} ({settings.device_reason}); VRAM {used} of "
+            f"{format_bytes(settings.vram.budget_bytes)}, {vram.resident} of {vram.slots} slots in use; experts "
+            f"computed there {vram.hits + vram.uploads}, copied {vram.uploads} ({format_bytes(vram.upload_bytes)})"
+        )
+    return lines

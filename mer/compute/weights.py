@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import attrs
 import gguf.quants
@@ -37,7 +37,7 @@ def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
 
 
 @attrs.frozen
-class _Piece:
+class Piece:
     """Rows of a tensor that are read together."""
 
     tensor: TensorInfo
@@ -94,43 +94,13 @@ class DenseWeights:
         return np.asarray(floats, np.float32).reshape(len(numbers), matrix.cols)
 
     async def load(self, reader: Reader, on_progress: Callable[[int, int], None]) -> None:
-        """Read every tensor and bring it into the kernels' layout, reading ahead while the last piece is arranged.
+        """Read every tensor and bring it into the kernels' layout; see `load_pieces`."""
+        await load_pieces(self._tensors.values(), reader, self._place, on_progress)
 
-        If cancelled, reads under way keep their own memory until they land; the weights stay incomplete.
-
-        Args:
-            reader: reads the files.
-            on_progress: called with the bytes loaded so far and in all.
-
-        Raises:
-            ReadError: bytes could not be read.
-        """
-        total = sum(tensor.n_bytes for tensor in self._tensors.values())
-        loaded = 0
-        ahead: deque[tuple[_Piece, PendingExtent]] = deque()
-        pieces = deque(self._pieces())
-        while pieces or ahead:
-            while pieces and len(ahead) <= READS_AHEAD:
-                piece = pieces.popleft()
-                offset = piece.tensor.offset + piece.first * piece.row_bytes
-                ahead.append((piece, start_extent(reader, piece.tensor.file, offset, piece.n_rows * piece.row_bytes)))
-            piece, pending = ahead.popleft()
-            raw = await pending.wait()
-            target = self._address[piece.tensor.name] + piece.first * piece.row_bytes
-            await trio.to_thread.run_sync(self._place, piece.tensor, raw, target, piece.n_rows)
-            loaded += len(raw)
-            on_progress(loaded, total)
-
-    def _pieces(self) -> Iterator[_Piece]:
-        """Cut every tensor into pieces of whole groups of rows, about READ_BYTES each."""
-        for tensor in self._tensors.values():
-            rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
-            step = round_up(max(1, READ_BYTES * rows // tensor.n_bytes), ROWS)
-            for first in range(0, rows, step):
-                yield _Piece(tensor, tensor.n_bytes // rows, first, min(step, rows - first))
-
-    def _place(self, tensor: TensorInfo, raw: npt.NDArray[np.uint8], target: int, n_rows: int) -> None:
-        """Put `n_rows` rows as read from the file at their address, in the kernels' layout."""
+    def _place(self, piece: Piece, raw: npt.NDArray[np.uint8]) -> None:
+        """Put rows as read from the file at their address, in the kernels' layout."""
+        tensor, n_rows = piece.tensor, piece.n_rows
+        target = self._address[tensor.name] + piece.first * piece.row_bytes
         if len(tensor.shape) == 1 or not is_tiled(tensor.type):
             self._memory.view(target, len(raw))[:] = raw
             return
@@ -140,3 +110,46 @@ class DenseWeights:
             tensor.shape[1] // tensor.type.block_size, tensor.type.block_bytes, self._scratch.address,
         )  # fmt: skip
         run_alone(program.address, program.length)
+
+
+async def load_pieces(
+    tensors: Collection[TensorInfo],
+    reader: Reader,
+    place: Callable[[Piece, npt.NDArray[np.uint8]], None],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Read tensors piece by piece and put each in its place in a thread, reading ahead meanwhile.
+
+    If cancelled, reads under way keep their own memory until they land; the weights stay incomplete.
+
+    Args:
+        tensors: what to read.
+        reader: reads the files.
+        place: takes a piece and its bytes as they are in the file.
+        on_progress: called with the bytes loaded so far and in all.
+
+    Raises:
+        ReadError: bytes could not be read.
+    """
+    total = sum(tensor.n_bytes for tensor in tensors)
+    loaded = 0
+    ahead: deque[tuple[Piece, PendingExtent]] = deque()
+    pieces = deque(piece for tensor in tensors for piece in _pieces(tensor))
+    while pieces or ahead:
+        while pieces and len(ahead) <= READS_AHEAD:
+            piece = pieces.popleft()
+            offset = piece.tensor.offset + piece.first * piece.row_bytes
+            ahead.append((piece, start_extent(reader, piece.tensor.file, offset, piece.n_rows * piece.row_bytes)))
+        piece, pending = ahead.popleft()
+        raw = await pending.wait()
+        await trio.to_thread.run_sync(place, piece, raw)
+        loaded += len(raw)
+        on_progress(loaded, total)
+
+
+def _pieces(tensor: TensorInfo) -> Iterator[Piece]:
+    """Cut a tensor into pieces of whole groups of rows, about READ_BYTES each."""
+    rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+    step = round_up(max(1, READ_BYTES * rows // tensor.n_bytes), ROWS)
+    for first in range(0, rows, step):
+        yield Piece(tensor, tensor.n_bytes // rows, first, min(step, rows - first))

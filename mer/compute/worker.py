@@ -69,13 +69,18 @@ class LoadedExpert:
     """Where one expert's matrices lie in memory, and what to compute with them.
 
     Matrices that are `fresh` are as read from the file. The worker re-arranges in place those that are fresh and that
-    the stage uses: afterwards they are not fresh any more.
+    the stage uses: afterwards they are not fresh any more (but see `Done.arranged`). An expert that a `Tier` holds is
+    `AWAY`: it has no addresses.
     """
 
     expert: int
     addresses: tuple[int, int, int]  # gate, up, down
     fresh: tuple[bool, bool]  # gate and up; down
     stage: Stage = Stage.WHOLE
+
+
+AWAY = (0, 0, 0)
+"""The addresses of an expert that is in the worker's own memory."""
 
 
 @attrs.frozen
@@ -95,7 +100,8 @@ class RunResident:
 
     If one of a layer is not, the job ends behind that layer's `Attend`, and operations that follow are not run. The
     result's `routes` are filled in, and `expert_ids` with the last of them. For batches of at most
-    `ComputeWorker.resident_rows` rows. No byte of the experts changes, even if the job fails.
+    `ComputeWorker.resident_rows` rows. No byte of the experts changes, even if the job fails. A worker with a `Tier`
+    looks there, and not at the addresses.
     """
 
     layer: int
@@ -154,8 +160,44 @@ class Done:
     logits: Float32Array | None = None  # [N, V] of the job's Project
     damaged: Int32Array | None = None  # rows of the batch whose router logits were not finite so far
     kv: tuple[Uint8Array, ...] | None = None  # of the job's ReadBlocks: read-only, a copy or the worker's own memory
+    arranged: frozenset[int] | None = None  # experts that the job's RunExperts re-arranged; None: all
     error: MerError | None = None  # the batch is lost; the worker takes the next `Begin`
     compute_s: float = 0.0  # time the job ran
+
+
+class Tier(Protocol):
+    """Experts that a worker keeps in memory of its own, such as a GPU's: they need no slot. Used from the trio thread.
+
+    What is there stays until a job with `RunExperts` needs its room.
+    """
+
+    @property
+    def full(self) -> bool:
+        """Whether every expert of the model is there."""
+
+    def resident(self, layer: int, expert: int) -> bool:
+        """Return whether an expert is there."""
+
+    def hold(self, layer: int, expert: int) -> bool:
+        """Keep an expert there until `release`, if it is there, and return whether it is; holds are counted."""
+
+    def release(self, layer: int, expert: int) -> None:
+        """Take back one `hold`."""
+
+
+@attrs.frozen(kw_only=True)
+class VRAMStatistics:
+    """What became of experts in the device's own memory; `hits + uploads + cpu_runs` are the experts computed."""
+
+    slots: int
+    resident: int
+    hits: int  # experts that were there when they were computed
+    uploads: int  # experts that were copied to the device
+    staged: int  # of them: used once and not kept
+    upload_bytes: int
+    evictions: int
+    cpu_runs: int  # experts that the processor computed from memory, in a hybrid run
+    graphs: int  # CUDA graphs captured
 
 
 @attrs.frozen
@@ -169,6 +211,7 @@ class WorkerStatistics:
     tokens: int  # batch rows begun
     expert_runs: int  # (layer, expert) pairs computed
     compute_s: float
+    vram: VRAMStatistics | None = None  # of the CUDA worker
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import attrs
 import numpy as np
@@ -63,22 +63,32 @@ class ExpertCache:
     def __getitem__(self, key: ExpertKey) -> Resident:
         return self._resident[key]
 
-    def lookup(self, layer: int, experts: Iterable[int]) -> tuple[list[int], list[int]]:
-        """Return the resident and the missing ones of a layer's experts, in the given order, and count them."""
+    def lookup(self, layer: int, experts: Iterable[int], held: Collection[int] = ()) -> tuple[list[int], list[int]]:
+        """Return the resident and the missing ones of a layer's experts, in the given order, and count them.
+
+        Args:
+            layer: whose experts they are.
+            experts: all that the layer needs.
+            held: those of them that the worker has in memory of its own: hits, and in neither list.
+        """
         union = list(experts)
         self._unsettled.append((layer, union))
         hits: list[int] = []
         misses: list[int] = []
         for expert in union:
-            (hits if (layer, expert) in self._resident else misses).append(expert)
-        self._hits += len(hits)
+            if expert not in held:
+                (hits if (layer, expert) in self._resident else misses).append(expert)
+        self._hits += len(union) - len(misses)
         self._misses += len(misses)
         return hits, misses
 
-    def lookup_all(self, layer: int, experts: Sequence[int]) -> list[Resident] | None:
-        """Return a layer's experts and count them as hits, or None, and count nothing, if one of them is missing."""
+    def lookup_all(self, layer: int, experts: Sequence[int], held: Collection[int] = ()) -> list[Resident] | None:
+        """Return those of a layer's experts that are not `held`, in order, and count all of them as hits.
+
+        If one is missing, return None and count nothing.
+        """
         resident = self._resident
-        found = [resident.get((layer, expert)) for expert in experts]
+        found = [resident.get((layer, expert)) for expert in experts if expert not in held]
         if None in found:
             return None
         self.passed(layer, experts)

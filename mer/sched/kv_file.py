@@ -286,15 +286,15 @@ class PrefixReader:
                 f"it holds {ascii(kv_type.rstrip(bytes(1)))[2:-1]} keys and values, and this engine keeps "
                 f"{layout.kv_type}; open the engine with the same kv_type, or save the prefix again",
             )
-        if block_bytes != layout.block_bytes:
-            raise self._error(
-                None, f"its blocks have {block_bytes} bytes, those of this model {layout.block_bytes}: it is damaged"
-            )
         if arithmetic.rstrip(b"\0") != layout.arithmetic.encode():
             raise self._error(
                 None,
                 f"computed with {ascii(arithmetic.rstrip(bytes(1)))[2:-1]} activations, and this engine computes with "
                 f"{layout.arithmetic}; open the engine with the same, or save the prefix again",
+            )
+        if block_bytes != layout.block_bytes:
+            raise self._error(
+                None, f"its blocks have {block_bytes} bytes, those of this model {layout.block_bytes}: it is damaged"
             )
         if not 1 <= n_blocks <= self._most_blocks:
             raise self._error(

@@ -160,7 +160,7 @@ class LayerRun:
         inner, self._inner = self._inner, []
         parts = [store.begin_inner(claim) for claim in inner]
         try:
-            await self._link.run(RunExperts(self._layer, (*ready, *parts)), on_started=self._tell)
+            done = await self._link.run(RunExperts(self._layer, (*ready, *parts)), on_started=self._tell)
         except BaseException:  # the job failed, or the engine closes while the worker is still at it
             for claim in inner:
                 store.end_inner(claim, done=False)
@@ -168,4 +168,4 @@ class LayerRun:
             raise
         for claim in inner:
             store.end_inner(claim, done=True)
-        store.unpin(self._layer, ready, used=True)
+        store.unpin(self._layer, ready, used=True, arranged=done.arranged)

@@ -441,7 +441,7 @@ class Scheduler:
                 raise
             finally:
                 store.let_leave()
-            used = partial(store.unpin, pinned_layer, pinned, used=True)
+            used = partial(store.unpin, pinned_layer, pinned, used=True, arranged=done.arranged)
             if done.routes is not None:
                 layer += self._note_passed(layer, done)
             if done.logits is not None:
@@ -481,7 +481,7 @@ class Scheduler:
         if layer == self._n_layers:
             return (Project(),)
         prefetcher, addresses = self._prefetcher, self._store.cache.addresses
-        if prefetcher is not None and prefetcher.governor.allowed:
+        if prefetcher is not None and prefetcher.governor.allowed and not self._store.all_held:
             return (Attend(layer, predict=prefetcher.asks_gate),)
         if addresses is None or len(batch.tokens) > self._resident_rows:
             return (Attend(layer),)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import attrs
 import trio
 
-from mer.compute.worker import LoadedExpert, Stage
+from mer.compute.worker import AWAY, LoadedExpert, Stage, Tier
 from mer.errors import MerError, ReadError
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.pool import BufferPool, SlotState, Ticket
@@ -55,10 +55,14 @@ class ExpertStore:
         cache: the residents.
         pool: the accounting of the slots; the store answers its `evict`.
         kind_of: returns the class of slots that an expert fits.
+        tier: experts that the worker has in memory of its own, and that need no slot; None if it has none.
     """
 
-    def __init__(self, cache: ExpertCache, pool: BufferPool, kind_of: Callable[[int, int], int]) -> None:
+    def __init__(
+        self, cache: ExpertCache, pool: BufferPool, kind_of: Callable[[int, int], int], tier: Tier | None = None
+    ) -> None:
         self.keeps_all = False
+        self._tier = tier
         self.cache = cache
         self.pool = pool
         pool.evict = self._evict
@@ -99,6 +103,11 @@ class ExpertStore:
         """How many experts are being read ahead or on a guess."""
         return len(self._guesses)
 
+    @property
+    def all_held(self) -> bool:
+        """Whether the worker has every expert in memory of its own, so that nothing is left to read or to guess."""
+        return self._tier is not None and self._tier.full
+
     # What a layer needs
 
     def claim(self, layer: int, experts: Iterable[int]) -> tuple[list[LoadedExpert], list[Claim]]:
@@ -107,8 +116,11 @@ class ExpertStore:
         What was read ahead or prefetched for the layer becomes demand; what was asked for in vain is withdrawn, and
         wrong guesses that are still being read are abandoned.
         """
-        hits, misses = self.cache.lookup(layer, experts)
-        loaded = [self._pinned(expert, self.cache[layer, expert]) for expert in hits]
+        union = list(experts)
+        held = self._hold(layer, union)
+        hits, misses = self.cache.lookup(layer, union, held)
+        loaded = [LoadedExpert(expert, AWAY, (False, False)) for expert in held]
+        loaded += [self._pinned(expert, self.cache[layer, expert]) for expert in hits]
         claims = [Claim((layer, expert)) for expert in misses]
         for claim in claims:
             self._claims[claim.key] = claim
@@ -122,10 +134,26 @@ class ExpertStore:
 
         `claimed` follows, as soon as there is time.
         """
-        residents = self.cache.lookup_all(layer, experts)
+        held = self._hold(layer, experts)
+        residents = self.cache.lookup_all(layer, experts, held)
         if residents is None:
+            self._release(layer, held)
             return None
+        if held:
+            away = tuple(LoadedExpert(expert, AWAY, (False, False)) for expert in held)
+            return away + tuple(map(self._pinned, (e for e in experts if e not in held), residents))
         return tuple(map(self._pinned, experts, residents))
+
+    def _hold(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Hold those of a layer's experts that the worker has in memory of its own, and return which they are."""
+        tier = self._tier
+        return [] if tier is None else [expert for expert in experts if tier.hold(layer, expert)]
+
+    def _release(self, layer: int, experts: Iterable[int]) -> None:
+        """Let go of experts that `_hold` has returned."""
+        if self._tier is not None:
+            for expert in experts:
+                self._tier.release(layer, expert)
 
     def claimed(self) -> None:
         """Withdraw what was asked for in vain, and abandon wrong guesses that are still being read."""
@@ -197,18 +225,26 @@ class ExpertStore:
         claim.inner_done = done
         self.fetcher.let_go(fetch)
 
-    def unpin(self, layer: int, experts: Iterable[LoadedExpert], *, used: bool) -> None:
-        """Let pinned experts go; with `used`, a job has run on them and has re-arranged their bytes."""
+    def unpin(
+        self, layer: int, experts: Iterable[LoadedExpert], *, used: bool, arranged: Collection[int] | None = None
+    ) -> None:
+        """Let pinned experts go; with `used`, a job has run on them and has re-arranged those of `Done.arranged`."""
         for loaded in experts:
+            if loaded.addresses == AWAY:
+                self._release(layer, (loaded.expert,))
+                continue
             resident = self.cache[layer, loaded.expert]
-            if used and resident.arranged is None:
+            if used and resident.arranged is None and (arranged is None or loaded.expert in arranged):
                 self.cache.arranged((layer, loaded.expert))
             self.pool.unpin(resident.slot)
 
     def discard(self, layer: int, experts: Iterable[LoadedExpert]) -> None:
         """Drop pinned experts whose job failed half-way: their bytes may be half re-arranged."""
         for loaded in experts:
-            self._discard((layer, loaded.expert))
+            if loaded.addresses == AWAY:
+                self._release(layer, (loaded.expert,))
+            else:
+                self._discard((layer, loaded.expert))
 
     def _discard(self, key: ExpertKey) -> None:
         resident = self.cache.drop(key)
@@ -274,8 +310,10 @@ class ExpertStore:
         return True
 
     def _absent(self, key: ExpertKey) -> bool:
-        """Return whether an expert is neither resident nor on its way nor asked for, and its file is not left alone."""
+        """Return whether an expert is nowhere in memory nor on its way nor asked for, and its file not left alone."""
         known = key in self.cache or key in self._claims or self.fetcher.in_flight(*key) is not None
+        if self._tier is not None and self._tier.resident(*key):
+            return False
         return not known and self.fetcher.refusal(*key) is None
 
     def _cancel_prefetches(self) -> None:
@@ -356,7 +394,9 @@ class ExpertStore:
         if self.keeps_all and ticket.priority is not Priority.DEMAND:
             return None
         layer, kind = ticket.key[0], ticket.kind
-        victim = self.cache.evict_for(layer, self._evictable(kind), kind=kind)
+        victim = None if self._tier is None else self.cache.evict_for(layer, self._copied(kind), kind=kind)
+        if victim is None:
+            victim = self.cache.evict_for(layer, self._evictable(kind), kind=kind)
         if victim is None and ticket.priority is Priority.DEMAND and self._ahead:
             victim = self.cache.evict_for(layer, self._evictable(kind, spare_ahead=False), kind=kind)
         if victim is None:
@@ -374,6 +414,11 @@ class ExpertStore:
             return pool.state(slot) is SlotState.READY and pool.kind(slot) == kind and key not in spared
 
         return evictable
+
+    def _copied(self, kind: int) -> Callable[[ExpertKey], bool]:
+        """Return whether an expert is `_evictable` and in the worker's own memory too: it leaves first."""
+        evictable, tier = self._evictable(kind), self._tier
+        return lambda key: tier is not None and tier.resident(*key) and evictable(key)
 
     def _fail(self, claim: Claim, error: MerError) -> None:
         claim.error = error

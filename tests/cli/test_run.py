@@ -119,8 +119,8 @@ def test_the_answer_alone_goes_to_standard_output(engine: FakeEngine, capsys: py
         "prompt: 4 tokens, 5.3 tokens/s; first token after 750.0 ms; loaded in 500.0 ms",
         "experts: 75.0% of 40 lookups hit; read 4.00 KiB, 100 B per generated token",
         "memory: 99.0 MiB of a budget of 1.00 GiB; 20 slots of 2.00 MiB; peak RSS with file pages 123 MiB",
-        "in force: portable kernels, int15 activations, f16 KV, 3 threads, buffered reads by io_uring, layer-lru cache, "
-        "context 128, prefill chunk 32",
+        "in force: portable kernels, int15 activations, f16 KV, 3 threads, buffered reads by io_uring, "
+        "layer-lru cache, context 128, prefill chunk 32",
     ]
     assert engine.closed
     assert "\x1b" not in err
@@ -140,7 +140,7 @@ def test_only_slow_kernels_are_said_to_be_compiled(
 
 def test_options_reach_the_engine(engine: FakeEngine) -> None:
     words = "--memory 8GiB --threads 3 --slots 20 --context 99 --max-tokens 5 --temperature 0.5 --top-k 7 --top-p 0.9"
-    engine_words = "--prefetch gate --kv-type q8_0 --mirror a.gguf --mirror b.gguf"
+    engine_words = "--prefetch gate --kv-type q8_0 --io-engine threads --device cpu --mirror a.gguf --mirror b.gguf"
     cache_words = "--policy static --heat h.json --trace t"
     more = "--min-p 0.1 --seed 11 --ignore-eos --stop x --stop"
     all_words = [*words.split(), *engine_words.split(), *cache_words.split(), *more.split()]
@@ -152,6 +152,11 @@ def test_options_reach_the_engine(engine: FakeEngine) -> None:
         "threads": 3,
         "mirrors": (Path("a.gguf"), Path("b.gguf")),
         "prefetch": "gate",
+        "io_engine": "threads",
+        "device": "cpu",
+        "vram": None,
+        "vram_slots": None,
+        "hybrid": "auto",
         "slots": 20,
         "context": 99,
         "activations": "auto",

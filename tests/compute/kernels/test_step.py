@@ -233,7 +233,7 @@ from mer.io.ggml import GGMLType
 patterns = "vpmaddubsw.*ymm", "vpdpbusd.*ymm", "ymm", "zmm|[xy]mm(1[6-9]|[23][0-9])|%k[0-7]"
 print(FORM.value)
 kinds = [GGMLType[name] for name in sys.argv[1].split()]
-for step in [matmul_q8_0, *(steps_for(kinds, 1) if kinds else [])]:
+for step in [matmul_q8_0, *(steps_for(kinds, 1, "f16") if kinds else [])]:
     step.compile()
     print(step.name, *(len(re.findall(pattern, step.assembly)) for pattern in patterns))
 """

@@ -1,0 +1,145 @@
+"""RoPE, the KV cache on the device, and attention by torch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mer.compute.cuda.device import Device
+from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.worker import Batch, Uint8Array
+from mer.model.spec import ModelSpec, RopeStyle
+
+Tensor = torch.Tensor
+
+
+@attrs.frozen(eq=False)
+class Group:
+    """Rows that attend together: one row of each of S sequences, or all rows of one sequence (S is 1)."""
+
+    rows: Tensor | slice  # of the batch
+    table: Tensor  # int64 [S, blocks]
+    positions: Tensor  # int64 [S, rows of a sequence]
+
+    def mask(self, window: int | None) -> Tensor:
+        """Return [S, rows of a sequence, positions]: what each row may look at, within a window if there is one."""
+        there = torch.arange(self.table.shape[1] * KV_TILE, device=self.table.device)
+        own = self.positions[..., None]
+        seen = there <= own
+        return seen if window is None else seen & (there > own - window)
+
+
+@attrs.frozen(eq=False)
+class Inputs:
+    """A batch on the device.
+
+    Attributes:
+        tokens: int64 [T].
+        blocks, offsets: int64 [T], where each row's KV goes.
+        angles: float32 [2, T, rope_dim / 2], cosines and sines.
+        outputs: int64 [N].
+        groups: who attends with whom.
+    """
+
+    tokens: Tensor
+    blocks: Tensor
+    offsets: Tensor
+    angles: Tensor
+    outputs: Tensor
+    groups: tuple[Group, ...]
+
+
+def blocks_needed(position: int) -> int:
+    """Return the number of KV blocks that hold the positions up to this one."""
+    return position // KV_TILE + 1
+
+
+def padded_tables(batch: Batch, rows: list[int], width: int) -> np.ndarray:
+    """Return the tables [len(rows), width] of the sequences of these rows, cut behind each row's own block.
+
+    The rest names the sequence's first block: what lies there is finite if the sequence is, and masked anyway.
+    """
+    tables = np.empty((len(rows), width), np.int64)
+    for place, row in enumerate(rows):
+        table = batch.tables[batch.sequences[row]]
+        needed = blocks_needed(int(batch.positions[row]))
+        tables[place] = table[0]
+        tables[place, :needed] = table[:needed]
+    return tables
+
+
+class KVCache:
+    """Keys and values of all layers in blocks of `KV_TILE` positions: float32 [blocks, L, 2, G, KV_TILE, C].
+
+    Args:
+        spec: the model.
+        n_blocks: of the cache.
+        device: holds it.
+    """
+
+    def __init__(self, spec: ModelSpec, n_blocks: int, device: Device) -> None:
+        self._spec, self._device = spec, device
+        self.memory = device.zeros(n_blocks, spec.n_layers, 2, spec.n_kv_heads, KV_TILE, spec.head_dim)
+
+    def begin_blocks(self, batch: Batch) -> None:
+        """Zero the blocks that a batch begins: what is masked must be finite too, as 0 * NaN is NaN."""
+        begun = np.flatnonzero(batch.positions % KV_TILE == 0)
+        if len(begun):
+            numbers = batch.tables[batch.sequences[begun], batch.positions[begun] // KV_TILE]
+            self.memory[self._device.to_device(numbers.astype(np.int64))] = 0
+
+    def store(self, layer: int, inputs: Inputs, k: Tensor, v: Tensor) -> None:
+        """Put keys and values [T, G, C] of a batch in their places."""
+        for number, values in enumerate((k, v)):
+            self.memory[:, layer, number][inputs.blocks, :, inputs.offsets] = values
+
+    def gathered(self, layer: int, number: int, table: Tensor) -> Tensor:
+        """Return keys (0) or values (1) of sequences as [S, G, positions, C]."""
+        blocks = self.memory[:, layer, number][table]  # [S, blocks, G, KV_TILE, C]
+        return blocks.transpose(1, 2).flatten(2, 3)
+
+    def read_block(self, block: int) -> Uint8Array:
+        """Return a copy of the bytes of a block, read-only."""
+        kv = np.asarray(self._device.to_host(self.memory[block]).numpy()).reshape(-1).view(np.uint8)
+        kv.flags.writeable = False
+        return kv
+
+    def write_block(self, block: int, kv: Uint8Array) -> None:
+        """Put bytes that `read_block` once gave into a block."""
+        shape = self.memory.shape[1:]
+        self.memory[block] = self._device.to_device(np.array(kv, np.uint8).view(np.float32).reshape(shape))
+
+
+def attend(spec: ModelSpec, cache: KVCache, layer: int, inputs: Inputs, q: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """Return causal grouped-query attention [T, H * C] of q [T, H, C] over the cache.
+
+    Query heads that share a kv head are rows of one product: their number and the rows' order are no matter to it.
+    """
+    share = spec.n_heads // spec.n_kv_heads
+    out = torch.empty_like(q)
+    for group, mask in zip(inputs.groups, masks, strict=True):
+        rows, n = mask.shape[:2]
+        grouped = q[group.rows].view(rows, n, spec.n_kv_heads, share, spec.head_dim)
+        query = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, G, share * n, C]
+        k, v = (cache.gathered(layer, number, group.table) for number in (0, 1))
+        every = mask.repeat(1, share, 1)[:, None]  # [S, 1, share * n, positions]
+        attended = functional.scaled_dot_product_attention(query, k, v, attn_mask=every)
+        back = attended.unflatten(2, (share, n)).permute(0, 3, 1, 2, 4)  # [S, n, G, share, C]
+        out[group.rows] = back.reshape(rows * n, spec.n_heads, spec.head_dim)
+    return out.flatten(1)
+
+
+def rope(spec: ModelSpec, x: Tensor, angles: Tensor) -> Tensor:
+    """Return heads x [T, H, C] with their first rope_dim elements rotated (Su et al. 2021)."""
+    dim = spec.rope_dim
+    turned, rest = x[..., :dim], x[..., dim:]
+    cos, sin = angles[:, :, None]  # [T, 1, dim / 2]
+    if spec.rope_style is RopeStyle.INTERLEAVED:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    else:
+        a, b = turned[..., : dim // 2], turned[..., dim // 2 :]
+        pairs = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return torch.cat([pairs, rest], -1)

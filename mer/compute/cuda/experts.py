@@ -1,0 +1,168 @@
+"""Experts on the device: the memory of their slots, their way there, and their feed-forward networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from mer.compute.cuda.blocks import file_order
+from mer.compute.cuda.device import Device, Event
+from mer.compute.cuda.kernels import DeviceExpert, ExpertCut, TorchKernels, Work
+from mer.compute.cuda.layout import file_layout, tile_layout
+from mer.compute.cuda.sizes import STAGING_SLOTS, VRAMClasses
+from mer.compute.cuda.vram import Place, VRAMTier
+from mer.compute.worker import Int32Array, LoadedExpert
+from mer.io.extents import ExpertMap, ExpertPart
+
+Tensor = torch.Tensor
+
+
+class Pairs:
+    """The (token, choice) pairs of a batch in one layer, sorted by expert.
+
+    Args:
+        ids: [T, K], the router's choice.
+        device: where the sorted pairs go, in one transfer.
+    """
+
+    def __init__(self, ids: Int32Array, device: Device) -> None:
+        top_k = ids.shape[1]
+        flat = ids.ravel()
+        self.order = np.argsort(flat, kind="stable")
+        numbers, firsts, counts = np.unique(flat[self.order], return_index=True, return_counts=True)
+        spans = zip(firsts.tolist(), counts.tolist(), strict=True)
+        self.spans: Mapping[int, tuple[int, int]] = dict(zip(numbers.tolist(), spans, strict=True))
+        self._sorted = device.to_device(np.stack([self.order, self.order // top_k]))
+
+    def sorted_pairs(self, first: int, n: int) -> Tensor:
+        """Return n of the sorted pairs, as int64 [n] of the device."""
+        return self._sorted[0, first : first + n]
+
+    def work(self, number: int, expert: DeviceExpert) -> Work | None:
+        """Return what an expert of this number has to do, or None if no row was routed to it."""
+        first, n = self.spans.get(number, (0, 0))
+        if not n:
+            return None
+        pairs, rows = self._sorted[:, first : first + n].unbind()
+        return Work(expert, rows, pairs, n)
+
+
+class DeviceExperts:
+    """The slots of the device, cut as the tier says, and what is computed in them.
+
+    At the end of a job no copy is under way, so that within a job only slots that are used twice must be waited for.
+
+    Args:
+        device: holds them.
+        kernels: compute.
+        experts: types and shapes.
+        classes: the sizes of the slots.
+        counts: slots of each class to keep experts in; there are `STAGING_SLOTS` more of each.
+        hybrid: whether experts may come as the CPU kernels have re-arranged them.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        kernels: TorchKernels,
+        experts: ExpertMap,
+        classes: VRAMClasses,
+        counts: Sequence[int],
+        *,
+        hybrid: bool,
+    ) -> None:
+        self._device, self._kernels, self._classes = device, kernels, classes
+        self._slabs = [
+            device.zeros(count + STAGING_SLOTS, size, dtype=torch.uint8)
+            for count, size in zip(counts, classes.slot_bytes, strict=True)
+        ]
+        self._parts = [[extents.parts for extents in layer] for layer in experts.experts]
+        self._cuts = [[_cut(parts) for parts in layer] for layer in self._parts]
+        self.alike = all(cut == layer[0] for layer in self._cuts for cut in layer)
+        room = max(tile_layout(parts).n_bytes for layer in self._parts for parts in layer) if hybrid else 0
+        self._tiles = [device.zeros(room, dtype=torch.uint8) for _ in range(2)] if hybrid else []
+        self._tile_free = [Event() for _ in self._tiles]
+        self._tables: list[Tensor] = []
+        self.upload_bytes = 0
+
+    def run(
+        self, layer: int, loaded: Sequence[LoadedExpert], places: Sequence[Place], pairs: Pairs, h: Tensor, y: Tensor
+    ) -> None:
+        """Compute experts of a layer for the rows of h that were routed to them, into their rows of y.
+
+        Those that are there come first, while others are being copied; these follow in their order.
+        """
+        there = [place for place in places if not place.arrives]
+        expert = {it.expert: it for it in loaded}
+        arriving = [(place, expert[place.expert]) for place in places if place.arrives]
+        staged = [(place, it) for place, it in arriving if not place.kept]
+        first = [(place, it) for place, it in arriving if place.kept] + staged[:STAGING_SLOTS]
+        coming = [(place, self._upload(layer, it, place, Event())) for place, it in first]
+        waiting = staged[STAGING_SLOTS:]
+        self._compute(layer, there, pairs, h, y)
+        while coming:
+            place, arrival = coming.pop(0)
+            self._device.wait(arrival)
+            self._compute(layer, [place], pairs, h, y)
+            if not place.kept and waiting:
+                following, it = waiting.pop(0)
+                coming.append((following, self._upload(layer, it, following, self._device.mark())))
+
+    def run_chosen(self, layer: int, tier: VRAMTier, ids: Tensor, h: Tensor, y: Tensor) -> None:
+        """Compute the experts ids [T, K] of a layer, all of which are there, without asking the host which they are."""
+        if not self._tables:
+            slots = [[tier.there(number, it).slot for it in range(len(row))] for number, row in enumerate(self._cuts)]
+            self._tables = [self._device.to_device(np.array(row, np.int64)) for row in slots]
+        kind = self._classes.kind_of(layer, 0)
+        self._kernels.chosen(self._slabs[kind], self._tables[layer][ids], self._cuts[layer][0], h, y)
+
+    def n_bytes(self, layer: int, expert: int) -> int:
+        """Return the bytes of an expert's matrices."""
+        return sum(self._cuts[layer][expert].sizes)
+
+    def expert(self, layer: int, place: Place) -> DeviceExpert:
+        """Return an expert's matrices in its slot."""
+        return self._cuts[layer][place.expert].expert(self._slabs[place.kind][place.slot])
+
+    def _compute(self, layer: int, places: Sequence[Place], pairs: Pairs, h: Tensor, y: Tensor) -> None:
+        works = [pairs.work(place.expert, self.expert(layer, place)) for place in places]
+        self._kernels.experts([work for work in works if work is not None], h, y)
+
+    def _upload(self, layer: int, loaded: LoadedExpert, place: Place, after: Event) -> Event:
+        """Begin to copy an expert into its slot, once the device has come to `after`; return when it is there."""
+        parts, cut = self._parts[layer][loaded.expert], self._cuts[layer][loaded.expert]
+        slot = self._slabs[place.kind][place.slot]
+        self.upload_bytes += sum(cut.sizes)
+        fresh = (loaded.fresh[0], loaded.fresh[0], loaded.fresh[1])
+        tiled = tile_layout(parts)
+        buffer = 0
+        arrival = Event()
+        if not all(fresh):
+            self._tiles.reverse()
+            self._tile_free.reverse()
+        for number, part in enumerate(parts):
+            target = slot[cut.offsets[number] : cut.offsets[number] + cut.sizes[number]]
+            if fresh[number]:
+                arrival = self._device.upload(target, loaded.addresses[number], after=after)
+                continue
+            n_bytes, offset = tiled.sizes[number], tiled.offsets[number]
+            tiles = self._tiles[buffer][offset : offset + n_bytes]
+            came = self._device.upload(tiles, loaded.addresses[number], after=self._tile_free[buffer])
+            self._device.wait(came)
+            target.copy_(file_order(part.type, tiles, part.rows).reshape(-1))
+        if not all(fresh):
+            self._tile_free[buffer] = self._device.mark()
+        return arrival
+
+
+def _cut(parts: Sequence[ExpertPart]) -> ExpertCut:
+    layout = file_layout(parts)
+    gate, up, down = parts
+    return ExpertCut(
+        types=(gate.type, up.type, down.type),
+        shapes=((gate.rows, gate.cols), (up.rows, up.cols), (down.rows, down.cols)),
+        offsets=layout.offsets,
+        sizes=layout.sizes,
+    )

@@ -1,0 +1,86 @@
+"""The Triton form of the products: few launches for few rows; for more rows, and for other types, the torch form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mer.compute.cuda import triton_kernels as kernels
+from mer.compute.cuda.device import Device
+from mer.compute.cuda.kernels import DeviceExpert, ExpertCut, TorchKernels, Work
+from mer.compute.cuda.weights import DeviceMatrix
+
+Tensor = torch.Tensor
+
+FUSED_ROWS = 8  # of activations for one matrix: with more, a product by tensor cores is worth the dequantizing
+
+
+class TritonKernels(TorchKernels):
+    """Fused kernels where they are faster, launched on torch's current stream."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device, "triton")
+
+    def matmul(self, matrix: DeviceMatrix, x: Tensor, *, exact: bool = False) -> Tensor:
+        """See `TorchKernels.matmul`."""
+        if len(x) > FUSED_ROWS or int(matrix.type) not in kernels.KINDS:
+            return super().matmul(matrix, x, exact=exact)
+        x = x.contiguous()
+        out = torch.empty((len(x), matrix.rows), dtype=torch.float32, device=x.device)
+        kernels.matvec[_grid(matrix, len(x))](
+            matrix.raw.data_ptr(), x, out, matrix.rows, matrix.cols, matrix.raw.shape[1], int(matrix.type), kernels.R
+        )
+        return out
+
+    def experts(self, works: Sequence[Work], h: Tensor, y: Tensor) -> None:
+        """See `TorchKernels.experts`: experts of the same types and shapes and few rows go in two launches."""
+        groups: dict[tuple[object, ...], list[Work]] = {}
+        for work in works:
+            if work.n > FUSED_ROWS or not _is_fused(work.expert):
+                super().experts([work], h, y)
+            else:
+                groups.setdefault(_key(work.expert), []).append(work)
+        for group in groups.values():
+            tables = []
+            for work in group:
+                addresses = [m.raw.data_ptr() for m in (work.expert.gate, work.expert.up, work.expert.down)]
+                table = torch.empty((work.n, 5), dtype=torch.int64, device=h.device)
+                table[:, 0], table[:, 1] = work.rows, work.pairs
+                for column, address in enumerate(addresses, 2):
+                    table[:, column] = address
+                tables.append(table)
+            self._launch(group[0].expert, torch.cat(tables), h, y)
+
+    def chosen(self, slab: Tensor, slots: Tensor, cut: ExpertCut, h: Tensor, y: Tensor) -> None:
+        """See `TorchKernels.chosen`."""
+        expert = cut.expert(slab[0])
+        if not _is_fused(expert):
+            super().chosen(slab, slots, cut, h, y)
+            return
+        pairs = torch.arange(slots.numel(), device=slots.device)
+        base = slab.data_ptr() + slots.reshape(-1) * slab.shape[1]
+        work = torch.stack([pairs // slots.shape[1], pairs, *(base + offset for offset in cut.offsets)], 1)
+        self._launch(expert, work, h, y)
+
+    def _launch(self, like: DeviceExpert, work: Tensor, h: Tensor, y: Tensor) -> None:
+        """Compute pairs, given as [P, 5], with experts of one form."""
+        n, (gate, up, down) = len(work), (like.gate, like.up, like.down)
+        inner = torch.empty((n, gate.rows), dtype=torch.float32, device=h.device)
+        kernels.gate_up[_grid(gate, n)](
+            work, h, inner, gate.rows, gate.cols, gate.raw.shape[1], up.raw.shape[1], int(gate.type), int(up.type),
+            kernels.R,
+        )  # fmt: skip
+        kernels.down[_grid(down, n)](work, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), kernels.R)
+
+
+def _grid(matrix: DeviceMatrix, n: int) -> tuple[int, int]:
+    return -(-matrix.rows // kernels.R), n
+
+
+def _is_fused(expert: DeviceExpert) -> bool:
+    return all(int(matrix.type) in kernels.KINDS for matrix in (expert.gate, expert.up, expert.down))
+
+
+def _key(expert: DeviceExpert) -> tuple[object, ...]:
+    return tuple((m.type, m.rows, m.cols) for m in (expert.gate, expert.up, expert.down))

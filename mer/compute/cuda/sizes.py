@@ -1,0 +1,96 @@
+"""How much of the device's memory everything takes, before torch is imported: plan and worker cannot disagree."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+
+import attrs
+
+from mer.compute.cuda.layout import file_layout, tile_layout
+from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.scratch import Limits
+from mer.io.extents import ExpertMap, round_up
+from mer.io.gguf import TensorInfo
+from mer.model.spec import ModelSpec
+
+MiB = 1 << 20
+FLOAT_BYTES = 4
+CONTEXT_BYTES = 600 * MiB  # CUDA context, libraries and cuBLAS workspace on the device; an estimate, see docs/cuda.md
+HOST_BYTES = 400 * MiB  # torch in the process's memory: 160 MiB measured on its CPU build, and an estimate for CUDA
+CHUNK_WEIGHTS = 16 << 20  # weights that are dequantized at once
+CHUNK_BYTES = 12  # of device memory for each of them: float32 twice, and the form that the product takes
+STAGING_SLOTS = 2  # of each class: experts pass through them that are used once and not kept
+
+
+@attrs.frozen(kw_only=True)
+class VRAMClasses:
+    """The sizes of the experts on the device, largest first; each expert has a slot of exactly its size."""
+
+    slot_bytes: tuple[int, ...]
+    n_experts: tuple[int, ...]
+    kinds: tuple[tuple[int, ...], ...]  # [layer][expert]: the number of its class
+
+    def kind_of(self, layer: int, expert: int) -> int:
+        """Return the number of the class whose slots an expert goes into."""
+        return self.kinds[layer][expert]
+
+
+def vram_classes(experts: ExpertMap) -> VRAMClasses:
+    """Return the sizes of slots on the device that a model's experts need."""
+    needs = [[file_layout(extents.parts).n_bytes for extents in layer] for layer in experts.experts]
+    counts = Counter(itertools.chain.from_iterable(needs))
+    sizes = sorted(counts, reverse=True)
+    return VRAMClasses(
+        slot_bytes=tuple(sizes),
+        n_experts=tuple(counts[size] for size in sizes),
+        kinds=tuple(tuple(sizes.index(need) for need in layer) for layer in needs),
+    )
+
+
+def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the bytes that the dense weights take on the device: those of the file, in whole allocations."""
+    return sum(round_up(tensor.n_bytes, 512) for tensor in tensors.values())
+
+
+def kv_block_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of one KV block on the device: K and V of all layers for `KV_TILE` positions, in float32."""
+    return spec.n_layers * 2 * spec.n_kv_heads * KV_TILE * spec.head_dim * FLOAT_BYTES
+
+
+def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense: bool, hybrid: bool) -> int:
+    """Return the bytes that a batch works in.
+
+    Args:
+        spec: the model.
+        limits: the largest batch.
+        experts: types and shapes of the routed experts.
+        dense: whether attention and head are computed on the device too.
+        hybrid: whether the processor may have re-arranged experts, which are then brought back on the device.
+    """
+    t, k, d = limits.batch_tokens, spec.top_k, spec.d_model
+    floats = 3 * t * d + t * k * (d + 3 * spec.d_ff)  # x, h and the experts' input; their outputs; gate, up, SwiGLU
+    largest = max(part.rows * part.cols for layer in experts.experts for e in layer for part in e.parts)
+    if dense:
+        heads, positions = spec.n_heads * spec.head_dim, limits.sequence_blocks * KV_TILE
+        floats += t * (4 * heads + 4 * spec.n_kv_heads * spec.head_dim + 4 * spec.n_experts)
+        floats += 2 * spec.n_heads * t * positions  # scores, if no fused attention takes them
+        floats += 4 * limits.sequences * positions * spec.n_kv_heads * spec.head_dim  # K and V, gathered
+        floats += 2 * limits.outputs * spec.vocab_size
+        largest = max(largest, spec.vocab_size * d)
+    tiles = [tile_layout(e.parts).n_bytes for layer in experts.experts for e in layer]
+    return FLOAT_BYTES * floats + CHUNK_BYTES * min(largest, CHUNK_WEIGHTS) + (3 * max(tiles) if hybrid else 0)
+
+
+def host_bytes(spec: ModelSpec, limits: Limits) -> int:
+    """Return the bytes of pinned memory that what goes to the device and comes back passes through."""
+    t, heads = limits.batch_tokens, max(spec.rope_dim, 1)
+    down = FLOAT_BYTES * t * (heads + 16) + 8 * limits.sequences * limits.sequence_blocks
+    back = FLOAT_BYTES * (limits.outputs * spec.vocab_size + t * spec.n_layers * spec.top_k)
+    return 2 * (down + back)  # torch keeps buffers of powers of two
+
+
+def hybrid_limits(limits: Limits) -> Limits:
+    """Return the limits of a processor that computes experts only: it keeps no KV."""
+    return attrs.evolve(limits, kv_blocks=0)

@@ -1,0 +1,29 @@
+"""The Triton form against `gguf` and the torch form, by Triton's interpreter; skipped where there is no Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).parent / "triton_checks.py"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch's CUDA build only")
+@pytest.mark.parametrize("check", ["matvec", "experts", "chosen"])
+def test_by_the_interpreter(check: str) -> None:
+    """In a process of its own: whether kernels are interpreted is settled as Triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compute.cuda.triton_checks", check],
+        env=environment,
+        cwd=CHECKS.parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

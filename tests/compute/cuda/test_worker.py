@@ -1,0 +1,301 @@
+"""The CUDA worker behind its channels, on torch's `cpu` device: against the reference, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trio
+
+import mer
+from mer.compute.cuda.device import Device
+from mer.compute.cuda.opening import choose_kernels, open_device
+from mer.compute.cuda.passes import TokenPasses
+from mer.compute.cuda.sizes import vram_classes
+from mer.compute.cuda.worker import CUDAWorker
+from mer.compute.reference import ReferenceModel
+from mer.compute.scratch import Limits
+from mer.compute.worker import (
+    AWAY,
+    Attend,
+    Batch,
+    Begin,
+    Combine,
+    ComputeWorker,
+    Done,
+    Job,
+    LoadedExpert,
+    Operation,
+    Project,
+    ReadBlocks,
+    RunExperts,
+    RunResident,
+    Stage,
+    WriteBlocks,
+)
+from mer.errors import ComputeError
+from mer.io.reader import ThreadReader
+from mer.plan import load_model
+from mer.sched.policy import LayerLRU
+from tests._lib.resident import Experts, batch, joined
+from tests._lib.tiny_models import Type, tiny_model
+
+LIMITS = Limits(batch_tokens=64, outputs=64, sequences=4, sequence_blocks=4, kv_blocks=12, threads=1)
+TOKENS = [int(token) for token in np.random.default_rng(7).integers(3, 299, 80)]
+N_LAYERS, N_EXPERTS = 3, 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@cache
+def path_of(folder: Path, arch: str, kind: Type) -> Path:
+    shape: dict[str, Any] = {"n_layers": N_LAYERS, "n_experts": N_EXPERTS, "vocab_size": 299, "seed": 6}
+    return tiny_model(folder / f"{arch}-{kind.name}.gguf", arch, weight_type=kind, **shape).path  # type: ignore[arg-type]
+
+
+class Running:
+    """A worker with all experts at hand in memory."""
+
+    def __init__(self, worker: CUDAWorker, experts: Experts) -> None:
+        self.worker, self.experts = worker, experts
+
+    async def do(self, *operations: Operation) -> Done:
+        """Run one job and return its result; raise its error."""
+        await self.worker.jobs.send(Job(operations))
+        done = await self.worker.results.receive()
+        if done.error is not None:
+            raise done.error
+        return done
+
+    def loaded(self, layer: int, numbers: Sequence[int]) -> tuple[LoadedExpert, ...]:
+        """Return experts as the store names them."""
+        tier = self.worker.tier
+        return tuple(
+            LoadedExpert(n, AWAY, (False, False)) if tier.resident(layer, n) else self.experts.load(layer, n)
+            for n in numbers
+        )
+
+    async def run(self, it: Batch) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Take a batch through the layers one by one; return its logits and the routes."""
+        operations: list[Operation] = [Begin(it)]
+        routes = []
+        for layer in range(N_LAYERS):
+            done = await self.do(*operations, Attend(layer))
+            assert done.expert_ids is not None
+            routes.append(done.expert_ids)
+            union = np.unique(done.expert_ids).tolist()
+            operations = [RunExperts(layer, self.loaded(layer, union)), Combine(layer)]
+        done = await self.do(*operations, Project())
+        assert done.logits is not None
+        assert done.arranged == frozenset()
+        return done.logits, routes
+
+
+@asynccontextmanager
+async def running(path: Path, slots: int = N_LAYERS * N_EXPERTS) -> AsyncIterator[Running]:
+    model = load_model(mer.EngineConfig(path=path))
+    classes = vram_classes(model.experts)
+    with ThreadReader(model.gguf.paths) as reader:
+        opened = await open_device(
+            "torch-cpu",
+            spec=model.spec,
+            limits=LIMITS,
+            dense=model.dense,
+            experts=model.experts,
+            classes=classes,
+            counts=(slots,),
+            policy=LayerLRU(N_LAYERS, slots),
+            reader=reader,
+            on_read=lambda done, total: None,
+            arithmetic="",
+            hybrid=False,
+            forward=None,
+        )
+    worker = opened.worker
+    assert isinstance(worker, ComputeWorker)
+    worker.start_threads()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.run)
+            yield Running(worker, Experts(model.gguf, model.experts, keep=False))
+            worker.jobs.close()
+    finally:
+        worker.close()
+        worker.close()
+
+
+@pytest.mark.parametrize("slots", [1, 4, 15])
+@pytest.mark.parametrize(("arch", "kind"), [("llama", Type.F32), ("qwen3moe", Type.Q8_0)])
+async def test_logits_are_the_references(folder: Path, arch: str, kind: Type, slots: int) -> None:
+    """One sequence in chunks over several KV blocks, whose numbers are in no order."""
+    path = path_of(folder, arch, kind)
+    trace = ReferenceModel(path).trace(TOKENS)
+    async with running(path, slots) as it:
+        start = 0
+        for n in (1, 50, 13, 1, 1, 14):
+            logits, routes = await it.run(batch(TOKENS[start : start + n], start, table=(9, 2, 5, 1)))
+            assert np.array_equal(np.stack(routes), trace.expert_ids[:, start : start + n])
+            want = trace.logits[start : start + n]
+            assert np.abs(logits - want).max() < 2e-5 * np.abs(want).max()
+            start += n
+        assert start == len(TOKENS)
+
+
+async def test_sequences_do_not_see_each_other(folder: Path) -> None:
+    """A prompt, a longer one and two that decode in one batch, with tables that have room to spare."""
+    path = path_of(folder, "llama", Type.F32)
+    reference = ReferenceModel(path)
+    parts = [TOKENS[:5], TOKENS[20:37], TOKENS[40:44], TOKENS[50:70]]
+    tables = [(0, 7), (4, 3), (8, 9), (1, 2)]
+    async with running(path) as it:
+        for tokens, table in list(zip(parts, tables, strict=True))[2:]:
+            await it.run(batch(tokens[:-1], table=table))
+        logits, _ = await it.run(
+            joined(
+                [
+                    batch(parts[0], table=tables[0]),
+                    batch(parts[1], table=tables[1]),
+                    batch(parts[2][-1:], 3, table=tables[2]),
+                    batch(parts[3][-1:], 19, table=tables[3]),
+                ]
+            )
+        )
+    want = np.concatenate([reference.logits(p)[-n:] for p, n in zip(parts, (5, 17, 1, 1), strict=True)])
+    assert np.abs(logits - want).max() < 2e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_whole_pass_is_what_the_layers_give(folder: Path, n: int) -> None:
+    """Also with lengths that need other numbers of blocks, and with sizes that come again."""
+    path = path_of(folder, "llama", Type.Q8_0)
+    prompts = [TOKENS[: 60 + 3 * i] for i in range(n)]
+    async with running(path) as it:
+        for number, prompt in enumerate(prompts):
+            await it.run(batch(prompt[:40], table=(number, 6 + number)))
+            await it.run(batch(prompt[40:], 40, table=(number, 6 + number)))
+        for layer in range(N_LAYERS):  # the rest of the experts
+            await it.do(RunExperts(layer, it.loaded(layer, range(N_EXPERTS))))
+        assert it.worker.tier.full
+        addresses = np.zeros((N_LAYERS, N_EXPERTS, 3), np.int64)
+        for step in range(8):
+            rows = joined([batch([TOKENS[step + i]], 60 + 3 * i + step, table=(i, 6 + i)) for i in range(n)])
+            assert TokenPasses.takes(rows)
+            done = await it.do(Begin(rows), Attend(0), RunResident(0, addresses), Project())
+            want, routes = await it.run(rows)
+            assert done.logits is not None
+            assert done.routes is not None
+            assert np.array_equal(done.routes, np.stack(routes))
+            assert np.allclose(done.logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
+            done = await it.do(Begin(rows), Attend(0))  # and from behind a layer's attention on
+            done = await it.do(RunExperts(0, it.loaded(0, np.unique(routes[0]).tolist())), Combine(0), Attend(1))
+            done = await it.do(RunResident(1, addresses), Project())
+            assert done.routes is not None
+            assert np.array_equal(done.routes, np.stack(routes[1:]))
+            assert done.logits is not None
+            assert np.allclose(done.logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+async def test_layers_stop_where_an_expert_is_not_there(folder: Path) -> None:
+    path = path_of(folder, "llama", Type.F32)
+    addresses = np.zeros((N_LAYERS, N_EXPERTS, 3), np.int64)
+    async with running(path, slots=7) as it:
+        want, routes = await it.run(batch(TOKENS[:1]))
+        tier = it.worker.tier
+        there = all(tier.resident(layer, e) for layer, ids in enumerate(routes) for e in np.unique(ids).tolist())
+        assert there  # as many as three layers of two
+        done = await it.do(Begin(batch(TOKENS[:1])), Attend(0), RunResident(0, addresses), Project())
+        assert done.logits is not None
+        assert np.allclose(done.logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
+        for token in TOKENS[1:20]:
+            done = await it.do(Begin(batch([token])), Attend(0), RunResident(0, addresses), Project())
+            assert done.routes is not None
+            assert done.expert_ids is not None
+            assert np.array_equal(done.expert_ids, done.routes[-1])
+            missing = [e for e in done.expert_ids[0].tolist() if not tier.resident(len(done.routes) - 1, e)]
+            assert bool(missing) == (done.logits is None)
+            if done.logits is None:
+                want, routes = await it.run(batch([token]))
+                assert np.array_equal(done.routes, np.stack(routes)[: len(done.routes)])
+                break
+        else:
+            raise AssertionError("no token missed an expert")
+
+
+async def test_predictions_are_the_next_routers(folder: Path) -> None:
+    path = path_of(folder, "qwen3moe", Type.F32)
+    reference = ReferenceModel(path)
+    from mer.compute.reference import rms_norm, route
+
+    async with running(path) as it:
+        operations: list[Operation] = [Begin(batch(TOKENS[:9]))]
+        x = reference.trace(TOKENS[:9]).hidden
+        for layer in range(N_LAYERS):
+            done = await it.do(*operations, Attend(layer, predict=True))
+            assert done.expert_ids is not None
+            if layer + 1 == N_LAYERS:
+                assert done.predicted_ids is None
+                break
+            before = x[layer] + reference.attend(layer, x[layer])
+            h = rms_norm(before, reference.vector(f"blk.{layer + 1}.ffn_norm.weight"), reference.spec.rms_eps)
+            logits = h @ reference.matrix(f"blk.{layer + 1}.ffn_gate_inp.weight").weights.T
+            want, _ = route(logits, reference.spec.top_k, reference.spec.routing)
+            assert done.predicted_ids is not None
+            assert np.array_equal(done.predicted_ids, want)
+            union = np.unique(done.expert_ids).tolist()
+            operations = [RunExperts(layer, it.loaded(layer, union)), Combine(layer)]
+
+
+async def test_kv_blocks_are_read_and_written(folder: Path) -> None:
+    path = path_of(folder, "llama", Type.F32)
+    async with running(path) as it:
+        await it.run(batch(TOKENS[:64], table=(3,)))
+        want, _ = await it.run(batch(TOKENS[64:70], 64, table=(3, 4)))
+        kv = (await it.do(ReadBlocks((3, 4)))).kv
+        assert kv is not None
+        assert not kv[0].flags.writeable
+        await it.run(batch(TOKENS[10:50], table=(3,)))  # something else
+        await it.do(WriteBlocks((7, 0), kv))
+        got, _ = await it.run(batch(TOKENS[64:70], 64, table=(7, 0)))
+        assert np.array_equal(got, want)
+
+
+async def test_a_block_that_once_had_nan_is_as_good_as_new(folder: Path) -> None:
+    path = path_of(folder, "llama", Type.F32)
+    async with running(path) as it:
+        want, _ = await it.run(batch(TOKENS[:3], table=(2, 5)))
+        (block,) = (await it.do(ReadBlocks((2,)))).kv or ()
+        bad = np.full(len(block), 0xFF, np.uint8)  # NaN all over
+        await it.do(WriteBlocks((2, 5), (bad, bad)))
+        got, _ = await it.run(batch(TOKENS[:3], table=(2, 5)))
+        assert np.array_equal(got, want)
+
+
+async def test_stages_are_refused_and_leave_the_worker_well(folder: Path) -> None:
+    path = path_of(folder, "llama", Type.F32)
+    async with running(path, slots=2) as it:
+        assert it.worker.staged_pairs == 0
+        done = await it.do(Begin(batch(TOKENS[:2])), Attend(0))
+        assert done.expert_ids is not None
+        whole = it.experts.load(0, int(done.expert_ids[0, 0]))
+        part = LoadedExpert(whole.expert, whole.addresses, whole.fresh, Stage.INNER)
+        with pytest.raises(ComputeError, match="runs experts whole, not in stages"):
+            await it.do(RunExperts(0, (part,)))
+        assert it.worker.tier.n_resident == 0
+        await it.run(batch(TOKENS[:2]))
+
+
+def test_a_closed_worker_is_of_no_use_and_torch_says_no_to_a_card_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    with pytest.raises(mer.MerError, match=r"torch cannot use the device 'cuda:0' .*--device cpu works"):
+        Device("cuda:0")
+    assert choose_kernels(Device("torch-cpu")).form == "torch"
