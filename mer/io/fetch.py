@@ -28,6 +28,7 @@ ExpertKey: TypeAlias = tuple[int, int]
 
 DEFAULT_READ_DEADLINE_S: Final = 30.0
 _ROUNDING_S: Final = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once
+_LATE_S: Final = 1.0  # a look that comes so late: the process was stopped, or the event loop held up
 _DOWN: Final = 2  # index of the down projection: gate and up come before it in the order of parts
 
 
@@ -112,7 +113,8 @@ class Fetcher:
     begun are cancelled, and its slot is QUARANTINED until those that have are back, then FREE.
 
     A read is stuck when the reader has been at one chunk of it for `read_deadline_s`; waiting behind other reads does
-    not count. The fetch then fails with ReadTimeout and the reader replaces the threads.
+    not count, nor does time in which the whole process was stopped. The fetch then fails with ReadTimeout and the
+    reader replaces the threads.
 
     After five fetches in a row have failed for good in reads of one file, and none landed, new ones from this file are
     refused for 1 s, then for twice as long each time up to 60 s; after that one is let through to find out.
@@ -303,7 +305,9 @@ class Fetcher:
             while self._retries and self._retries[0][0] <= now_s:
                 _, _, fetch, index = heapq.heappop(self._retries)
                 self._retry(fetch, index)
-            if self._next_look_s <= now_s:
+            if now_s - self._next_look_s > _LATE_S:  # what has come meanwhile is still to be heard of
+                self._next_look_s = now_s + _LATE_S
+            elif self._next_look_s <= now_s:
                 self._look_for_stuck(now_s)
             with trio.move_on_at(min(self._next_look_s, self._retries[0][0] if self._retries else inf)):
                 await self._changed.wait()

@@ -387,6 +387,26 @@ async def test_a_read_that_hangs_fails_its_fetch_at_the_deadline(autojump_clock:
         rig.check_conservation()
 
 
+@pytest.mark.parametrize("returns", [True, False])
+async def test_while_the_process_was_stopped_nothing_was_hanging(mock_clock: MockClock, returns: bool) -> None:
+    async with open_rig(experts=big_experts(N_BYTES), profile=INSTANT) as (rig, disk):
+        hang_part(rig, disk, 0, 1)
+        fetch = rig.start(0, 0)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(100)
+        await wait_all_tasks_blocked()
+        assert not fetch.done
+        if returns:
+            disk.let_return()
+            await wait_all_tasks_blocked()
+            await fetch.wait()
+            rig.check_bytes(fetch)
+        mock_clock.jump(1)
+        await wait_all_tasks_blocked()
+        assert isinstance(fetch.error, ReadTimeout) is not returns
+        disk.let_return()
+
+
 async def test_waiting_behind_other_reads_is_not_hanging(autojump_clock: MockClock) -> None:
     slow = DiskProfile(latency_s=0, jitter=0, bytes_per_s=N_BYTES / 25)  # 25 s for one matrix, 75 s for an expert
     async with open_rig(experts=big_experts(N_BYTES), profile=slow, n_threads=1) as (rig, disk):
