@@ -283,6 +283,7 @@ def press() -> None:
 
 
 def test_the_first_ctrl_c_stops_and_prints_statistics(engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
     engine.hangs_after, engine.on_hang = 3, press
     assert run_app(["run", "Tell me"]) == 130
     out, err = capsys.readouterr()
@@ -290,7 +291,7 @@ def test_the_first_ctrl_c_stops_and_prints_statistics(engine: FakeEngine, capsys
     assert "3 tokens (interrupted)" in err
     assert "lookups hit" in err
     assert engine.closed
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupted_json_says_so(engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> None:
