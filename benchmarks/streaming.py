@@ -60,7 +60,7 @@ async def decode(engine: Engine, arguments: argparse.Namespace, disk: Disk) -> f
     memory_rate = memory_bytes_per_s(engine.plan.limits.threads)
     before_rate = disk.probe()
     events: list[tuple[float, Statistics, int]] = []
-    prompt_ids = prompt(engine, PROMPT_TOKENS, random.randrange(1 << 16))  # no round knows what another has learnt
+    prompt_ids = prompt(engine, PROMPT_TOKENS, arguments.seed)
     async with engine.stream(prompt_ids, max_tokens=n_tokens, ignore_eos=True) as stream:
         async for event in stream:
             if isinstance(event, mer.TokenEvent) and event.index in (0, n_tokens - 1):
@@ -186,8 +186,9 @@ def main() -> None:
             return await measure(engine, arguments, disk)
 
     ratios: dict[str, list[float]] = {io_engine: [] for io_engine in arguments.io_engine or ["auto"]}
-    for _ in range(arguments.rounds):
-        for io_engine in ratios:
+    for number in range(arguments.rounds):
+        arguments.seed = random.randrange(1 << 16)  # no round knows what another has learnt
+        for io_engine in list(ratios)[:: -1 if number % 2 else 1]:
             ratios[io_engine].append(trio.run(one_round, io_engine))
     for io_engine, found in ratios.items():
         print(f"{io_engine}: median {statistics.median(found):.2f}")
