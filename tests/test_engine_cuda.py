@@ -15,6 +15,7 @@ import trio
 
 import mer
 from mer.compute.cuda.device import Device
+from mer.compute.cuda.experts import DeviceExperts
 from mer.compute.cuda.kernels import TorchKernels
 from mer.compute.reference import ReferenceModel
 from mer.engine import Engine
@@ -111,6 +112,7 @@ async def test_every_capacity_of_both_tiers_gives_the_tokens_of_the_reference(
         assert vram is not None
         assert (vram.slots, s.settings.slots) == (vram_slots, slots)
         assert vram.resident <= vram.slots
+        assert vram.held == 0
         assert vram.hits + vram.uploads == s.worker.expert_runs
         assert vram.uploads - vram.staged == vram.resident + vram.evictions
         assert (vram.upload_bytes > 0) == (vram.uploads > 0)
@@ -283,6 +285,37 @@ async def test_a_device_out_of_memory_fails_the_batch_and_the_engine_goes_on(
             assert_near(reference(tiny.path), engine.encode(prompt), tokens)
         s = engine.statistics()
         assert (s.pool.pinned, s.pool.quarantined, s.scheduler.failed) == (0, 0, 1)
+        assert s.worker.vram is not None
+        assert s.worker.vram.held == 0
+
+
+async def test_the_processor_is_free_again_after_a_device_has_failed_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = model(folder, "llama-F32")
+    async with mer.open_engine(tiny.path, memory=MEMORY, device=DEVICE, slots=6, vram_slots=2) as engine:
+        await generated(engine)
+        for at in range(6):
+            error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            with monkeypatch.context() as patch:
+                patch.setattr(DeviceExperts, "run", failing(at, error, DeviceExperts.run))
+                with pytest.raises(DeviceError):
+                    await engine.generate(PROMPTS[2], max_tokens=8, ignore_eos=True)
+            for prompt, tokens in zip(PROMPTS, await generated(engine), strict=True):
+                assert_near(reference(tiny.path), engine.encode(prompt), tokens)
+
+
+async def test_guesses_do_not_keep_a_whole_token_from_being_one_job(folder: Path) -> None:
+    """Every expert is on the device, few are in memory, and the prefetcher may guess."""
+    path = model(folder, "llama-F32").path
+    async with mer.open_engine(
+        path, memory=MEMORY, device=DEVICE, slots=3, prefetch="markov", prefix_reuse=False
+    ) as engine:
+        while engine.statistics().worker.vram.resident < N_EXPERTS:  # type: ignore[union-attr]
+            await generated(engine)
+        before = engine.statistics().worker.jobs
+        await engine.generate([7], max_tokens=20, ignore_eos=True)
+        assert engine.statistics().worker.jobs == before + 20
 
 
 async def test_an_error_of_cuda_fails_the_batch_and_closes_the_engine(

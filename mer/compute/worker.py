@@ -191,6 +191,7 @@ class VRAMStatistics:
 
     slots: int
     resident: int
+    held: int  # of them: for a batch that is running
     hits: int  # experts that were there when they were computed
     uploads: int  # experts that were copied to the device
     staged: int  # of them: used once and not kept

@@ -86,6 +86,11 @@ class VRAMTier:
         """See `Tier`."""
         return len(self._slots) == self._total
 
+    @property
+    def n_held(self) -> int:
+        """Number of experts that are held."""
+        return len(self._holds)
+
     def resident(self, layer: int, expert: int) -> bool:
         """See `Tier`."""
         return (layer, expert) in self._slots

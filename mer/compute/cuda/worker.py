@@ -181,6 +181,7 @@ class CUDAWorker:
             vram=VRAMStatistics(
                 slots=sum(self.tier.counts),
                 resident=self.tier.n_resident,
+                held=self.tier.n_held,
                 hits=c.hits,
                 uploads=c.uploads,
                 staged=c.staged,
