@@ -1,4 +1,4 @@
-"""The Triton form against `gguf` and the torch form, by Triton's interpreter; skipped where there is no Triton."""
+"""The Triton form against `gguf`, by Triton's interpreter, and its compilation; skipped where there is no Triton."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CHECKS = Path(__file__).parent / "triton_checks.py"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch's CUDA build only")
-@pytest.mark.parametrize("check", ["matvec", "experts", "chosen"])
-def test_by_the_interpreter(check: str) -> None:
+@pytest.mark.parametrize(("check", "interpret"), [("matvec", "1"), ("experts", "1"), ("chosen", "1"), ("compile", "0")])
+def test_by_the_interpreter_and_the_compiler(check: str, interpret: str) -> None:
     """In a process of its own: whether kernels are interpreted is settled as Triton is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": interpret}
     done = subprocess.run(
         [sys.executable, "-m", "tests.compute.cuda.triton_checks", check],
         env=environment,

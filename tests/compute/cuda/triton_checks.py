@@ -1,4 +1,6 @@
-"""What `test_triton` runs under TRITON_INTERPRET=1: every fused kernel against dequantized weights in float64."""
+"""What `test_triton` runs: every fused kernel against dequantized weights in float64, under TRITON_INTERPRET=1, and
+their compilation to machine code, which needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 
+from mer.compute.cuda import triton_kernels
 from mer.compute.cuda.device import TORCH_CPU, Device
 from mer.compute.cuda.fused import TritonKernels
 from mer.compute.cuda.kernels import DeviceExpert, ExpertCut, Work
@@ -120,10 +123,27 @@ def check_chosen() -> None:
         assert_near(y, want, f"chosen {form}")
 
 
+def check_compile() -> None:
+    """Every weight type's branch, compiled for sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    numbers = dict.fromkeys(("n_rows", "cols", "gate_bytes", "up_bytes"), "i32")
+    constants = dict.fromkeys(("GATE", "UP", "R"), "constexpr")
+    signature = {"work": "*i64", "x": "*fp32", "inner": "*fp32"} | numbers | constants
+    for kind in sorted(KINDS):
+        source = ASTSource(triton_kernels.gate_up, signature, {"GATE": kind, "UP": kind, "R": triton_kernels.R})
+        assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+
+
+CHECKS = {"matvec": check_matvec, "experts": check_experts, "chosen": check_chosen, "compile": check_compile}
+
+
 def main() -> None:
     """Run the check that is named."""
     with torch.inference_mode():
-        {"matvec": check_matvec, "experts": check_experts, "chosen": check_chosen}[sys.argv[1]]()
+        CHECKS[sys.argv[1]]()
 
 
 if __name__ == "__main__":
