@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -213,7 +213,14 @@ def waiters_hear_of_gate_and_up_too_early() -> AbstractContextManager[None]:
 def used_expert_counts_as_fresh() -> AbstractContextManager[None]:
     """An expert's bytes are re-arranged for the kernels again in its next use."""
 
-    def unpin(self: ExpertStore, layer: int, experts: list[LoadedExpert], *, used: bool) -> None:
+    def unpin(
+        self: ExpertStore,
+        layer: int,
+        experts: list[LoadedExpert],
+        *,
+        used: bool,
+        arranged: Collection[int] | None = None,
+    ) -> None:
         original(self, layer, experts, used=False)
 
     original = ExpertStore.unpin
