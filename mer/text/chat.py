@@ -80,7 +80,7 @@ class ChatTemplate:
             trim_blocks=True,
             lstrip_blocks=True,
             auto_escape_callback=lambda _name: False,
-            filters={"tojson": _to_json},
+            filters={"tojson": _to_json, "trim": _trim},
             globals={"raise_exception": _raise_exception},
             debug=False,
         )
@@ -202,6 +202,11 @@ def _clock(now: datetime.datetime) -> Callable[[str], str]:
         return now.strftime(time_format)
 
     return strftime_now
+
+
+def _trim(value: object, chars: str | None = None) -> str:
+    """Take white space off both ends as Jinja2 does: what Python calls so, with the separators U+001C to U+001F."""
+    return "" if value is None else str(value).strip(chars)
 
 
 def _to_json(

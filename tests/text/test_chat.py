@@ -55,8 +55,10 @@ THINKING = """{%- if tools %}{{- tools | tojson }}{% endif %}
 AS_JSON = """{%- for message in messages %}{{ message | tojson }}{{ message.content | tojson(indent=2) }}{% endfor %}"""
 TEMPLATES = {"chatml": CHATML, "default system": DEFAULT_SYSTEM, "inst": INST, "thinking": THINKING, "json": AS_JSON}
 
+# minijinja's method `strip` does not count U+001C to U+001F as white space, as Python does; the filter `trim` does.
+SEPARATORS = "\x1c\x1d\x1e\x1f"
 CONTENTS = st.one_of(
-    st.text(max_size=20),
+    st.text(st.characters(exclude_characters=SEPARATORS, codec="utf-8"), max_size=20),
     st.lists(
         st.sampled_from(
             ["hi", " ", "\n", "<|im_end|>", "<|im_", "start|>", "<|", "<", "user", "</think>", "'\"&é", "[INST]"]
@@ -102,6 +104,15 @@ def jinja(source: str, messages: Sequence[Message], add_generation_prompt: bool)
         )
     except RefusedError:
         return None
+
+
+def test_trim_takes_off_what_python_calls_white_space(tokenizer: Tokenizer) -> None:
+    source = (
+        "{% for m in messages %}[{{ m.content | trim }}|{{ m.content | trim('x ') }}|{{ m.name | trim }}]{% endfor %}"  # noqa: E501
+    )
+    content = f" x{SEPARATORS}a b{SEPARATORS}x\u2003"
+    rendered = ChatTemplate(source, tokenizer).render([Message("user", content)])
+    assert rendered == f"[{content.strip()}|{content.strip('x ')}|]"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
