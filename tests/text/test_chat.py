@@ -108,7 +108,7 @@ def jinja(source: str, messages: Sequence[Message], add_generation_prompt: bool)
 
 def test_trim_takes_off_what_python_calls_white_space(tokenizer: Tokenizer) -> None:
     source = (
-        "{% for m in messages %}[{{ m.content | trim }}|{{ m.content | trim('x ') }}|{{ m.name | trim }}]{% endfor %}"  # noqa: E501
+        "{% for m in messages %}[{{ m.content | trim }}|{{ m.content | trim('x ') }}|{{ m.name | trim }}]{% endfor %}"
     )
     content = f" x{SEPARATORS}a b{SEPARATORS}x\u2003"
     rendered = ChatTemplate(source, tokenizer).render([Message("user", content)])
