@@ -35,6 +35,8 @@ class FakeSettings:
     activations: str = "int15"
     kv_type: str = "f16"
     threads: int = 3
+    device: str = "cpu"
+    device_reason: str = "auto: no NVIDIA driver is loaded"
     vram: None = None
     io_engine: str = "io_uring"
     io_modes: tuple[IoMode, ...] = (IoMode(True, 4096, "it works"), IoMode(False, 4096, "refused"))

@@ -34,7 +34,8 @@ class Pairs:
         numbers, firsts, counts = np.unique(flat[self.order], return_index=True, return_counts=True)
         spans = zip(firsts.tolist(), counts.tolist(), strict=True)
         self.spans: Mapping[int, tuple[int, int]] = dict(zip(numbers.tolist(), spans, strict=True))
-        self._sorted = device.to_device(np.stack([self.order, self.order // top_k]))
+        self._numbers = np.stack([self.order, self.order // top_k])
+        self._sorted = device.to_device(self._numbers)
 
     def sorted_pairs(self, first: int, n: int) -> Tensor:
         """Return n of the sorted pairs, as int64 [n] of the device."""
@@ -46,7 +47,7 @@ class Pairs:
         if not n:
             return None
         pairs, rows = self._sorted[:, first : first + n].unbind()
-        return Work(expert, rows, pairs, n)
+        return Work(expert, self._numbers[:, first : first + n], pairs, rows)
 
 
 class DeviceExperts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from mer.compute.cuda import triton_kernels as kernels
@@ -42,15 +43,14 @@ class TritonKernels(TorchKernels):
             else:
                 groups.setdefault(_key(work.expert), []).append(work)
         for group in groups.values():
-            tables = []
+            table = np.empty((sum(work.n for work in group), 5), np.int64)
+            first = 0
             for work in group:
-                addresses = [m.raw.data_ptr() for m in (work.expert.gate, work.expert.up, work.expert.down)]
-                table = torch.empty((work.n, 5), dtype=torch.int64, device=h.device)
-                table[:, 0], table[:, 1] = work.rows, work.pairs
-                for column, address in enumerate(addresses, 2):
-                    table[:, column] = address
-                tables.append(table)
-            self._launch(group[0].expert, torch.cat(tables), h, y)
+                mine = table[first : first + work.n]
+                mine[:, 0], mine[:, 1] = work.numbers[1], work.numbers[0]
+                mine[:, 2:] = [m.raw.data_ptr() for m in (work.expert.gate, work.expert.up, work.expert.down)]
+                first += work.n
+            self._launch(group[0].expert, self._device.to_device(table), h, y)
 
     def chosen(self, slab: Tensor, slots: Tensor, cut: ExpertCut, h: Tensor, y: Tensor) -> None:
         """See `TorchKernels.chosen`."""

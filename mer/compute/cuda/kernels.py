@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import attrs
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -32,12 +34,23 @@ class DeviceExpert:
 
 @attrs.frozen(eq=False)
 class Work:
-    """What one expert has to do: `rows` are the rows of h, `pairs` the rows of y that it computes, both int64 [n]."""
+    """What one expert has to do.
+
+    Attributes:
+        expert: its matrices.
+        numbers: int64 [2, n] in memory: the rows of y that it computes, and the rows of h that they are computed from.
+        pairs, rows: the same on the device, int64 [n] each.
+    """
 
     expert: DeviceExpert
-    rows: Tensor
+    numbers: npt.NDArray[np.int64]
     pairs: Tensor
-    n: int
+    rows: Tensor
+
+    @property
+    def n(self) -> int:
+        """How many rows it computes."""
+        return len(self.numbers[0])
 
 
 class TorchKernels:

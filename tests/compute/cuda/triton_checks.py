@@ -89,7 +89,8 @@ def check_experts() -> None:
         expert = expert_of(FORMS[number % 2], 256, 256, seed=10 * number)
         mine = pairs[first : first + n]
         first += n
-        works.append(Work(expert, torch.from_numpy(mine // 2), torch.from_numpy(mine), n))
+        numbers = np.stack([mine, mine // 2])
+        works.append(Work(expert, numbers, torch.from_numpy(mine), torch.from_numpy(mine // 2)))
         want[mine] = ffn(expert, h[mine // 2])
     kernels.experts(works, torch.from_numpy(h), y)
     assert_near(y, want, "experts")
