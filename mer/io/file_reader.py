@@ -22,6 +22,18 @@ from mer.io.operation import ReadOperation, check_operation
 from mer.io.priority import Priority
 
 
+def land(work: Work, meter: ReadMeter, now_s: float) -> None:
+    """End an operation that the queue has ended: count it, and tell whoever started it."""
+    operation = work.operation
+    operation.error = work.error
+    operation.cancelled = work.incomplete
+    if work.error is None:
+        meter.land(operation.length, operation.priority, work.started_s, work.wanted_s, now_s)
+    else:
+        meter.fail(work.started_s, now_s, cancelled=work.incomplete)
+    operation.on_landed(operation)
+
+
 class FileReader(abc.ABC):
     """A reader of model files; see `Reader` for what it promises, and `ChunkQueue` for what is read when.
 
@@ -217,14 +229,7 @@ class FileReader(abc.ABC):
         """End operations, in the trio thread and in no call."""
         now_s = time.monotonic()
         for work in ended:
-            operation = work.operation
-            operation.error = work.error
-            operation.cancelled = work.incomplete
-            if work.error is None:
-                self._meter.land(operation.length, operation.priority, work.started_s, work.wanted_s, now_s)
-            else:
-                self._meter.fail(work.started_s, now_s, cancelled=work.incomplete)
-            operation.on_landed(operation)
+            land(work, self._meter, now_s)
 
     def _close_files(self) -> None:
         for files in self._drives:

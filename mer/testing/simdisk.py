@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mer.errors import EngineClosed, ReadError
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS, Chunk, ChunkQueue, Work
+from mer.io.file_reader import land
 from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics, ReadMeter
 from mer.io.operation import ReadOperation, check_operation, check_promotion
@@ -266,7 +267,7 @@ class SimDisk:
                 self._begin_reads(now_s)
             ended, self._ended = self._ended, []
             for work in ended:
-                self._land(work, now_s)
+                land(work, self._meter, now_s)
             if self._ended:  # by what those who were told did
                 continue
             self._changed = trio.Event()
@@ -317,16 +318,6 @@ class SimDisk:
         self._ended += self._queue.finish(chunk, error, now_s)
         if not (chunk.written_off and self._queue.dismiss(chunk.copy)):
             self._idle[chunk.copy] += 1
-
-    def _land(self, work: Work, now_s: float) -> None:
-        operation = work.operation
-        operation.error = work.error
-        operation.cancelled = work.incomplete
-        if work.error is None:
-            self._meter.land(operation.length, operation.priority, work.started_s, work.wanted_s, now_s)
-        else:
-            self._meter.fail(work.started_s, now_s, cancelled=work.incomplete)
-        operation.on_landed(operation)
 
     def _profile(self, chunk: Chunk) -> DiskProfile:
         return self.mirrors[chunk.copy - 1] if chunk.copy else self.profile
