@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.stateful import RuleBasedStateMachine, get_state_machine_test
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `tests`, whichever way this file is run
@@ -37,7 +38,11 @@ from tests.sim.engine_machine import EngineMachine
 from tests.sim.fetch_machine import FetchMachine
 from tests.sim.pool_machine import PoolMachine
 
-SETTINGS = settings(MACHINE_SETTINGS, max_examples=10)  # for pytest; hypofuzz runs as many as it can
+SETTINGS = settings(
+    MACHINE_SETTINGS,
+    max_examples=10,  # for pytest; hypofuzz runs as many as it can
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),  # where CI is set, hypothesis has none otherwise
+)
 
 MACHINES: dict[str, type[RuleBasedStateMachine]] = {
     "pool": PoolMachine,
