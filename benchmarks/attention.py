@@ -21,7 +21,7 @@ import numpy as np
 
 from mer.compute.cpu import Team
 from mer.compute.kernels.attention import ATTENTION, split_bytes, split_tokens, thread_bytes
-from mer.compute.kernels.kv_tile import KV_TILE, tile_bytes
+from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.step import COUNTER
 from mer.compute.kernels.target import FORM
 from mer.compute.matrix import float_stride

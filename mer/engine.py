@@ -12,7 +12,7 @@ from types import TracebackType
 import numpy as np
 import trio
 
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.step import cache_failure
 from mer.compute.kernels.target import KERNEL_CACHE, WIDE_VECTORS
 from mer.computing import Computing, Worker, open_computing

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.scratch import Limits
 from mer.config import EngineConfig
 from mer.devices import DeviceChoice, choose_device

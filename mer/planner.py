@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 
 from mer.compute.forward import matrix_types
-from mer.compute.kernels.kv_tile import BLOCK, KV_TILE
+from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
 from mer.compute.kernels.target import FORM, Form
 from mer.compute.scratch import Limits, kv_block_bytes, scratch_bytes
 from mer.compute.weights import READ_BYTES, READS_AHEAD, dense_bytes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import mer
 from mer import plan as plan_module
 from mer import planner as planner_module
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.scratch import kv_block_bytes
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType

@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 
 from mer.cli.console import printable
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
 from mer.compute.scratch import kv_block_bytes
 from mer.errors import MerError

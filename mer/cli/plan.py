@@ -8,7 +8,7 @@ from typing import Any
 
 from mer.cli.options import EngineOptions
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.config import EngineConfig, default_threads
 from mer.plan import MemoryPlan, VRAMPlan, load_model, plan_memory
 from mer.units import format_bytes, format_slots

@@ -9,7 +9,7 @@ import numpy as np
 
 from mer.compute.kernels.attention import split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.entry import ENTRY_WORDS
-from mer.compute.kernels.kv_tile import F16_KIND, F32_KIND, Q8_0_KIND, tile_bytes
+from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND, tile_bytes
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.tile import BlockFormat
 from mer.compute.matrix import FLOAT_BYTES, PackedArea, RawRoom, float_stride, raw_bytes

@@ -21,7 +21,7 @@ from mer.errors import MerError
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
 MAGIC: Final = b"MERKVPFX"
-VERSION: Final = 2
+VERSION: Final = 3
 TOKEN_BYTES: Final = 4
 _HEADER: Final = struct.Struct(f"<8sHHIIIIIQ16s16s{FINGERPRINT_BYTES}s")
 _CHECKSUM: Final = struct.Struct("<I")

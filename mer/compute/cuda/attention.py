@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from mer.compute.cuda.device import Device
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.worker import Batch, Uint8Array
 from mer.model.spec import ModelSpec, RopeStyle
 

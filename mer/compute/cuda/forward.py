@@ -21,7 +21,7 @@ from mer.compute.cuda.device import Device
 from mer.compute.cuda.kernels import TorchKernels
 from mer.compute.cuda.routed import Routed
 from mer.compute.cuda.weights import DeviceWeights
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.scratch import Limits
 from mer.compute.worker import Batch, Float32Array, Int32Array, Uint8Array
 from mer.model.spec import ModelSpec

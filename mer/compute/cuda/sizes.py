@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import attrs
 
 from mer.compute.cuda.layout import file_layout, tile_layout
-from mer.compute.kernels.kv_tile import KV_TILE
+from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.scratch import Limits
 from mer.io.extents import ExpertMap, round_up
 from mer.io.gguf import TensorInfo

@@ -13,23 +13,15 @@ from typing import Final
 import numpy as np
 
 from mer.compute.kernels.ir import atomic_add, load_f32, load_i32, load_i64, store_f32, store_i32, zero_bytes
-from mer.compute.kernels.kv_tile import (
-    BLOCK,
-    F16_KIND,
-    F32_KIND,
-    KV_TILE,
-    Q8_0_KIND,
-    merge_row,
-    tile_pass,
-)
+from mer.compute.kernels.kv_integers import pack_query
+from mer.compute.kernels.kv_layout import BLOCK, F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, size_of_tile
+from mer.compute.kernels.kv_tile import PASS_BYTES, merge_row, tile_pass
 from mer.compute.kernels.numba_api import literally, njit
-from mer.compute.kernels.rope import size_of_tile
 from mer.compute.kernels.step import ARG0, COUNTER, Step, step
 
 SPAN: Final = 8 * KV_TILE  # positions whose results are merged as one
 ROWS: Final = 64  # (token, head) pairs that one pass over the tiles serves, or the heads of a group if they are more
 _OCTET: Final = 8
-_SCORE_BYTES: Final = 2 * 4 * _OCTET * KV_TILE + 64  # of a pass over a tile
 
 
 def _padded(head_dim: int) -> int:
@@ -45,7 +37,7 @@ def thread_bytes(n_heads: int, n_kv_heads: int, head_dim: int) -> int:
     """Return the scratch that each thread needs: scores of 8 rows, two states, queries."""
     rows = max(ROWS, n_heads // n_kv_heads)
     queries = 4 * (-(-rows // _OCTET) * _OCTET) * _padded(head_dim)
-    return queries + 2 * state_bytes(rows, head_dim) + _SCORE_BYTES
+    return queries + 2 * state_bytes(rows, head_dim) + PASS_BYTES
 
 
 def split_tokens(n_threads: int, n_kv_heads: int, batch_tokens: int) -> int:
@@ -128,12 +120,17 @@ def _finish(state, n_rows, padded, c, group, n, out, out_stride):  # type: ignor
 
 
 @njit
-def _pack_queries(q, source, q_head, h, c, group, n, scale):  # type: ignore[no-untyped-def]
-    """Lay the scaled queries of n tokens' groups as [C, 8] for each 8 rows; source is the first token's first head."""
+def _pack_queries(kind, q, source, q_head, h, c, group, n, scale):  # type: ignore[no-untyped-def]
+    """Lay the scaled queries of n tokens' groups as a pass wants 8 rows; source is the first token's first head."""
+    literally(kind)
     for r in range(n * group):
         query = source + q_head * (r // group * h + r % group)
-        for i in range(c):
-            store_f32(q, r // 8 * 8 * c + 8 * i + r % 8, load_f32(query, i) * scale)
+        row = q + 4 * (r // 8 * 8 * c + r % 8)
+        if kind == Q8_0_KIND:
+            pack_query(row, query, c, scale)
+        else:
+            for i in range(c):
+                store_f32(row, 8 * i, load_f32(query, i) * scale)
 
 
 @njit
@@ -162,7 +159,7 @@ def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
     most = max(64, group)
     n_rows = (most + 15) // 16 * 16
     state_size = 4 * n_rows * (padded + 2)
-    scores, total = scratch, scratch + _SCORE_BYTES
+    scores, total = scratch, scratch + PASS_BYTES
     own_state, q = total + state_size, total + 2 * state_size
     alone = n <= split
     step_tokens = 1 if alone else max(1, 64 // group)
@@ -197,7 +194,7 @@ def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
             mine = parts + part_size * spans * piece
             if alone:
                 n_rows = (group + 15) // 16 * 16
-            _pack_queries(q, q0 + q_head * (t * h + head * group), q_head, h, c, group, run, scale)
+            _pack_queries(kind, q, q0 + q_head * (t * h + head * group), q_head, h, c, group, run, scale)
             if not alone:
                 _clear(total, n_rows, padded)
             for span in range(begin, end):

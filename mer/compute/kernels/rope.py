@@ -1,8 +1,8 @@
 """RoPE with the norms before it, and the write of K and V into the KV cache.
 
 KV memory is a set of blocks of `KV_TILE` positions. A block holds, for each layer, the K tiles of all kv heads and then
-their V tiles (`kv_tile.py`). A sequence's table lists its blocks in order of position, so a tile is always the same 64
-absolute positions and a result does not depend on chunk edges or on the batch.
+their V tiles (`kv_layout.py`). A sequence's table lists its blocks in order of position, so a tile is always the same
+64 absolute positions and a result does not depend on chunk edges or on the batch.
 """
 
 from __future__ import annotations
@@ -12,18 +12,11 @@ import math
 import numpy as np
 
 from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64, store_f32
-from mer.compute.kernels.kv_tile import F16_KIND, F32_KIND, Q8_0_KIND, store_half, store_i8
+from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND, size_of_tile
+from mer.compute.kernels.kv_tile import store_half, store_i8
 from mer.compute.kernels.numba_api import literally, njit
 from mer.compute.kernels.step import ARG0, Step, step
 from mer.compute.kernels.vector import amax, rotate, scale_product
-
-
-@njit
-def size_of_tile(kind, padded):  # type: ignore[no-untyped-def]
-    """Return the bytes of a tile of heads of so many elements, a multiple of 32."""
-    if kind == F32_KIND:
-        return 256 * padded
-    return 128 * padded if kind == F16_KIND else 68 * padded
 
 
 @njit
@@ -65,26 +58,29 @@ def _nearest(x):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _store_head(kind, tile, scales, source, c, start, stride):  # type: ignore[no-untyped-def]
-    """Round one head of c floats into a tile: element i at index start + i * stride.
+def _store_head(kind, tile, scales, source, c, start, block_step, pair_step, step):  # type: ignore[no-untyped-def]
+    """Round one head of c floats into a tile.
 
-    `scales` is the address of the position's first scale.
+    The first element has index `start`; the second of a pair lies `step` behind the first, the next pair `pair_step`,
+    the next 32 elements `block_step`. `scales` is the address of the position's first scale of Q8_0.
     """
     literally(kind)
-    if kind == Q8_0_KIND:
-        for block in range(c // 32):
+    for block in range((c + 31) // 32):
+        inverse = np.float32(1)
+        if kind == Q8_0_KIND:
             peak = amax(source + 128 * block, 32)
             scale = peak / np.float32(127)
             inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
             store_half(scales, 64 * block, scale if scale < np.float32(np.inf) else np.float32(np.nan))
-            for i in range(32 * block, 32 * block + 32):
-                store_i8(tile, start + i * stride, _nearest(load_f32(source, i) * inverse))
-    elif kind == F16_KIND:
-        for i in range(c):
-            store_half(tile, start + i * stride, load_f32(source, i))
-    else:
-        for i in range(c):
-            store_f32(tile, start + i * stride, load_f32(source, i))
+        for i in range(min(32, c - 32 * block)):
+            at = start + block_step * block + i // 2 * pair_step + i % 2 * step
+            x = load_f32(source, 32 * block + i)
+            if kind == Q8_0_KIND:
+                store_i8(tile, at, _nearest(x * inverse))
+            elif kind == F16_KIND:
+                store_half(tile, at, x)
+            else:
+                store_f32(tile, at, x)
 
 
 @njit
@@ -127,10 +123,17 @@ def _rope_store(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
         if tile < g:
             source = k_raw + t * kv_stride + 4 * c * tile
             _place_head(source, source, c, k_norm, eps, rope_dim, pair, cos, sin)
-            _store_head(kind, target, scales, source, c, slot, 64)
+            side = slot // 32 * 32 * c
+            if kind == Q8_0_KIND:
+                _store_head(kind, target, scales, source, c, side + slot % 32 * 2, 1024, 64, 1)
+            else:
+                _store_head(kind, target, scales, source, c, side + slot % 32, 1024, 64, 32)
         else:
             source = v_raw + t * kv_stride + 4 * c * (tile - g)
-            _store_head(kind, target, scales, source, c, slot * padded, 1)
+            if kind == Q8_0_KIND:
+                _store_head(kind, target, scales, source, c, slot // 2 * 64 + slot % 2, 2048, 4, 2)
+            else:
+                _store_head(kind, target, scales, source, c, 32 * slot, 2048, 2, 1)
 
 
 @step

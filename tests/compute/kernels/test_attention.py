@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mer.compute import reference
 from mer.compute.kernels.attention import ATTENTION, SPAN, split_bytes, split_tokens, thread_bytes
-from mer.compute.kernels.kv_tile import F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, tile_bytes
+from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, tile_bytes
 from mer.compute.kernels.rope import ROPE_STORE
 from mer.config import KVType
 from mer.model.spec import RopeStyle
@@ -178,22 +178,32 @@ def cached(layer: Layer, table: list[int], length: int) -> tuple[F64, F64]:
             scales = tiles[..., ends:].view(np.float16).astype(np.float64)
             scales = scales.reshape(*tiles.shape[:2], -1, KV_TILE).swapaxes(-1, -2)  # [blocks, G, 64, C / 32]
             numbers = tiles[..., :ends].view(np.int8).astype(np.float64)
+            pairs = 2  # of elements in K, of positions in V
         else:
             scales = np.ones((1, 1, 1, 1))
             numbers = tiles.view(np.float32 if shape.kind == F32_KIND else np.float16).astype(np.float64)
-        if part == 0:
-            numbers = numbers.reshape(*tiles.shape[:2], shape.padded, KV_TILE).swapaxes(-1, -2)
-        else:
-            numbers = numbers.reshape(*tiles.shape[:2], KV_TILE, shape.padded)
-        values = numbers * np.repeat(scales, 32 if shape.kind == Q8_0_KIND else shape.padded, axis=-1)
-        values = values[..., : shape.head_dim].swapaxes(1, 2).reshape(-1, shape.kv_heads, shape.head_dim)
+            pairs = 1
+        where = tiles.shape[:2]
+        if part == 0:  # [2, C / pairs, 32, pairs]
+            numbers = numbers[..., : KV_TILE * shape.head_dim].reshape(*where, 2, -1, 32, pairs)
+            numbers = numbers.transpose(0, 1, 2, 4, 3, 5).reshape(*where, KV_TILE, shape.head_dim)
+        else:  # [P / 32, 64 / pairs, 32, pairs]
+            numbers = numbers.reshape(*where, -1, KV_TILE // pairs, 32, pairs)
+            numbers = numbers.transpose(0, 1, 3, 5, 2, 4).reshape(*where, KV_TILE, shape.padded)
+        numbers = numbers[..., : shape.head_dim]
+        values = numbers * np.repeat(scales, 32 if shape.kind == Q8_0_KIND else shape.head_dim, axis=-1)
+        values = values.swapaxes(1, 2).reshape(-1, shape.kv_heads, shape.head_dim)
         out.append(values[:length])
     return out[0], out[1]
 
 
-def close(got: F32, want: F64) -> bool:
-    """Scores are a few units, so e**score is off by some 1e-6 of itself, and the mean of V likewise."""
-    return bool((np.abs(got - want) <= 1e-5 * np.abs(want).max()).all())
+def close(got: F32, want: F64, kind: int = F32_KIND) -> bool:
+    """Scores are a few units, so e**score is off by some 1e-6 of itself, and the mean of V likewise.
+
+    What meets Q8_0 is rounded to 2**-16 of its largest: a query that is 3 at most, and so a score, by some 2e-5.
+    """
+    near = 1e-4 if kind == Q8_0_KIND else 1e-5
+    return bool((np.abs(got - want) <= near * np.abs(want).max()).all())
 
 
 shapes = st.builds(
@@ -236,7 +246,7 @@ def test_any_layer_in_two_chunks(shape: Shape, length: int, n_threads: int, data
     assert np.array_equal(values, reference.round_kv(sequence.v.astype(np.float64), NAMES[shape.kind]))
     near = {F32_KIND: 3e-6, F16_KIND: 2.0**-10, Q8_0_KIND: 1 / 127}[shape.kind]  # a rounding may go the other way
     assert (np.abs(keys - reference.round_kv(k, NAMES[shape.kind])) <= near * (1 + np.abs(k).max())).all()
-    assert close(got, reference.attention(q, keys, values, shape.window or None))
+    assert close(got, reference.attention(q, keys, values, shape.window or None), shape.kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +259,7 @@ def test_rows_go_together_in_any_numbers(group: int, head_dim: int, kind: int) -
     layer = Layer(shape, 3, 3)
     got = layer.run([(sequence, 0, 150)])[0]
     keys, values = cached(layer, sequence.table, 150)
-    assert close(got, reference.attention(rotated(shape, sequence)[0], keys, values))
+    assert close(got, reference.attention(rotated(shape, sequence)[0], keys, values), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,7 +300,7 @@ def test_half_floats_round_as_ieee_says() -> None:
     sequence = Sequence(np.zeros_like(v), np.zeros_like(v), v, [0])
     layer = Layer(shape, 1, 1)
     layer.run([(sequence, 0, 64)])
-    got = layer.kv[0, 1, 0].view(np.float16).reshape(64, 1, 128)
+    got = layer.kv[0, 1, 0].view(np.float16).reshape(4, 64, 1, 32).transpose(1, 2, 0, 3).reshape(64, 1, 128)
     with np.errstate(over="ignore", invalid="ignore"):
         want = v.astype(np.float16)
     finite = ~np.isnan(want)
@@ -329,11 +339,34 @@ def test_half_floats_have_the_arithmetic_of_float32() -> None:
     keys, values = (np.concatenate([a, np.zeros((26, 2, 64))]) for a in (keys, values))
     for index, block in enumerate(sequence.table):
         here = slice(64 * index, 64 * index + 64)
-        tiles[block, 0] = keys[here].transpose(1, 2, 0).reshape(2, -1)
-        tiles[block, 1] = values[here].transpose(1, 0, 2).reshape(2, -1)
+        tiles[block, 0] = keys[here].reshape(2, 32, 2, 64).transpose(2, 0, 3, 1).reshape(2, -1)
+        tiles[block, 1] = values[here].reshape(64, 2, 2, 32).transpose(1, 2, 0, 3).reshape(2, -1)
     last = attrs.evolve(sequence, q=sequence.q[-1:], k=sequence.k[-1:], v=sequence.v[-1:])
     want = plain.attend_only(last, 229)
     assert np.array_equal(got[-1:], want)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25, 1.0, 1e6])
+def test_the_largest_sums_of_q8_0_fit(size: float) -> None:
+    """Every key and value is the largest int8 there is, of one sign, and so is every query; scores are alike."""
+    shape = Shape(heads=8, kv_heads=1, head_dim=128, rope_dim=2, style=RopeStyle.NEOX, kind=Q8_0_KIND)
+    s = Sequence.random(shape, 128, [1, 0], np.random.default_rng(9))
+    s.q[:], s.k[:], s.v[:] = size, -3e-3, -5.0
+    s.q[..., :2] = s.k[..., :2] = 0  # what is rotated
+    got = Layer(shape, 2, 2).run([(s, 0, 128)])[0]
+    assert np.allclose(got, -5.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_query_that_is_no_number_gives_none(bad: float) -> None:
+    shape = Shape(heads=8, kv_heads=1, head_dim=32, rope_dim=2, style=RopeStyle.NEOX, kind=Q8_0_KIND)
+    s = Sequence.random(shape, 70, [1, 0], np.random.default_rng(10))
+    want = Layer(shape, 2, 2).run([(s, 0, 70)])[0]
+    s.q[66, 3, 20] = bad
+    got = Layer(shape, 2, 2).run([(s, 0, 70)])[0]
+    assert np.isnan(got[66, 3]).all()
+    got[66, 3] = want[66, 3]
+    assert np.array_equal(got, want)
 
 
 @settings(max_examples=15, deadline=None)
