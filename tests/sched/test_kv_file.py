@@ -50,7 +50,7 @@ def header(**changes: Any) -> bytes:
     """Return a header as docs/prefix-reuse.md describes it."""
     values = {
         "magic": b"MERKVPFX",
-        "version": 2,
+        "version": 3,
         "flags": 0,
         "n_layers": 2,
         "n_kv_heads": 3,
@@ -126,8 +126,8 @@ def test_blocks_in_another_order_are_noticed(path: Path) -> None:
     [
         ({"magic": b"MERTRACE"}, "does not begin with"),
         ({"version": 0}, "version 0"),
-        ({"version": 1}, "version 1"),
-        ({"version": 3}, "version 3"),
+        ({"version": 2}, "version 2"),
+        ({"version": 4}, "version 4"),
         ({"flags": 1}, "flags 1"),
         ({"fingerprint": bytes(32)}, "another model"),
         ({"n_layers": 3}, "another model"),
