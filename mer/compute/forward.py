@@ -31,7 +31,7 @@ from mer.model.spec import ModelSpec, RopeStyle
 _NO_ROWS = np.zeros(0, np.int32)
 _NO_ROWS.flags.writeable = False
 _FEW_ROWS = 32
-_KEPT_SHAPES = 8  # numbers of tokens for which a layer's attention steps are kept
+_KEPT_SHAPES = 8  # numbers of tokens for which the steps of a layer's attention and of the output head are kept
 
 
 class Forward:
@@ -57,6 +57,8 @@ class Forward:
         self._routed_from = 0  # layer that the last run_resident began with
         # {(layer, tokens, blocks, predict): steps}
         self._attend_rows: dict[tuple[int, int, int, bool], npt.NDArray[np.int64]] = {}
+        self._project_rows: dict[int, npt.NDArray[np.int64]] = {}  # {rows asked for: steps}
+        self._addresses: tuple[Int64Array | None, int] = None, 0  # the last ones of run_resident, and where they lie
 
     @property
     def staged_pairs(self) -> int:
@@ -228,7 +230,9 @@ class Forward:
                 f"a batch of {n} rows cannot run all layers at once, only one of at most {self.resident_rows}; "
                 "run layer by layer"
             )
-        key = int(addresses.ctypes.data), n, self.batch.tables.shape[1]
+        if self._addresses[0] is not addresses:
+            self._addresses = addresses, int(addresses.ctypes.data)
+        key = self._addresses[1], n, self.batch.tables.shape[1]
         if self._resident_rows is None or self._resident_rows[0] != key:
             built, starts = Program(), []
             for number in range(self._spec.n_layers):
@@ -277,6 +281,17 @@ class Forward:
 
     def project(self, program: Program) -> None:
         """Add final norm and output head for the rows that the batch asked for."""
+        rows = self._project_rows.get(len(self.batch.outputs))
+        if rows is None:
+            built = Program()
+            self._project(built)
+            rows = built.rows[: built.length]
+            if len(self._project_rows) >= _KEPT_SHAPES:
+                self._project_rows.clear()
+            self._project_rows[len(self.batch.outputs)] = rows
+        program.extend(rows)
+
+    def _project(self, program: Program) -> None:
         spec, s, a = self._spec, self.scratch, self.scratch.address
         n = len(self.batch.outputs)
         head = self._weights.matrix("token_embd.weight" if spec.tied_head else "output.weight")

@@ -37,10 +37,11 @@ class ReadOperation:
     untouched: bool = False  # the memory has no pages yet; whoever hands the read to the kernel waits for them
     error: ReadError | None = None  # why it failed; known once it has landed
     cancelled: bool = False  # whether `error` says no more than that it was cancelled or written off half-way
-    address: int = attrs.field(init=False)  # of the buffer
+    address: int = attrs.field()  # of the buffer
 
-    def __attrs_post_init__(self) -> None:
-        self.address = self.buffer.__array_interface__["data"][0]
+    @address.default
+    def _address_of_buffer(self) -> int:
+        return int(self.buffer.__array_interface__["data"][0])
 
 
 class Reader(Protocol):
