@@ -15,6 +15,7 @@ from mer.cli.console import printable
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
 from mer.compute.scratch import kv_block_bytes
+from mer.devices import choose_device
 from mer.errors import MerError
 from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
@@ -77,6 +78,7 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
         "chat_template": "tokenizer.chat_template" in gguf.metadata,
         "io": [attrs.asdict(mode) for mode in _io_modes(gguf)],
         "kernels": FORM.value,
+        "device": _device(),
         "runnable": True,
         "why_not": None,
     }
@@ -121,6 +123,12 @@ def _io_modes(gguf: GGUFFile) -> list[IoMode]:
         modes.append(file.mode)
         file.close()
     return modes
+
+
+def _device() -> dict[str, str]:
+    """Return what would compute here if nothing is set, and why."""
+    chosen = choose_device("auto")
+    return {"name": chosen.name, "label": chosen.label, "reason": chosen.reason}
 
 
 def _tokenizer(gguf: GGUFFile) -> dict[str, Any]:
@@ -179,6 +187,7 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
         ("chat template", "yes" if report["chat_template"] else "no"),
         ("read", "; ".join(sorted({_io_text(mode) for mode in report["io"]}))),
         ("kernels", report["kernels"]),
+        ("device", f"{report['device']['label']} ({report['device']['reason']})"),
         ("can be run", "yes" if report["runnable"] else f"no: {report['why_not']}"),
     ]
     for name, value in rows:

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
+from mer import devices
 from mer.cli.app import run_app
 from mer.compute.kernels.target import FORM
 from mer.embedded import embedded_model_path
@@ -42,6 +43,18 @@ def test_prints_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"kernels        {FORM.value}" in lines
     assert "layers         6, 8 experts each, 2 per token (softmax-over-top-k)" in lines
     assert sum(line.startswith("blk.") for line in lines) == 60
+
+
+@pytest.mark.parametrize("failure", [None, "no NVIDIA driver is loaded"])
+def test_says_which_device_would_compute(
+    failure: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_cuda_failure", lambda index: failure)
+    monkeypatch.setattr("mer.compute.cuda.probe.cuda_memory", lambda index: ("H200", 5, 7))
+    assert run_app(["inspect"]) == 0
+    found = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("device "))
+    want = "cuda:0 (H200) (auto: torch can use it)" if failure is None else f"cpu (auto: {failure})"
+    assert found == f"device         {want}"
 
 
 def test_a_model_that_cannot_be_run_is_described_with_the_reason(
