@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from mer.errors import MerError
+from mer.io.new_file import sync_folder
 from mer.units import format_bytes
 
 CHUNK_BYTES = 1 << 20
@@ -76,8 +77,4 @@ def written_whole(target: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(target.parent)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.errors import MerError
+from mer.io.new_file import SHARED, write_whole
 
 FORMAT: Final = "mer heat profile"
 VERSION: Final = 1
@@ -60,33 +59,14 @@ class HeatProfile:
         Raises:
             OSError: the file cannot be written.
         """
-        target = Path(path)
-        text = json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "fingerprint": self.fingerprint.hex(),
-                "visits": self.visits.tolist(),
-                "counts": self.counts.tolist(),
-            }
-        )
-        name = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with open(descriptor, "w", encoding="ascii") as stream:
-                stream.write(text + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(name, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint.hex(),
+            "visits": self.visits.tolist(),
+            "counts": self.counts.tolist(),
+        }
+        write_whole(path, (json.dumps(document) + "\n").encode("ascii"), SHARED)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, fingerprint: bytes, n_layers: int, n_experts: int) -> HeatProfile:

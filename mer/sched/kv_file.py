@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import struct
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.errors import MerError
+from mer.io.new_file import NewFile
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
 MAGIC: Final = b"MERKVPFX"
@@ -114,8 +113,7 @@ class PrefixWriter:
         self.path = Path(path)
         self._layout = layout
         self._tokens = tokens
-        self._temporary: str | None = None
-        self._file = -1
+        self._file: NewFile | None = None
         self._checksum = 0
 
     def __enter__(self) -> Self:
@@ -127,7 +125,7 @@ class PrefixWriter:
         Raises:
             OSError: it cannot be written.
         """
-        self._file, self._temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        self._file = NewFile(self.path)
         header = self._layout.encode(len(self._tokens) // self._layout.block_tokens)
         self._write(header)
         (self._checksum,) = _CHECKSUM.unpack(header[-_CHECKSUM.size :])
@@ -147,24 +145,14 @@ class PrefixWriter:
         Raises:
             OSError: that failed; unless only the folder could not be brought to the disk, `path` is as it was.
         """
-        assert self._temporary is not None
-        os.fsync(self._file)
-        os.replace(self._temporary, self.path)
-        self._temporary = None
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        assert self._file is not None
+        self._file.commit()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        if self._temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+        if self._file is not None:
+            self._file.close()
 
     def _write_checked(self, data: bytes | memoryview) -> None:
         """Write data and then the checksum of everything so far."""
@@ -173,9 +161,8 @@ class PrefixWriter:
         self._write(_CHECKSUM.pack(self._checksum))
 
     def _write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
+        assert self._file is not None
+        self._file.write(data)
 
 
 class PrefixReader:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.errors import MerError
+from mer.io.new_file import write_whole
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 from mer.sched.predictors.markov import FIRST_BYTES, N_FEATURES, SECOND_BYTES, SPANS, MarkovPredictor
 from mer.sched.predictors.successors import MAX_VISITS
@@ -117,27 +116,7 @@ def save_predictor(path: str | os.PathLike[str], predictor: MarkovPredictor, fin
         len(payload),
         zlib.crc32(payload),
     )
-    _write(Path(path), header + _CHECKSUM.pack(zlib.crc32(header)) + payload)
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Write a file that is there whole or as it was before."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_whole(path, header + _CHECKSUM.pack(zlib.crc32(header)) + payload)
 
 
 def load_predictor(

@@ -254,19 +254,13 @@ def test_a_disk_that_fails_leaves_everything_as_it_was(path: Path, call: str, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
 
-    monkeypatch.setattr(f"mer.sched.kv_file.os.{call}", failing)
+    monkeypatch.setattr(f"mer.io.new_file.os.{call}", failing)
     with pytest.raises(OSError, match="No space left"):
         write(path)
     monkeypatch.undo()
     assert os.listdir(path.parent) == [path.name]
     assert path.read_bytes() == b"before"
     assert fds() == before
-
-
-def test_short_writes_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.write
-    monkeypatch.setattr("mer.sched.kv_file.os.write", lambda file, data: real(file, data[:5]))
-    assert write(path) == whole(header())
 
 
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:

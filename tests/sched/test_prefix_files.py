@@ -285,7 +285,7 @@ async def test_a_disk_that_is_full_leaves_no_file(
 
     async with open_sim_engine(model=SMALL) as sim:
         with monkeypatch.context() as broken:
-            broken.setattr("mer.sched.kv_file.os.fsync", full)
+            broken.setattr("mer.io.new_file.os.fsync", full)
             with pytest.raises(OSError, match="No space"):
                 await sim.engine.save_prefix(PROMPT, path)
         assert os.listdir(path.parent) == []

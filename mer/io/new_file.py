@@ -1,0 +1,99 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+PRIVATE: Final = 0o600
+SHARED: Final = 0o666  # less what the umask takes
+
+
+class NewFile:
+    """Writes a temporary file beside `path`, which `commit` puts in its place.
+
+    A context manager: leaving it without `commit` removes the temporary file, and `path` is as it was. A process that
+    is killed leaves `.NAME.` and some digits behind. Everything here blocks.
+
+    Args:
+        path: the file to be; one that is there is replaced.
+        mode: its permissions.
+
+    Raises:
+        OSError: the temporary file cannot be created.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], mode: int = PRIVATE) -> None:
+        self.path = Path(path)
+        self._temporary: Path | None = None
+        name = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        self._file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        self._temporary = name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append data, all of it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view) :]
+
+    def commit(self) -> None:
+        """Bring everything to the disk and put the file in its place.
+
+        Raises:
+            OSError: that failed; unless only the folder could not be brought to the disk, `path` is as it was.
+        """
+        assert self._temporary is not None
+        os.fsync(self._file)
+        os.replace(self._temporary, self.path)
+        self._temporary = None
+        sync_folder(self.path.parent)
+
+    def close(self) -> None:
+        """Remove what was not committed. Closing twice is allowed."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self._temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+            self._temporary = None
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = PRIVATE) -> None:
+    """Write a file that is there whole or as it was before.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with NewFile(path, mode) as file:
+        file.write(data)
+        file.commit()
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk.
+
+    Raises:
+        OSError: that failed.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
