@@ -35,7 +35,8 @@ from mer.errors import (
 )
 
 if TYPE_CHECKING:
-    from mer.engine import Engine, TokenStream, open_engine, run_engine
+    from mer.engine import Engine, TokenStream
+    from mer.opening import open_engine, run_engine
     from mer.plan import MemoryPlan, Model, load_model, plan_memory
     from mer.sched.events import Completion, PrefillEvent, Timings, TokenEvent, Usage
     from mer.sched.heat import HeatProfile, ProfileError
@@ -63,9 +64,9 @@ _LATE = {
     "TraceError": "mer.sched.trace",
     "Usage": "mer.sched.events",
     "load_model": "mer.plan",
-    "open_engine": "mer.engine",
+    "open_engine": "mer.opening",
     "plan_memory": "mer.plan",
-    "run_engine": "mer.engine",
+    "run_engine": "mer.opening",
 }
 
 __all__ = [

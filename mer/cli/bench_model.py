@@ -182,7 +182,7 @@ async def _run(
     interrupt: Interrupt,
 ) -> None:
     """Run every case with every budget until all are done or ctrl-C is pressed; `turns` gets what was measured."""
-    from mer.engine import open_engine
+    from mer.opening import open_engine
 
     seed = secrets.randbits(32)  # what is learnt in one run of the command does not help the next one
     number = 0

@@ -88,7 +88,7 @@ async def _converse(
     interrupt: Interrupt,
 ) -> Exit:
     """Answer one prompt, or every line of standard input in turn."""
-    from mer.engine import open_engine
+    from mer.opening import open_engine
 
     code = Exit.INTERRUPTED
     with Bars() as bars, interrupt.stopping():

@@ -97,7 +97,7 @@ async def run(
     Raises:
         MerError: what the engine raises.
     """
-    from mer.engine import open_engine
+    from mer.opening import open_engine
     from mer.text.chat import Message
 
     answer = AnswerStream()
