@@ -5,39 +5,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from functools import partial
 
 import attrs
 import numpy as np
 import trio
 
 from mer.compute.worker import (
-    Attend,
     Batch,
-    Begin,
-    Combine,
     ComputeWorker,
     Done,
-    Int32Array,
-    LoadedExpert,
-    Operation,
-    Project,
     ReadBlocks,
-    RunExperts,
-    RunResident,
     WriteBlocks,
 )
 from mer.errors import EngineClosed, MerError, NumericsError
 from mer.sched.admission import AdmissionQueue
+from mer.sched.batch import Member, compose
 from mer.sched.kv import KVBlocks, Lease, NextBlock
-from mer.sched.layer import WORTH_BYTES, LayerRun, WorkerLink
+from mer.sched.layer import WORTH_BYTES, WorkerLink
 from mer.sched.prefetch import Prefetcher
 from mer.sched.prefix import PrefixNode
 from mer.sched.sequence import Sequence, Status
 from mer.sched.store import ExpertStore
 from mer.sched.transfers import Transfers
-
-CERTAIN_SHARE = 0.95  # of a layer's experts: a batch that needs as many reads the next layer's ahead
+from mer.sched.walk import LayerWalk
 
 
 @attrs.frozen(kw_only=True)
@@ -68,19 +58,6 @@ class _Counters:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     completion_tokens: int = 0
-
-
-@attrs.frozen(eq=False)
-class _Member:
-    """A sequence's share of a batch."""
-
-    sequence: Sequence
-    rows: slice
-
-    @property
-    def alive(self) -> bool:
-        """Whether its results are still wanted."""
-        return not self.sequence.cancelled and self.sequence.status is not Status.ENDED
 
 
 class Scheduler:
@@ -129,14 +106,19 @@ class Scheduler:
         on_routed: Callable[[int, int, Seq[int]], None] | None = None,
         worth_bytes: int = WORTH_BYTES,
     ) -> None:
-        self._n_layers = n_layers
-        self._experts = range(n_experts)
-        self._staged_pairs = worker.staged_pairs
-        self._resident_rows = worker.resident_rows
-        self._worth_bytes = worth_bytes
         self._prefetcher = prefetcher
-        self._on_routed = on_routed
-        self._link = WorkerLink(worker.jobs, worker.results)
+        link = WorkerLink(worker.jobs, worker.results)
+        self._walk = LayerWalk(
+            n_layers=n_layers,
+            n_experts=n_experts,
+            worker=worker,
+            link=link,
+            store=store,
+            batch_tokens=batch_tokens,
+            prefetcher=prefetcher,
+            on_routed=on_routed,
+            worth_bytes=worth_bytes,
+        )
         self._store = store
         self._kv = kv
         self._batch_tokens = batch_tokens
@@ -147,7 +129,7 @@ class Scheduler:
         self._paused: list[Sequence] = []  # preempted, their readers are behind
         self._resumed: deque[Sequence] = deque()  # preempted, in line before the queue
         self._wake = trio.Event()
-        self._transfers = Transfers(self._link, self._wake_up)
+        self._transfers = Transfers(link, self._wake_up)
         self._counters = _Counters()
 
     async def submit(self, sequence: Sequence) -> None:
@@ -345,43 +327,17 @@ class Scheduler:
             rest.append(sequence)
         return rest
 
-    def _compose(self) -> tuple[list[_Member], Batch | None]:
+    def _compose(self) -> tuple[list[Member], Batch | None]:
         """Build the next batch: a row of every decoding sequence, and what is left shared fairly among the prompts."""
-        members: list[_Member] = []
-        tokens: list[int] = []
-        positions: list[int] = []
-        owners: list[int] = []
         by_phase = sorted(self._running, key=lambda s: s.status is Status.PREFILL)
         active = self._without_followers([sequence for sequence in by_phase if sequence.has_room])
-        shares = share_rows(self._batch_tokens, [sequence.rows_left for sequence in active])
-        for sequence, share in zip(active, shares, strict=True):
-            if not share:
-                continue
-            rows, first = sequence.next_rows(share)
-            owners += [len(members)] * len(rows)
-            members.append(_Member(sequence, slice(len(tokens), len(tokens) + len(rows))))
-            tokens += rows
-            positions += range(first, first + len(rows))
-        if not members:
-            return [], None
-        width = max(len(m.sequence.blocks) for m in members)
-        tables = np.zeros((len(members), width), np.int32)
-        for row, member in enumerate(members):
-            tables[row, : len(member.sequence.blocks)] = member.sequence.blocks
-        batch = Batch(
-            tokens=np.array(tokens, np.int32),
-            positions=np.array(positions, np.int32),
-            sequences=np.array(owners, np.int32),
-            tables=tables,
-            outputs=np.array([m.rows.stop - 1 for m in members], np.int32),
-        )
-        return members, batch
+        return compose(active, self._batch_tokens)
 
-    async def _run_batch(self, members: list[_Member], batch: Batch) -> None:
+    async def _run_batch(self, members: list[Member], batch: Batch) -> None:
         """Take a batch through all layers and hand out its tokens; an error ends the sequences it concerns."""
         self._counters.batches += 1
         try:
-            done = await self._walk(members, batch)
+            done = await self._walk.run(members, batch)
         except EngineClosed:
             raise
         except MerError as error:
@@ -410,139 +366,3 @@ class Scheduler:
                 self._counters.completion_tokens += 1
             if sequence.error is None:
                 self._share(sequence)
-
-    async def _walk(self, members: list[_Member], batch: Batch) -> Done | None:
-        """Run the layers; return None as soon as nobody wants the batch any more."""
-        store = self._store
-        operations: list[Operation] = [Begin(batch)]
-        if self._prefetcher is not None:
-            self._prefetcher.begin_pass()
-        pinned_layer = 0
-        pinned: tuple[LoadedExpert, ...] = ()
-        late: list[Callable[[], None]] = []  # what the next job's start should not wait for
-
-        def wanted() -> bool:
-            return any(member.alive for member in members)
-
-        def catch_up() -> None:
-            while late:
-                late.pop(0)()
-            store.cache.settle()
-
-        layer = 0
-        while True:
-            following = self._next(layer, batch)
-            store.keeps_all = len(following) > 1
-            try:
-                done = await self._link.run(*operations, *following, on_started=catch_up)
-            except BaseException:
-                catch_up()
-                store.discard(pinned_layer, pinned)
-                raise
-            finally:
-                store.let_leave()
-            used = partial(store.unpin, pinned_layer, pinned, used=True, arranged=done.arranged)
-            if done.routes is not None:
-                layer += self._note_passed(layer, done)
-            if done.logits is not None:
-                used()
-                if self._prefetcher is not None:
-                    self._prefetcher.end_pass(comparable=len(batch.tokens) == len(members))
-                return done
-            if not wanted():
-                used()
-                return None
-            assert done.expert_ids is not None
-            ids = done.expert_ids
-            union = _union(ids, members)
-            routed = partial(self._routed, layer, union, done, members)
-            resident = store.pin_resident(layer, union)
-            if resident is not None:
-                late += used, store.claimed, routed
-                pinned_layer, pinned = layer, resident
-            else:
-                used()
-                staged = ids.size <= self._staged_pairs
-                run = LayerRun(store, self._link, layer, staged=staged, pairs=ids.size, worth_bytes=self._worth_bytes)
-                result = await run.run(union, wanted, routed)
-                pinned_layer, pinned = layer, result.pinned
-                if not wanted():
-                    store.unpin(pinned_layer, pinned, used=False)
-                    return None
-                for expert, error in result.failed.items():
-                    for member in members:
-                        if member.alive and np.any(ids[member.rows] == expert):
-                            member.sequence.fail(error)
-            operations = [RunExperts(layer, pinned), Combine(layer)]
-            layer += 1
-
-    def _next(self, layer: int, batch: Batch) -> tuple[Operation, ...]:
-        """Return what follows the experts of the layer before this one."""
-        if layer == self._n_layers:
-            return (Project(),)
-        prefetcher, addresses = self._prefetcher, self._store.cache.addresses
-        if prefetcher is not None and prefetcher.governor.allowed and not self._store.all_held:
-            return (Attend(layer, predict=prefetcher.asks_gate),)
-        if addresses is None or len(batch.tokens) > self._resident_rows:
-            return (Attend(layer),)
-        return Attend(layer), RunResident(layer, addresses), Project()
-
-    def _note_passed(self, layer: int, done: Done) -> int:
-        """Account for the layers from this one on that the worker has passed by itself; return how many."""
-        assert done.routes is not None
-        passed = done.routes if done.logits is not None else done.routes[:-1]
-        for number, ids in enumerate(passed, layer):
-            union = sorted(set(ids.ravel().tolist()))  # of those who have left meanwhile too
-            self._store.cache.passed(number, union)
-            if self._on_routed is not None:
-                self._on_routed(number, len(ids), union)
-            if self._prefetcher is not None:
-                self._prefetcher.passed(number, union)
-        return len(passed)
-
-    def _routed(self, layer: int, union: list[int], done: Done, members: list[_Member]) -> None:
-        """Tell of a layer's routing, and ask for what the next one needs, as far as it can be known or guessed."""
-        assert done.expert_ids is not None
-        if self._on_routed is not None:
-            self._on_routed(layer, len(done.expert_ids), union)
-        certain = self._is_next_certain(layer, done.expert_ids.shape, len(union) / len(self._experts), members)
-        if certain:
-            self._store.read_ahead((layer + 1) % self._n_layers, self._experts)
-        if self._prefetcher is not None:
-            self._prefetcher.routed(layer, union, done.predicted_ids, guess=not certain)
-
-    def _is_next_certain(self, layer: int, shape: tuple[int, ...], union_share: float, members: list[_Member]) -> bool:
-        """Return whether the batch is so large that it will need every expert of the next layer.
-
-        It will if this layer needed nearly all of its own, and if that many draws leave out hardly any expert even of
-        a uniform router. After the last layer the next batch counts, as far as prompts are left for it.
-        """
-        if union_share < CERTAIN_SHARE or self._n_layers == 1:
-            return False
-        n_rows, top_k = shape
-        if layer + 1 == self._n_layers:
-            left = sum(m.sequence.rows_left - (m.rows.stop - m.rows.start) for m in members if m.alive)
-            n_rows = min(left, self._batch_tokens)
-        return bool((1 - top_k / len(self._experts)) ** n_rows <= 1 - CERTAIN_SHARE)
-
-
-def _union(ids: Int32Array, members: list[_Member]) -> list[int]:
-    """Return the numbers of the experts that the living members' rows of ids [T, K] name, ascending, each once."""
-    if len(ids) == 1:
-        return sorted(ids[0].tolist())
-    return sorted({expert for m in members if m.alive for expert in ids[m.rows].ravel().tolist()})
-
-
-def share_rows(budget: int, needs: Seq[int]) -> list[int]:
-    """Divide a batch's rows: nobody gets more than it needs, and whoever gets less gets no less than any other.
-
-    If there are fewer rows than sequences, the smallest needs come first, those that decode among them.
-    """
-    shares = [0] * len(needs)
-    left = budget
-    by_need = sorted(range(len(needs)), key=needs.__getitem__)
-    for position, i in enumerate(by_need):
-        fair = max(1, left // (len(needs) - position))
-        shares[i] = min(needs[i], fair, left)
-        left -= shares[i]
-    return shares

@@ -19,9 +19,9 @@ from mer.io.extents import ExpertMap
 from mer.io.fetch import Fetcher
 from mer.io.pool import BufferPool, SlotState
 from mer.io.priority import Priority
+from mer.sched.batch import share_rows
 from mer.sched.experts import ExpertCache
 from mer.sched.policies.layer_lru import LayerLRU
-from mer.sched.scheduler import share_rows
 from mer.sched.store import Claim, ExpertStore
 from mer.testing.simdisk import DiskProfile, SimDisk, open_sim_disk
 from mer.testing.simengine import make_experts
