@@ -129,8 +129,8 @@ async def _open_device(
         kernels=opened.kernels,
         activations=activations,
         arithmetic=_kv_arithmetic(opened.activations, on_host if on_cpu or hybrid else "", on_cpu=on_cpu),
-        kv_type=plan.limits.kv_type if on_cpu else "f32",
-        kv_block_bytes=kv_block_bytes(model.spec, plan.limits.kv_type) if on_cpu else device_kv_block_bytes(model.spec),
+        kv_type=plan.limits.kv_type,
+        kv_block_bytes=(kv_block_bytes if on_cpu else device_kv_block_bytes)(model.spec, plan.limits.kv_type),
         pin=opened.pin,
     )
 

@@ -83,10 +83,6 @@ def plan_device(model: Model, config: EngineConfig, device: DeviceChoice, budget
     """
     on_device = DevicePlanner(model, config, device, dense=True)
     if on_device.fits:
-        if config.kv_type not in (None, "f32"):
-            raise ConfigError(
-                f"kv_type is {config.kv_type}, and {device.label} keeps keys and values as f32; drop it or use the cpu"
-            )
         slots, limits = on_device.choose(on_device.check(on_device.source))
         host: Planner = HostPlanner(model, config, budget, limits)
         host_slots, _ = host.choose(host.check(source))
@@ -163,7 +159,7 @@ class DevicePlanner(Planner):
         return self._fixed | {"KV cache": kv_bytes, "scratch": scratch, "expert slots": self._bytes_of_slots[slots]}
 
     def _kv_bytes(self, blocks: int) -> int:
-        return blocks * sizes.kv_block_bytes(self._spec) if self.dense else 0
+        return blocks * sizes.kv_block_bytes(self._spec, self._kv_type) if self.dense else 0
 
     def _scratch_bytes(self, limits: Limits) -> int:
         return sizes.scratch_bytes(self._spec, limits, self._experts, dense=self.dense, hybrid=self._hybrid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import mer
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import DeviceExperts
 from mer.compute.cuda.kernels import TorchKernels
+from mer.compute.cuda.sizes import kv_block_bytes
 from mer.compute.reference import ReferenceModel
 from mer.engine import Engine
 from mer.errors import ComputeError, ConfigError, DeviceError, EngineClosed, NotEnoughMemory
@@ -233,9 +235,36 @@ async def test_prefixes_are_saved_and_loaded(folder: Path, tmp_path: Path) -> No
         assert await engine.load_prefix(tmp_path / "p") == 128
         done = await engine.generate(prompt, max_tokens=8, ignore_eos=True)
         assert (done.tokens, done.usage.cached_tokens) == (want, 128)
-    async with mer.open_engine(tiny.path, memory=MEMORY, device="cpu", kv_type="f32", context=200) as engine:
+    async with mer.open_engine(tiny.path, memory=MEMORY, device="cpu", context=200) as engine:
         with pytest.raises(mer.MerError, match=r"save one with this model|activations"):
             await engine.load_prefix(tmp_path / "p")
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+async def test_keys_and_values_are_kept_as_set(folder: Path, tmp_path: Path, kv_type: mer.config.KVType) -> None:
+    """Against the reference that rounds them so, also from a file; the smaller they are, the less memory they take."""
+    tiny = model(folder, "llama-F32", head_dim=32)
+    prompt = np.random.default_rng(5).integers(3, 300, 140).tolist()
+    exact = ReferenceModel(tiny.path, kv_type=kv_type)
+
+    def opened() -> AbstractAsyncContextManager[Engine]:
+        return mer.open_engine(
+            tiny.path, memory=MEMORY, device=DEVICE, hybrid="off", context=200, kv_type=kv_type, max_sequences=1
+        )
+
+    async with opened() as engine:
+        assert engine.statistics().settings.kv_type == kv_type
+        vram = engine.plan.vram
+        assert vram is not None
+        blocks = engine.plan.limits.kv_blocks
+        assert dict(vram.parts)["KV cache"] == blocks * kv_block_bytes(exact.spec, kv_type)
+        want = (await engine.generate(prompt, max_tokens=8, ignore_eos=True)).tokens
+        assert_near(exact, prompt, want)
+        assert await engine.save_prefix(prompt, tmp_path / "p") == 128
+    async with opened() as engine:
+        assert await engine.load_prefix(tmp_path / "p") == 128
+        done = await engine.generate(prompt, max_tokens=8, ignore_eos=True)
+        assert (done.tokens, done.usage.cached_tokens) == (want, 128)
 
 
 async def test_a_cancelled_generation_leaves_nothing_behind(folder: Path) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional
 
 from mer.compute.cuda.device import Device
-from mer.compute.kernels.kv_layout import KV_TILE
+from mer.compute.cuda.sizes import kv_block_bytes
+from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
 from mer.compute.worker import Batch, Uint8Array
+from mer.config import KVType
 from mer.model.spec import ModelSpec, RopeStyle
 
 Tensor = torch.Tensor
@@ -71,45 +73,81 @@ def padded_tables(batch: Batch, rows: list[int], width: int) -> np.ndarray:
 
 
 class KVCache:
-    """Keys and values of all layers in blocks of `KV_TILE` positions: float32 [blocks, L, 2, G, KV_TILE, C].
+    """Keys and values of all layers in blocks of `KV_TILE` positions.
+
+    For each block, layer, K or V, and KV head come the values [KV_TILE, C], in float32, half floats or int8, and for
+    Q8_0, behind them, half-float scales [KV_TILE, C / 32]. They are rounded as the CPU worker does (`kv_layout.py`) and
+    widened to float32, exactly, where they are attended to.
 
     Args:
         spec: the model.
         n_blocks: of the cache.
+        kv_type: how values are kept.
         device: holds it.
     """
 
-    def __init__(self, spec: ModelSpec, n_blocks: int, device: Device) -> None:
-        self._spec, self._device = spec, device
-        self.memory = device.zeros(n_blocks, spec.n_layers, 2, spec.n_kv_heads, KV_TILE, spec.head_dim)
+    def __init__(self, spec: ModelSpec, n_blocks: int, kv_type: KVType, device: Device) -> None:
+        self._device = device
+        kind = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.int8}[kv_type]
+        n_bytes = KV_TILE * spec.head_dim * kind.itemsize
+        tile_bytes = kv_block_bytes(spec, kv_type) // (spec.n_layers * 2 * spec.n_kv_heads)
+        # uint8 [blocks, L, 2, G, bytes of a tile]
+        self._bytes = device.zeros(n_blocks, spec.n_layers, 2, spec.n_kv_heads, tile_bytes, dtype=torch.uint8)
+        positions = (KV_TILE, -1)
+        self._values = self._bytes[..., :n_bytes].view(kind).unflatten(-1, positions)
+        self._scales: Tensor | None = None
+        if kv_type == "q8_0":
+            self._scales = self._bytes[..., n_bytes:].view(torch.float16).unflatten(-1, positions)
 
     def begin_blocks(self, batch: Batch) -> None:
         """Zero the blocks that a batch begins: what is masked must be finite too, as 0 * NaN is NaN."""
         begun = np.flatnonzero(batch.positions % KV_TILE == 0)
         if len(begun):
             numbers = batch.tables[batch.sequences[begun], batch.positions[begun] // KV_TILE]
-            self.memory[self._device.to_device(numbers.astype(np.int64))] = 0
+            self._bytes[self._device.to_device(numbers.astype(np.int64))] = 0
 
     def store(self, layer: int, inputs: Inputs, k: Tensor, v: Tensor) -> None:
         """Put keys and values [T, G, C] of a batch in their places."""
         for number, values in enumerate((k, v)):
-            self.memory[:, layer, number][inputs.blocks, :, inputs.offsets] = values
+            if self._scales is not None:
+                values, scales = round_q8_0(values)
+                self._scales[:, layer, number][inputs.blocks, :, inputs.offsets] = scales
+            self._values[:, layer, number][inputs.blocks, :, inputs.offsets] = values.to(self._values.dtype)
 
     def gathered(self, layer: int, number: int, table: Tensor) -> Tensor:
-        """Return keys (0) or values (1) of sequences as [S, G, positions, C]."""
-        blocks = self.memory[:, layer, number][table]  # [S, blocks, G, KV_TILE, C]
-        return blocks.transpose(1, 2).flatten(2, 3)
+        """Return keys (0) or values (1) of sequences as float32 [S, G, positions, C]."""
+        values = _in_order(self._values[:, layer, number][table]).float()
+        if self._scales is not None:
+            scales = _in_order(self._scales[:, layer, number][table]).float()
+            values.unflatten(-1, (-1, BLOCK)).mul_(scales[..., None])
+        return values
 
     def read_block(self, block: int) -> Uint8Array:
         """Return a copy of the bytes of a block, read-only."""
-        kv = np.asarray(self._device.to_host(self.memory[block]).numpy()).reshape(-1).view(np.uint8)
+        kv = np.asarray(self._device.to_host(self._bytes[block]).numpy()).reshape(-1)
         kv.flags.writeable = False
         return kv
 
     def write_block(self, block: int, kv: Uint8Array) -> None:
         """Put bytes that `read_block` once gave into a block."""
-        shape = self.memory.shape[1:]
-        self.memory[block] = self._device.to_device(np.array(kv, np.uint8).view(np.float32).reshape(shape))
+        self._bytes[block] = self._device.to_device(np.array(kv, np.uint8).reshape(self._bytes.shape[1:]))
+
+
+def _in_order(blocks: Tensor) -> Tensor:
+    """Return [S, G, positions, n] of [S, blocks, G, KV_TILE, n]."""
+    return blocks.transpose(1, 2).flatten(2, 3)
+
+
+def round_q8_0(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the int8 of float32 [..., C], as float32, and the half-float scales [..., C / 32]; see `kv_layout.py`."""
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    scales = blocks.abs().amax(-1) / 127
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    exact = torch.nan_to_num(blocks * inverse[..., None], 0.0, 0.0, 0.0)
+    size = exact.abs()
+    whole = size.floor()
+    nearest = torch.copysign(whole + (size - whole >= 0.5), exact).flatten(-2)
+    return nearest, torch.where(scales < torch.inf, scales, torch.nan).half()
 
 
 def attend(spec: ModelSpec, cache: KVCache, layer: int, inputs: Inputs, q: Tensor, masks: tuple[Tensor, ...]) -> Tensor:

@@ -48,7 +48,7 @@ class DeviceForward:
         self, spec: ModelSpec, limits: Limits, weights: DeviceWeights, device: Device, kernels: TorchKernels
     ) -> None:
         self._spec, self._weights, self._device, self._kernels = spec, weights, device, kernels
-        self._kv = KVCache(spec, limits.kv_blocks, device)
+        self._kv = KVCache(spec, limits.kv_blocks, limits.kv_type, device)
         self._frequencies = spec.rope_base ** (-np.arange(0, spec.rope_dim, 2) / max(spec.rope_dim, 1))
         self._inputs: Inputs | None = None
         self._masks: tuple[Tensor, ...] = ()

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import attrs
 
 from mer.compute.cuda.layout import file_layout, tile_layout
-from mer.compute.kernels.kv_layout import KV_TILE
+from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
 from mer.compute.scratch import Limits
+from mer.config import KVType
 from mer.io.extents import ExpertMap, round_up
 from mer.io.gguf import TensorInfo
 from mer.model.spec import ModelSpec
@@ -54,9 +55,11 @@ def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(round_up(tensor.n_bytes, 512) for tensor in tensors.values())
 
 
-def kv_block_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of one KV block on the device: K and V of all layers for `KV_TILE` positions, in float32."""
-    return spec.n_layers * 2 * spec.n_kv_heads * KV_TILE * spec.head_dim * FLOAT_BYTES
+def kv_block_bytes(spec: ModelSpec, kv_type: KVType) -> int:
+    """Return the bytes of one KV block on the device: K and V of all layers for `KV_TILE` positions."""
+    n_bytes = {"f32": FLOAT_BYTES * spec.head_dim, "f16": 2 * spec.head_dim}
+    n_bytes["q8_0"] = spec.head_dim + 2 * (spec.head_dim // BLOCK)  # int8, and a half float for each block
+    return spec.n_layers * 2 * spec.n_kv_heads * KV_TILE * n_bytes[kv_type]
 
 
 def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense: bool, hybrid: bool) -> int:

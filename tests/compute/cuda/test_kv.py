@@ -1,0 +1,105 @@
+"""The KV cache on the device, in every type, against the reference's rounding and the CPU worker's bytes."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import pytest
+import torch
+
+from mer.compute import reference
+from mer.compute.cuda.attention import Inputs, KVCache
+from mer.compute.cuda.device import TORCH_CPU, Device
+from mer.compute.cuda.sizes import kv_block_bytes
+from mer.compute.kernels.kv_layout import KV_TILE
+from mer.compute.worker import Batch
+from mer.config import KVType
+from mer.model.spec import ModelSpec
+from tests._lib.tiny_models import tiny_model
+
+TYPES: list[KVType] = ["f32", "f16", "q8_0"]
+SLOTS = [(2, 0), (2, 63), (0, 5), (3, 17)]  # (block, offset) of four rows
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    path = tiny_model(tmp_path_factory.mktemp("model") / "m.gguf", n_layers=2).path
+    return attrs.evolve(reference.ReferenceModel(path).spec, n_kv_heads=3, head_dim=64)
+
+
+def inputs() -> Inputs:
+    blocks, offsets = (torch.tensor(numbers) for numbers in zip(*SLOTS, strict=True))
+    nothing = torch.zeros(0)
+    return Inputs(tokens=nothing, blocks=blocks, offsets=offsets, angles=nothing, outputs=nothing, groups=())
+
+
+def stored(cache: KVCache, spec: ModelSpec, kv: list[np.ndarray]) -> None:
+    cache.store(1, inputs(), *(torch.from_numpy(values) for values in kv))
+
+
+def random_kv(spec: ModelSpec, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.integers(-6, 4, (2, len(SLOTS), spec.n_kv_heads, 1))
+    values = (rng.normal(size=(2, len(SLOTS), spec.n_kv_heads, spec.head_dim)) * scale).astype(np.float32)
+    values[0, 0, 0, :32] = 0
+    values[0, 1, 0, :32] = np.resize(np.arange(-31, 32) / 2, 32)  # ties, once the scale is 1
+    values[0, 1, 0, 0] = 127
+    return [*values]
+
+
+@pytest.mark.parametrize("kv_type", TYPES)
+def test_what_is_kept_is_rounded_as_the_processor_does(spec: ModelSpec, kv_type: KVType) -> None:
+    cache = KVCache(spec, 4, kv_type, Device(TORCH_CPU))
+    kv = random_kv(spec)
+    stored(cache, spec, kv)
+    table = torch.tensor([[3, 2], [0, 0]])
+    for number, values in enumerate(kv):
+        want = np.zeros((4, KV_TILE, spec.n_kv_heads, spec.head_dim))
+        for (block, offset), row in zip(SLOTS, values, strict=True):
+            want[block, offset] = reference.round_kv(row.astype(np.float64), kv_type)
+        got = cache.gathered(1, number, table)
+        assert got.dtype == torch.float32
+        expected = want[table.numpy()].reshape(2, -1, spec.n_kv_heads, spec.head_dim).transpose(0, 2, 1, 3)
+        assert np.array_equal(got.numpy(), expected)
+        assert not cache.gathered(0, number, table).any()  # the other layer
+
+
+@pytest.mark.parametrize("kv_type", TYPES)
+def test_a_block_of_bytes_is_as_large_as_planned_and_comes_back(spec: ModelSpec, kv_type: KVType) -> None:
+    device = Device(TORCH_CPU)
+    cache, other = (KVCache(spec, 4, kv_type, device) for _ in range(2))
+    stored(cache, spec, random_kv(spec))
+    kv = cache.read_block(2)
+    assert (kv.nbytes, kv.flags.writeable) == (kv_block_bytes(spec, kv_type), False)
+    other.write_block(1, kv)
+    for number in range(2):
+        got, want = (c.gathered(1, number, torch.tensor([[b]])) for c, b in ((other, 1), (cache, 2)))
+        assert torch.equal(got, want)
+        assert got.any()
+
+
+@pytest.mark.parametrize("kv_type", TYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_none_stay_none(spec: ModelSpec, kv_type: KVType, bad: float) -> None:
+    cache = KVCache(spec, 4, kv_type, Device(TORCH_CPU))
+    kv = random_kv(spec)
+    kv[1][2, 1, 40] = bad
+    stored(cache, spec, kv)
+    got = cache.gathered(1, 1, torch.tensor([[0]]))[0, :, 5].numpy()
+    where = np.zeros(got.shape, bool)
+    where[1, 32:] = kv_type == "q8_0"  # the whole block of 32
+    where[1, 40] = True
+    assert np.array_equal(~np.isfinite(got), where)
+
+
+@pytest.mark.parametrize("kv_type", TYPES)
+def test_a_block_that_begins_is_zero(spec: ModelSpec, kv_type: KVType) -> None:
+    cache = KVCache(spec, 4, kv_type, Device(TORCH_CPU))
+    stored(cache, spec, [np.full_like(values, np.nan) for values in random_kv(spec)])
+    one = np.zeros(1, np.int32)
+    batch = Batch(
+        tokens=one, positions=np.array([KV_TILE], np.int32), sequences=one, outputs=one, tables=np.array([[0, 2]])
+    )
+    cache.begin_blocks(batch)
+    assert not cache.gathered(1, 0, torch.tensor([[2]])).any()
+    assert cache.gathered(1, 0, torch.tensor([[0]])).isnan().any()
