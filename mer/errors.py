@@ -169,6 +169,23 @@ class FileSuspended(ReadError):
         )
 
 
+class SavedFileError(MerError):
+    """A file that mer has once written cannot be used: malformed, damaged, of another version, or of another model.
+
+    Args:
+        path: the file.
+        offset: byte offset of what is wrong, or None where no single place is to blame.
+        reason: what is wrong, and what would work.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
+        self.path = Path(path)
+        self.offset = offset
+        self.reason = reason
+        where = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{self.path}{where}: {reason}")
+
+
 class NumericsError(MerError):
     """The model computed NaN or infinity where a finite number was needed: the weights are damaged."""
 

@@ -76,7 +76,7 @@ def default_kv_type(dense: Iterable[TensorInfo], experts: ExpertMap) -> KVType:
 
 
 def kv_type_in_force(model: Model, config: EngineConfig) -> KVType:
-    """Return how the processor keeps keys and values.
+    """Return how keys and values are kept.
 
     Raises:
         ConfigError: the model's heads are no whole blocks of the type that is set.

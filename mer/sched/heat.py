@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mer.errors import MerError
+from mer.errors import SavedFileError
 from mer.io.new_file import SHARED, write_whole
 
 FORMAT: Final = "mer heat profile"
@@ -21,18 +20,11 @@ MAX_BYTES: Final = 64 << 20
 """Larger files are refused unread; a profile takes some 10 bytes per expert."""
 
 
-class ProfileError(MerError):
-    """A heat profile cannot be used: malformed, of another version, or of another model.
-
-    Args:
-        path: the file.
-        reason: what is wrong, and what would work.
-    """
+class ProfileError(SavedFileError):
+    """A heat profile cannot be used."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        self.path = Path(path)
-        self.reason = reason
-        super().__init__(f"{self.path}: {reason}")
+        super().__init__(path, None, reason)
 
 
 @attrs.frozen(eq=False)

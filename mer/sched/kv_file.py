@@ -15,7 +15,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mer.errors import MerError
+from mer.errors import SavedFileError
 from mer.io.new_file import NewFile
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
@@ -29,21 +29,8 @@ HEADER_BYTES: Final = _HEADER.size + _CHECKSUM.size
 Bytes = npt.NDArray[np.uint8]
 
 
-class PrefixFileError(MerError):
-    """A file with a saved prefix cannot be used: malformed, damaged, of another model or version, or too large.
-
-    Args:
-        path: the file.
-        offset: byte offset of what is wrong, or None where no single place is to blame.
-        reason: what is wrong, and what would work.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
-        self.path = Path(path)
-        self.offset = offset
-        self.reason = reason
-        where = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{self.path}{where}: {reason}")
+class PrefixFileError(SavedFileError):
+    """A file with a saved prefix cannot be used, or is too large."""
 
 
 def _name(_instance: Any, attribute: attrs.Attribute[Any], value: str) -> None:

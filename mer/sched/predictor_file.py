@@ -6,13 +6,12 @@ import os
 import stat
 import struct
 import zlib
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from mer.errors import MerError
+from mer.errors import SavedFileError
 from mer.io.new_file import write_whole
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 from mer.sched.predictors.markov import FIRST_BYTES, N_FEATURES, SECOND_BYTES, SPANS, MarkovPredictor
@@ -29,21 +28,8 @@ _MOST: Final = 1 << 53  # visits of a layer
 _LARGEST: Final = 1e18  # decayed sum of products of features; no model comes near
 
 
-class PredictorFileError(MerError):
-    """A predictor file cannot be used: malformed, damaged, of another version, or of another model.
-
-    Args:
-        path: the file.
-        offset: byte offset of what is wrong, or None where no single place is to blame.
-        reason: what is wrong, and what would work.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
-        self.path = Path(path)
-        self.offset = offset
-        self.reason = reason
-        where = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{self.path}{where}: {reason}")
+class PredictorFileError(SavedFileError):
+    """A predictor file cannot be used."""
 
 
 def _fields(n_layers: int, n_experts: int, n_contexts: int) -> dict[str, tuple[str, tuple[int, ...]]]:

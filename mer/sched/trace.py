@@ -18,7 +18,7 @@ from typing import BinaryIO, Final, Self
 
 import attrs
 
-from mer.errors import MerError
+from mer.errors import SavedFileError
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
 MAGIC: Final = b"MERTRACE"
@@ -32,21 +32,8 @@ _BLOCK: Final = struct.Struct("<II")  # payload bytes, CRC-32 of the payload
 _U64_MAX: Final = (1 << 64) - 1
 
 
-class TraceError(MerError):
-    """A routing trace cannot be used: malformed, damaged, of another version, or of another model.
-
-    Args:
-        path: the file.
-        offset: byte offset of what is wrong, or None where no single place is to blame.
-        reason: what is wrong, and what would work.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
-        self.path = Path(path)
-        self.offset = offset
-        self.reason = reason
-        where = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{self.path}{where}: {reason}")
+class TraceError(SavedFileError):
+    """A routing trace cannot be used."""
 
 
 @attrs.frozen
