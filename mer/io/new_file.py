@@ -17,7 +17,7 @@ class NewFile:
     """Writes a temporary file beside `path`, which `commit` puts in its place.
 
     A context manager: leaving it without `commit` removes the temporary file, and `path` is as it was. A process that
-    is killed leaves `.NAME.` and some digits behind. Everything here blocks.
+    is killed leaves `.NAME.` and 8 hexadecimal digits behind. Everything here blocks.
 
     Args:
         path: the file to be; one that is there is replaced.
@@ -30,7 +30,7 @@ class NewFile:
     def __init__(self, path: str | os.PathLike[str], mode: int = PRIVATE) -> None:
         self.path = Path(path)
         self._temporary: Path | None = None
-        name = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        name = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         self._file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         self._temporary = name
 
@@ -65,14 +65,20 @@ class NewFile:
         sync_folder(self.path.parent)
 
     def close(self) -> None:
-        """Remove what was not committed. Closing twice is allowed."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        if self._temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
-            self._temporary = None
+        """Remove what was not committed. Closing twice is allowed.
+
+        Raises:
+            OSError: the system tells only now that something was not written; what was not committed is gone then, too.
+        """
+        file, self._file = self._file, -1
+        temporary, self._temporary = self._temporary, None
+        try:
+            if file >= 0:
+                os.close(file)
+        finally:
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = PRIVATE) -> None:

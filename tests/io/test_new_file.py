@@ -69,6 +69,30 @@ def test_leaving_without_a_commit_leaves_nothing(tmp_path: Path) -> None:
     assert fds() == open_files
 
 
+def test_a_close_that_fails_leaves_nothing_and_closes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, closed = os.close, []
+
+    def failing(descriptor: int) -> None:
+        real(descriptor)
+        closed.append(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    file = NewFile(tmp_path / "file")
+    with monkeypatch.context() as broken:
+        broken.setattr("mer.io.new_file.os.close", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            file.close()
+        file.close()
+    assert len(closed) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_long_names_leave_room_for_the_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 245)
+    write_whole(path, b"x")
+    assert path.read_bytes() == b"x"
+
+
 def test_a_killed_process_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")

@@ -34,7 +34,7 @@ def state_bytes(rows: int, head_dim: int) -> int:
 
 
 def thread_bytes(n_heads: int, n_kv_heads: int, head_dim: int) -> int:
-    """Return the scratch that each thread needs: scores of 8 rows, two states, queries."""
+    """Return the scratch that each thread needs: that of a pass over a tile, two states, queries."""
     rows = max(ROWS, n_heads // n_kv_heads)
     queries = 4 * (-(-rows // _OCTET) * _OCTET) * _padded(head_dim)
     return queries + 2 * state_bytes(rows, head_dim) + PASS_BYTES

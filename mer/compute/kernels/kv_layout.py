@@ -1,12 +1,13 @@
 """Where the keys and values of one kv head at 64 positions lie, and what a pass over them is given.
 
 A tile is K, or V, of one kv head at 64 positions, in every type that the KV cache may have: F32, F16 (rounded to
-nearest even) and Q8_0. A pass reads it from the first byte to the last, as memory is fastest. Of K it takes 32
-positions side by side and walks the elements, [2, C, 32]; of V 32 elements side by side and walks the positions,
-[P / 32, 64, 32], P being the head dimension C rounded up to 32. The int8 of Q8_0 lie in pairs, of two elements in K,
-[2, C / 2, 32, 2], and of two positions in V, [P / 32, 32, 32, 2]; behind them lies a half float scale for each block of
-32 elements of a position, [P / 32, 64]. Blocks are rounded as ggml's reference does: scale = max|x| / 127,
-q = x * (1 / scale) to the nearest integer, ties away from zero; a block that holds NaN or infinity becomes NaN.
+nearest even) and Q8_0. A pass reads it from the first byte to the last, as memory is fastest; with registers for fewer
+sums, each half twice. Of K it takes 32 positions side by side and walks the elements, [2, C, 32]; of V 32 elements side
+by side and walks the positions, [P / 32, 64, 32], P being the head dimension C rounded up to 32. The int8 of Q8_0 lie
+in pairs, of two elements in K, [2, C / 2, 32, 2], and of two positions in V, [P / 32, 32, 32, 2]; behind them lies a
+half float scale for each block of 32 elements of a position, [P / 32, 64]. Blocks are rounded as ggml's reference does:
+scale = max|x| / 127, q = x * (1 / scale) to the nearest integer, ties away from zero; a block that holds NaN or
+infinity becomes NaN.
 """
 
 from __future__ import annotations

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import types
 
 from mer.compute import reference
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
-from mer.compute.kernels.ir import load_i64
+from mer.compute.kernels.ir import V16F32, load, load_i64, store
+from mer.compute.kernels.numba_api import intrinsic
 from mer.compute.kernels.step import ARG0, step
-from mer.compute.kernels.vector import exp_sum
+from mer.compute.kernels.vector import exp_of_negative, exp_sum
 from tests._lib.steps import F32, Areas, address, run_step
 
 
@@ -29,6 +33,38 @@ def exponentials(x: F32) -> F32:
     run_step(exponential, address(area), len(area))
     areas.check()
     return area[: len(x)].copy()
+
+
+@intrinsic
+def _exp16(_ctx: Any, address: Any) -> Any:
+    """Replace 16 floats by e**x."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        store(b, exp_of_negative(b, load(b, args[0], 0, V16F32, 4)), args[0], 0, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@step
+def negative_exponential(row: int, _thread: int, _n_threads: int) -> None:
+    """Write x = e**x for x of at most 0. Arguments: x, n."""
+    for start in range(load_i64(row, ARG0 + 1) // 16):
+        _exp16(load_i64(row, ARG0) + 64 * start)
+
+
+def test_exponentials_of_negative_numbers() -> None:
+    x = np.concatenate([np.linspace(-87.3, 0, 30_000), -np.geomspace(1e-30, 87.2, 2_000)]).astype(np.float32)
+    special = np.array([0, -0.0, np.nan, -np.inf, -3e38, np.nextafter(np.float32(-87.3), np.float32(-np.inf))])
+    areas = Areas()
+    area = areas.floats(-(-(len(x) + len(special)) // 16) * 16)
+    area[:] = 0
+    area[: len(x)], area[len(x) : len(x) + len(special)] = x, special
+    run_step(negative_exponential, address(area), len(area))
+    areas.check()
+    want = np.exp(x.astype(np.float64))
+    assert (np.abs(area[: len(x)] - want) <= 1.5 * np.spacing(want.astype(np.float32))).all()
+    assert np.array_equal(area[len(x) : len(x) + len(special)], [1, 1, np.nan, 0, 0, 0], equal_nan=True)
 
 
 def normalized(

@@ -92,9 +92,11 @@ import sys
 import numpy as np
 from mer.compute.kernels.target import FORM
 from tests._lib.resident import logits
-paths, out = sys.argv[2:], sys.argv[1]
+out, small, *paths = sys.argv[1:]
 tokens = np.random.default_rng(0).integers(0, 300, 70).tolist()
-np.savez(out, *(logits(path, tokens, chunks=[64, 5, 1], planes=planes) for path in paths for planes in (1, 2)))
+results = [logits(path, tokens, chunks=[64, 5, 1], planes=planes) for path in paths for planes in (1, 2)]
+results += [logits(small, tokens, chunks=[64, 5, 1], kv_type=kind) for kind in ("f32", "f16", "q8_0")]
+np.savez(out, *results)
 print(FORM.value)
 """
 
@@ -110,17 +112,27 @@ def test_every_form_gives_the_same_bits(tmp_path: Path) -> None:
     paths = {
         kind: tiny_model(tmp_path / f"{kind.name}.gguf", "qwen3moe", weight_type=kind, **shape).path for kind in ALL
     }
+    small = tiny_model(  # 8 query heads to a KV head of whole blocks of Q8_0, and a window
+        tmp_path / "small.gguf", "qwen3moe", head_dim=32, n_heads=8, n_kv_heads=1, n_layers=1,
+        metadata={"qwen3moe.attention.sliding_window": 41},
+    ).path  # fmt: skip
     want: dict[Type, list[Any]] = {}
+    kept: list[Any] = []
     for form, kinds in kinds_of.items():
         out = tmp_path / f"{form.value}.npz"
-        assert output(python(LOGITS, out, *(paths[kind] for kind in kinds), MER_KERNELS=form.value)) == [form.value]
+        assert output(python(LOGITS, out, small, *(paths[kind] for kind in kinds), MER_KERNELS=form.value)) == [
+            form.value
+        ]
         with np.load(out) as file:
             logits = [file[name] for name in file.files]
-        assert len(logits) == 2 * len(kinds)
+        assert len(logits) == 2 * len(kinds) + 3
+        kept = kept or logits[-3:]
+        assert all(map(np.array_equal, logits[-3:], kept))
         for number, kind in enumerate(kinds):
             got = logits[2 * number : 2 * number + 2]
             assert all(map(np.array_equal, got, want.setdefault(kind, got)))
-    assert all(np.isfinite(planes).all() for logits in want.values() for planes in logits)
+    assert all(np.isfinite(planes).all() for logits in [*want.values(), kept] for planes in logits)
+    assert len({logits.tobytes() for logits in kept}) == 3
 
 
 @pytest.mark.parametrize(
