@@ -19,6 +19,7 @@ from mer.compute.worker import (
     Combine,
     Done,
     Job,
+    JobCounters,
     Project,
     ReadBlocks,
     RunExperts,
@@ -32,14 +33,6 @@ from mer.errors import ComputeError, ConfigError, MerError
 from mer.threads import start_thread
 
 _INLINE_TOKENS = 16  # a larger batch is taken over in a thread of trio's, so that the event loop goes on meanwhile
-
-
-@attrs.define
-class _Counters:
-    jobs: int = 0
-    tokens: int = 0
-    expert_runs: int = 0
-    compute_s: float = 0.0
 
 
 class Team:
@@ -118,7 +111,7 @@ class CPUWorker:
         self.resident_rows = forward.resident_rows  # see `ComputeWorker`
         self._team = Team(n_threads)
         self._program = Program()
-        self._counters = _Counters()
+        self._counters = JobCounters()
         self.jobs, self._jobs = trio.open_memory_channel[Job](1)
         self._results, self.results = trio.open_memory_channel[Done](1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -53,12 +53,10 @@ class Forward:
         self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
         self._predicts = False  # whether the last Attend did
         # all layers' steps for one place of the experts, number of tokens, and blocks
-        self._resident_rows: tuple[tuple[int, int, int], list[int], npt.NDArray[np.int64]] | None = None
+        self._resident_rows: tuple[Int64Array, tuple[int, int], list[int], npt.NDArray[np.int64]] | None = None
         self._routed_from = 0  # layer that the last run_resident began with
-        # {(layer, tokens, blocks, predict): steps}
-        self._attend_rows: dict[tuple[int, int, int, bool], npt.NDArray[np.int64]] = {}
-        self._project_rows: dict[int, npt.NDArray[np.int64]] = {}  # {rows asked for: steps}
-        self._addresses: tuple[Int64Array | None, int] = None, 0  # the last ones of run_resident, and where they lie
+        # of attention, by (layer, tokens, blocks, predict), and of the output head, by (rows asked for,)
+        self._kept_rows: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
 
     @property
     def staged_pairs(self) -> int:
@@ -97,17 +95,21 @@ class Forward:
     def attend(self, program: Program, layer: int, *, predict: bool = False) -> None:
         """Add attention and router of a layer, and the next layer's router with `predict`, if there is one."""
         predict = predict and layer + 1 < self._spec.n_layers
-        key = layer, len(self.batch.tokens), self.batch.tables.shape[1], predict
-        rows = self._attend_rows.get(key)
-        if rows is None:
-            built = Program()
-            self._attend(built, layer, predict)
-            rows = built.rows[: built.length]
-            if len(self._attend_rows) >= _KEPT_SHAPES * self._spec.n_layers:
-                self._attend_rows.clear()
-            self._attend_rows[key] = rows
         self._predicts = predict
         self._routed_experts.begin_layer()
+        key = layer, len(self.batch.tokens), self.batch.tables.shape[1], predict
+        self._add_kept(program, key, lambda built: self._attend(built, layer, predict))
+
+    def _add_kept(self, program: Program, key: tuple[int, ...], build: Callable[[Program], None]) -> None:
+        """Add steps that are the same whenever the key is, building them the first time."""
+        rows = self._kept_rows.get(key)
+        if rows is None:
+            built = Program()
+            build(built)
+            rows = built.rows[: built.length]
+            if len(self._kept_rows) >= _KEPT_SHAPES * (self._spec.n_layers + 1):
+                self._kept_rows.clear()
+            self._kept_rows[key] = rows
         program.extend(rows)
 
     def _attend(self, program: Program, layer: int, predict: bool) -> None:
@@ -230,19 +232,18 @@ class Forward:
                 f"a batch of {n} rows cannot run all layers at once, only one of at most {self.resident_rows}; "
                 "run layer by layer"
             )
-        if self._addresses[0] is not addresses:
-            self._addresses = addresses, int(addresses.ctypes.data)
-        key = self._addresses[1], n, self.batch.tables.shape[1]
-        if self._resident_rows is None or self._resident_rows[0] != key:
-            built, starts = Program(), []
+        key = n, self.batch.tables.shape[1]
+        kept = self._resident_rows
+        if kept is None or kept[0] is not addresses or kept[1] != key:
+            built, starts, place = Program(), [], int(addresses.ctypes.data)
             for number in range(self._spec.n_layers):
                 starts.append(built.length)
-                self._dispatch(built, number, key[0])
+                self._dispatch(built, number, place)
                 self.combine(built)
                 if number + 1 < self._spec.n_layers:
                     self.attend(built, number + 1)
-            self._resident_rows = key, starts, built.rows[: built.length]
-        _, starts, rows = self._resident_rows
+            kept = self._resident_rows = addresses, key, starts, built.rows[: built.length]
+        _, _, starts, rows = kept
         program.extend(rows[starts[layer] :])
         self.scratch.stop[0] = 0
         self._routed_from = layer
@@ -281,15 +282,7 @@ class Forward:
 
     def project(self, program: Program) -> None:
         """Add final norm and output head for the rows that the batch asked for."""
-        rows = self._project_rows.get(len(self.batch.outputs))
-        if rows is None:
-            built = Program()
-            self._project(built)
-            rows = built.rows[: built.length]
-            if len(self._project_rows) >= _KEPT_SHAPES:
-                self._project_rows.clear()
-            self._project_rows[len(self.batch.outputs)] = rows
-        program.extend(rows)
+        self._add_kept(program, (len(self.batch.outputs),), self._project)
 
     def _project(self, program: Program) -> None:
         spec, s, a = self._spec, self.scratch, self.scratch.address

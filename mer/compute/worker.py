@@ -201,6 +201,16 @@ class VRAMStatistics:
     graphs: int  # CUDA graphs captured
 
 
+@attrs.define
+class JobCounters:
+    """What every worker counts; see `WorkerStatistics`."""
+
+    jobs: int = 0
+    tokens: int = 0
+    expert_runs: int = 0
+    compute_s: float = 0.0
+
+
 @attrs.frozen
 class WorkerStatistics:
     """Counters of a compute worker since it started."""

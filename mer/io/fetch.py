@@ -339,27 +339,25 @@ class Fetcher:
             raise RuntimeError(
                 f"expert {expert} of layer {layer} needs {layout.n_bytes} bytes, slot {slot} has {len(memory)}"
             )
-        base, untouched = self._arena.address(slot), not self._touched[slot]
-        reads, addresses = [], []
-        fetch = Fetch(layer, expert, slot, (0, 0, 0), priority)
-        for index, (part, begin) in enumerate(zip(extents.parts, layout.part_offsets, strict=True)):
-            start, length, lead = aligned_hull(part.offset, part.n_bytes, self._alignment)
-            addresses.append(base + begin + lead)
-            reads.append(
-                ReadOperation(
-                    file=part.file,
-                    start=start,
-                    length=length,
-                    needed=lead + part.n_bytes,
-                    buffer=memory[begin : begin + length],
-                    address=base + begin,
-                    on_landed=partial(self._read_landed, fetch, index),
-                    priority=priority,
-                    untouched=untouched,
-                )
+        parts, offsets = extents.parts, layout.part_offsets
+        hulls = [aligned_hull(part.offset, part.n_bytes, self._alignment) for part in parts]
+        base = self._arena.address(slot)
+        gate, up, down = (base + begin + lead for begin, (_, _, lead) in zip(offsets, hulls, strict=True))
+        fetch = Fetch(layer, expert, slot, (gate, up, down), priority)
+        fetch._reads += [
+            ReadOperation(
+                file=part.file,
+                start=start,
+                length=length,
+                needed=lead + part.n_bytes,
+                buffer=memory[begin : begin + length],
+                address=base + begin,
+                on_landed=partial(self._read_landed, fetch, index),
+                priority=priority,
+                untouched=not self._touched[slot],
             )
-        fetch.addresses = addresses[0], addresses[1], addresses[2]
-        fetch._reads += reads
+            for index, (part, begin, (start, length, lead)) in enumerate(zip(parts, offsets, hulls, strict=True))
+        ]
         return fetch
 
     def _start_reads(self, fetch: Fetch, indices: Sequence[int]) -> None:

@@ -32,6 +32,7 @@ from mer.compute.worker import (
     Float32Array,
     Int32Array,
     Job,
+    JobCounters,
     LoadedExpert,
     Project,
     ReadBlocks,
@@ -50,11 +51,7 @@ Tensor = torch.Tensor
 
 
 @attrs.define
-class _Counters:
-    jobs: int = 0
-    tokens: int = 0
-    expert_runs: int = 0
-    compute_s: float = 0.0
+class _Counters(JobCounters):
     hits: int = 0
     uploads: int = 0
     staged: int = 0

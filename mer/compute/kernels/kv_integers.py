@@ -22,7 +22,6 @@ from mer.compute.kernels.ir import (
     V16F32,
     V16I16,
     V16I32,
-    call,
     const,
     fma,
     i64,
@@ -34,7 +33,7 @@ from mer.compute.kernels.ir import (
 from mer.compute.kernels.kv_layout import BLOCK, KV_TILE, SCORE_BYTES, Pass, ask, vectors_at_once
 from mer.compute.kernels.lanes import PAIRS, PIECES, ROW_LANES, WORDS
 from mer.compute.kernels.numba_api import cgutils, intrinsic
-from mer.compute.kernels.vector import round_to_int
+from mer.compute.kernels.vector import larger_magnitudes, largest_magnitude, round_to_int
 
 _V32I8, _V32I16, _V8I32 = ir.VectorType(I8, 32), ir.VectorType(I16, 32), ir.VectorType(I32, 8)
 _LARGEST: Final = 32767.0
@@ -136,21 +135,12 @@ def score_rows(b: Any, n_rows: int, at: Pass) -> None:
                 store(b, b.fmul(b.load(totals[r][v]), factor), at.scores, place, 4)
 
 
-def _largest(b: Any, most: Any, vector: Any) -> Any:
-    """Return the larger of two magnitudes in each lane, the second that of 16 floats, both as integers.
-
-    Magnitudes order like their bits, NaN above infinity.
-    """
-    bits = b.and_(b.bitcast(vector, V16I32), const(V16I32, 0x7FFFFFFF))
-    return b.select(b.icmp_signed(">", bits, most), bits, most)
-
-
 def _precision(b: Any, magnitudes: Any) -> tuple[Any, Any]:
     """Return what makes floats of 15 bits of the largest, in 16 lanes, and the factor that makes them what they were.
 
     The factor is NaN where one of them is NaN or infinite.
     """
-    most = b.bitcast(call(b, "llvm.vector.reduce.smax.v16i32", I32, magnitudes), F32)
+    most = largest_magnitude(b, magnitudes)
     inverse = b.select(b.fcmp_ordered(">", most, F32(_NOTHING)), b.fdiv(F32(_LARGEST), most), F32(0.0))
     factor = b.fmul(most, F32(1 / _LARGEST))
     factor = b.select(b.fcmp_ordered("<", factor, F32(float("inf"))), factor, F32(float("nan")))
@@ -165,24 +155,21 @@ def mix_rows(b: Any, n_rows: int, at: Pass, keeps: list[Any]) -> None:
     n_vectors = vectors_at_once(n_rows)
     targets, scales = at.targets(b, n_rows), at.scales(b, at.values)
     rounded = b.add(at.scores, i64(8 * SCORE_BYTES + 128))
-    low, high = (splat(b, b.trunc(edge, I32), V16I32) for edge in (at.first, at.last))
     _ask_scales(b, at, at.ahead)
     begin, end = b.lshr(at.first, i64(1)), b.lshr(b.add(at.last, i64(1)), i64(1))
     with cgutils.for_range(b, b.udiv(at.padded, i64(BLOCK)), intp=I64) as block:
         scale = []
         for v in range(KV_TILE // 16):
-            lanes = ir.Constant(V16I32, list(range(16 * v, 16 * v + 16)))
-            inside = b.and_(b.icmp_signed(">=", lanes, low), b.icmp_signed("<", lanes, high))
             place = b.add(b.mul(block.index, i64(2 * KV_TILE)), i64(32 * v))
             there = widen_half(b, load(b, scales, place, V16I16, 2))
-            scale.append(b.select(inside, there, const(V16F32, 0.0)))
+            scale.append(b.select(at.counting(b, v), there, const(V16F32, 0.0)))
         factors = []
         for r in range(n_rows):
             powers = [load(b, at.scores, SCORE_BYTES * r + 64 * v, V16F32, 4) for v in range(KV_TILE // 16)]
             products = [b.fmul(power, one) for power, one in zip(powers, scale, strict=True)]
             magnitudes = const(V16I32, 0)
             for product in products:
-                magnitudes = _largest(b, magnitudes, product)
+                magnitudes = larger_magnitudes(b, magnitudes, product)
             inverse, factor = _precision(b, magnitudes)
             factors.append(splat(b, factor, V16F32))
             for v, product in enumerate(products):
@@ -224,7 +211,7 @@ def pack_query(_ctx: Any, out: Any, query: Any, c: Any, scale: Any) -> Any:
         vectors = b.lshr(c, i64(4))
         with cgutils.for_range(b, vectors, intp=I64) as loop:
             vector = b.fmul(load(b, query, b.mul(loop.index, i64(64)), V16F32, 4), times)
-            b.store(_largest(b, b.load(magnitudes), vector), magnitudes)
+            b.store(larger_magnitudes(b, b.load(magnitudes), vector), magnitudes)
         inverse, factor = _precision(b, b.load(magnitudes))
         with cgutils.for_range(b, vectors, intp=I64) as loop:
             vector = b.fmul(load(b, query, b.mul(loop.index, i64(64)), V16F32, 4), times)

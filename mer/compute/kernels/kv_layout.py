@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from mer.compute.kernels.ir import i64, prefetch
+from llvmlite import ir
+
+from mer.compute.kernels.ir import I32, V16I32, i64, prefetch, splat
 from mer.compute.kernels.lanes import PIECES
 from mer.compute.kernels.numba_api import njit
 
@@ -58,6 +60,12 @@ class Pass(NamedTuple):
     def scales(self, b: Any, tile: Any) -> Any:
         """Return the address of the scales of a tile of Q8_0."""
         return b.add(tile, b.mul(self.padded, i64(KV_TILE)))
+
+    def counting(self, b: Any, v: int) -> Any:
+        """Return which of the 16 positions from 16 v on count, as <16 x i1>."""
+        lanes = ir.Constant(V16I32, list(range(16 * v, 16 * v + 16)))
+        low, high = (splat(b, b.trunc(edge, I32), V16I32) for edge in (self.first, self.last))
+        return b.and_(b.icmp_signed(">=", lanes, low), b.icmp_signed("<", lanes, high))
 
     def targets(self, b: Any, n_rows: int) -> list[Any]:
         """Return the addresses of the results of each row."""

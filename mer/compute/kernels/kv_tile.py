@@ -60,13 +60,10 @@ def _finite(b: Any, tops: Any) -> Any:
 
 def _scores(b: Any, at: Pass, row: Any) -> list[Any]:
     """Load a row's 64 scores, minus infinity before `first` and from `last` on."""
-    low, high = (splat(b, b.trunc(edge, I32), V16I32) for edge in (at.first, at.last))
     vectors = []
     for v in range(KV_TILE // 16):
-        lanes = ir.Constant(V16I32, list(range(16 * v, 16 * v + 16)))
-        inside = b.and_(b.icmp_signed(">=", lanes, low), b.icmp_signed("<", lanes, high))
         scores = load(b, at.scores, b.add(b.mul(row, i64(SCORE_BYTES)), i64(64 * v)), V16F32, 4)
-        vectors.append(b.select(inside, scores, const(V16F32, float("-inf"))))
+        vectors.append(b.select(at.counting(b, v), scores, const(V16F32, float("-inf"))))
     return vectors
 
 

@@ -173,45 +173,18 @@ def swiglu16(_ctx: Any, gate: Any, up: Any, n: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-@intrinsic
-def exp_sum(_ctx: Any, x: Any, maximum: Any, n: Any) -> Any:
-    """Write x = e**(x - maximum) for `n` floats, a multiple of 16, and return their sum."""
+def larger_magnitudes(b: Any, most: Any, vector: Any) -> Any:
+    """Return in each lane the larger of a magnitude, given as its bits, and that of 16 floats.
 
-    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        x, maximum, n = args
-        top = splat(b, maximum, V16F32)
-        acc = cgutils.alloca_once_value(b, const(V16F32, 0.0))
-        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
-            offset = b.mul(loop.index, i64(64))
-            value = exp_vector(b, b.fsub(load(b, x, offset, V16F32, 4), top))
-            store(b, value, x, offset)
-            b.store(b.fadd(b.load(acc), value), acc)
-        return sum16(b, b.load(acc))
-
-    return types.float32(types.int64, types.float32, types.int64), codegen
-
-
-@intrinsic
-def weighted_rows(_ctx: Any, out: Any, weights: Any, rows: Any, n_rows: Any, stride: Any, n: Any, keep: Any) -> Any:
-    """Write out = out * keep + sum over j of weights[j] * rows[j], in order of j; rows are `stride` bytes apart, n
-    floats long.
+    Magnitudes order like their bits, NaN above infinity.
     """
+    bits = b.bitcast(_absolute(b, vector), V16I32)
+    return b.select(b.icmp_signed(">", bits, most), bits, most)
 
-    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        out, weights, rows, n_rows, stride, n, keep = args
-        keeps = splat(b, keep, V16F32)
-        acc = cgutils.alloca_once(b, V16F32)
-        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as chunk:
-            offset = b.mul(chunk.index, i64(64))
-            b.store(b.fmul(load(b, out, offset, V16F32, 4), keeps), acc)
-            with cgutils.for_range(b, n_rows, intp=I64) as loop:
-                weight = splat(b, load(b, weights, b.mul(loop.index, i64(4)), F32, 4), V16F32)
-                row = load(b, rows, b.add(offset, b.mul(loop.index, stride)), V16F32, 4)
-                b.store(fma(b, weight, row, b.load(acc)), acc)
-            store(b, b.load(acc), out, offset)
-        return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6, types.float32), codegen
+def largest_magnitude(b: Any, magnitudes: Any) -> Any:
+    """Return the largest of 16 magnitudes that are given as their bits."""
+    return b.bitcast(call(b, "llvm.vector.reduce.smax.v16i32", I32, magnitudes), F32)
 
 
 @intrinsic
@@ -222,10 +195,9 @@ def amax(_ctx: Any, x: Any, n: Any) -> Any:
         x, n = args
         acc = cgutils.alloca_once_value(b, const(V16I32, 0))
         with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
-            value = _absolute(b, load(b, x, b.mul(loop.index, i64(64)), V16F32, 4))
-            bits, best = b.bitcast(value, V16I32), b.load(acc)  # magnitudes order like their bits, NaN above infinity
-            b.store(b.select(b.icmp_signed(">", bits, best), bits, best), acc)
-        return b.bitcast(call(b, "llvm.vector.reduce.smax.v16i32", I32, b.load(acc)), F32)
+            value = load(b, x, b.mul(loop.index, i64(64)), V16F32, 4)
+            b.store(larger_magnitudes(b, b.load(acc), value), acc)
+        return largest_magnitude(b, b.load(acc))
 
     return types.float32(types.int64, types.int64), codegen
 

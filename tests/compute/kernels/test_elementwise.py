@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,39 @@ from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
 from mer.compute.kernels.ir import V16F32, load, load_i64, store
 from mer.compute.kernels.numba_api import intrinsic
 from mer.compute.kernels.step import ARG0, step
-from mer.compute.kernels.vector import exp_of_negative, exp_sum
+from mer.compute.kernels.vector import exp_of_negative, exp_vector
 from tests._lib.steps import F32, Areas, address, run_step
+
+
+def _in_place(emit: Callable[[Any, Any], Any]) -> Any:
+    """Return an intrinsic that replaces 16 floats at an address by what `emit` makes of them."""
+
+    @intrinsic
+    def replace(_ctx: Any, address: Any) -> Any:
+        def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+            store(b, emit(b, load(b, args[0], 0, V16F32, 4)), args[0], 0, 4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    return replace
+
+
+_exp16, _negative_exp16 = _in_place(exp_vector), _in_place(exp_of_negative)
 
 
 @step
 def exponential(row: int, _thread: int, _n_threads: int) -> None:
     """Write x = e**x. Arguments: x, n."""
-    exp_sum(load_i64(row, ARG0), np.float32(0), load_i64(row, ARG0 + 1))
+    for start in range(load_i64(row, ARG0 + 1) // 16):
+        _exp16(load_i64(row, ARG0) + 64 * start)
+
+
+@step
+def negative_exponential(row: int, _thread: int, _n_threads: int) -> None:
+    """Write x = e**x for x of at most 0. Arguments: x, n."""
+    for start in range(load_i64(row, ARG0 + 1) // 16):
+        _negative_exp16(load_i64(row, ARG0) + 64 * start)
 
 
 def exponentials(x: F32) -> F32:
@@ -33,24 +59,6 @@ def exponentials(x: F32) -> F32:
     run_step(exponential, address(area), len(area))
     areas.check()
     return area[: len(x)].copy()
-
-
-@intrinsic
-def _exp16(_ctx: Any, address: Any) -> Any:
-    """Replace 16 floats by e**x."""
-
-    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        store(b, exp_of_negative(b, load(b, args[0], 0, V16F32, 4)), args[0], 0, 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@step
-def negative_exponential(row: int, _thread: int, _n_threads: int) -> None:
-    """Write x = e**x for x of at most 0. Arguments: x, n."""
-    for start in range(load_i64(row, ARG0 + 1) // 16):
-        _exp16(load_i64(row, ARG0) + 64 * start)
 
 
 def test_exponentials_of_negative_numbers() -> None:
