@@ -24,6 +24,7 @@ def settings_in_force(
     arena: Arena,
     opened: OpenReader,
     cache: ExpertCache,
+    job_reads: str,
 ) -> Settings:
     """Return the settings as they are in force, with what they were chosen by."""
     types: dict[str, int] = {}
@@ -36,6 +37,7 @@ def settings_in_force(
         io_threads=opened.reader.depth,
         io_engine=opened.reader.engine,
         io_reason=opened.reason,
+        job_reads=job_reads,
         mirrors=tuple(map(str, config.mirrors)),
         slots=plan.slots,
         slot_counts=plan.slot_counts,

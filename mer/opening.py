@@ -17,10 +17,12 @@ from mer.engine import Engine
 from mer.in_force import settings_in_force
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
+from mer.io.job_words import MAX_SPARES
 from mer.io.mirror import mirror_paths
 from mer.io.open_reader import open_reader
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
+from mer.job_reading import open_job_reads
 from mer.plan import Model, load_model, plan_memory
 from mer.prefetching import open_guessing
 from mer.residency import open_residency
@@ -175,10 +177,20 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         pinned = computing.pin(arena.address(0), arena.n_bytes)
         pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
         cache = ExpertCache(residency.policy, (model.spec.n_layers, model.spec.n_experts))
-        store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier)
+        job_reads, job_reads_reason = open_job_reads(model, plan, arena, opened, cache, computing.tier)
+        spares = () if job_reads is None else tuple(min(count, MAX_SPARES) for count in plan.slot_counts)
+        store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier, spares)
         fetcher = Fetcher(
-            pool, arena, plan.classes, model.experts, reader, on_done=store.landed, on_inner=store.inner_landed
+            pool,
+            arena,
+            plan.classes,
+            model.experts,
+            reader,
+            on_done=store.landed,
+            on_inner=store.inner_landed,
+            job_reads=job_reads,
         )
+        stack.callback(store.stop_reads)
         store.attach(fetcher)
         guessing = await open_guessing(config, model, plan, store, reader)
         if guessing is not None:
@@ -197,7 +209,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             prefetcher=None if guessing is None else guessing.prefetcher,
             on_routed=residency.routed,
         )
-        settings = settings_in_force(config, plan, model, computing, pinned, arena, opened, cache)
+        settings = settings_in_force(config, plan, model, computing, pinned, arena, opened, cache, job_reads_reason)
         load_s = 0.0
 
         def statistics() -> Statistics:

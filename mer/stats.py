@@ -45,6 +45,7 @@ class Settings:
     io_threads: int  # reads that each drive sees at once
     io_engine: str  # what reads: "io_uring" or "threads"
     io_reason: str  # why it does
+    job_reads: str  # whether jobs read missing experts by themselves: "on", or "off: " and why
     mirrors: tuple[str, ...]  # copies on further drives
     slots: int
     slot_counts: tuple[int, ...]  # per class of slots

@@ -171,8 +171,8 @@ class CPUWorker:
                 case RunExperts(layer, experts):
                     forward.run_experts(program, layer, experts)
                     self._counters.expert_runs += len(experts) - [e.stage for e in experts].count(Stage.INNER)
-                case RunResident(layer, addresses):
-                    forward.run_resident(program, layer, addresses)
+                case RunResident(layer, addresses, reads):
+                    forward.run_resident(program, layer, addresses, reads)
                 case Combine():
                     forward.combine(program)
                 case Attend(layer, predict):
@@ -206,12 +206,13 @@ class CPUWorker:
         forward = self._open_forward()
         ids = predicted = routes = logits = damaged = None
         kv: tuple[Uint8Array, ...] | None = None
-        through = True
+        through, waited_s = True, 0.0
         for operation in job.operations:
             match operation:
                 case Attend():
                     ids, predicted, damaged = forward.routed(), forward.predicted(), forward.damaged()
-                case RunResident():
+                case RunResident(reads=reads):
+                    waited_s = 0.0 if reads is None else reads.waited_s
                     routes, through = forward.routes()
                     layers = (routes if through else routes[:-1]).reshape(-1, routes[0].size).tolist()
                     self._counters.expert_runs += sum(len(set(experts)) for experts in layers)
@@ -228,5 +229,5 @@ class CPUWorker:
             logits=logits,
             damaged=damaged,
             kv=kv,
-            compute_s=time.perf_counter() - begun,
+            compute_s=time.perf_counter() - begun - waited_s,
         )

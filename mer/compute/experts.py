@@ -163,13 +163,23 @@ class RoutedExperts:
         """Whether all experts of a layer have matrices of the same types and shapes."""
         return all(steps == layer[0] for layer in self._steps for steps in layer)
 
-    def run_table(self, program: Program, layer: int, table: int, n: int) -> None:
-        """Add the feed-forward networks of the experts in a table of n entries, for a layer whose experts are alike."""
-        steps = self._steps[layer][0][self._n_tokens > 1]
-        for stage in (steps.prepare, steps.inner, (steps.activate,), (steps.outer,)):
+    def run_table(self, program: Program, layer: int, table: int) -> None:
+        """Add the feed-forward networks of the experts in a table, for a layer whose experts are alike.
+
+        That is `table_steps` steps, of which `dispatch` tells how many entries the table has.
+        """
+        for stage in self._stages(layer):
             for made in stage:
-                program.add(made.step, table, n, *made.arguments)
+                program.add(made.step, table, 0, *made.arguments)
             program.barrier()
+
+    def table_steps(self, layer: int) -> int:
+        """Return how many steps `run_table` adds."""
+        return sum(map(len, self._stages(layer)))
+
+    def _stages(self, layer: int) -> tuple[tuple[Product, ...], ...]:
+        steps = self._steps[layer][0][self._n_tokens > 1]
+        return steps.prepare, steps.inner, (steps.activate,), (steps.outer,)
 
     def _check(self, loaded: LoadedExpert, layer: int, staged: bool, pairs: int) -> None:
         """Refuse a stage that cannot be computed, and keep account of those that can."""

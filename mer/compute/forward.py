@@ -11,6 +11,7 @@ from mer.compute.experts import RoutedExperts
 from mer.compute.kernels.attention import ATTENTION, thread_bytes
 from mer.compute.kernels.dispatch import dispatch
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
+from mer.compute.kernels.job_reads import await_reads, begin_reads
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.rope import ROPE_STORE
@@ -26,6 +27,7 @@ from mer.errors import ComputeError
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
+from mer.io.job_reads import JobReads
 from mer.model.spec import ModelSpec, RopeStyle
 
 _NO_ROWS = np.zeros(0, np.int32)
@@ -53,7 +55,7 @@ class Forward:
         self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
         self._predicts = False  # whether the last Attend did
         # all layers' steps for one place of the experts, number of tokens, and blocks
-        self._resident_rows: tuple[Int64Array, tuple[int, int], list[int], npt.NDArray[np.int64]] | None = None
+        self._resident_rows: tuple[Int64Array, tuple[int, int, int], list[int], npt.NDArray[np.int64]] | None = None
         self._routed_from = 0  # layer that the last run_resident began with
         # of attention, by (layer, tokens, blocks, predict), and of the output head, by (rows asked for,)
         self._kept_rows: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
@@ -220,7 +222,7 @@ class Forward:
         """
         self._routed_experts.run(program, layer, experts)
 
-    def run_resident(self, program: Program, layer: int, addresses: Int64Array) -> None:
+    def run_resident(self, program: Program, layer: int, addresses: Int64Array, reads: JobReads | None = None) -> None:
         """Add all layers from the experts of this one on, to follow its `attend`; see `RunResident`.
 
         Raises:
@@ -232,34 +234,41 @@ class Forward:
                 f"a batch of {n} rows cannot run all layers at once, only one of at most {self.resident_rows}; "
                 "run layer by layer"
             )
-        key = n, self.batch.tables.shape[1]
+        control = 0 if reads is None else reads.address
+        key = n, self.batch.tables.shape[1], control
         kept = self._resident_rows
         if kept is None or kept[0] is not addresses or kept[1] != key:
             built, starts, place = Program(), [], int(addresses.ctypes.data)
             for number in range(self._spec.n_layers):
                 starts.append(built.length)
-                self._dispatch(built, number, place)
+                self._dispatch(built, number, place, control)
                 self.combine(built)
                 if number + 1 < self._spec.n_layers:
                     self.attend(built, number + 1)
             kept = self._resident_rows = addresses, key, starts, built.rows[: built.length]
         _, _, starts, rows = kept
         program.extend(rows[starts[layer] :])
-        self.scratch.stop[0] = 0
+        self.scratch.stop[:] = 0
         self._routed_from = layer
 
-    def _dispatch(self, program: Program, layer: int, addresses: int) -> None:
-        """Add the experts of a layer that the router has chosen, or the end of the program if one is not there."""
-        spec, a = self._spec, self.scratch.address
+    def _dispatch(self, program: Program, layer: int, addresses: int, reads: int) -> None:
+        """Add the experts of a layer that the router has chosen, or the end of the program if one cannot be had."""
+        spec, a, experts = self._spec, self.scratch.address, self._routed_experts
         pairs = len(self.batch.tokens) * spec.top_k
-        n = min(pairs, spec.n_experts)
         log = a["routes"] + FLOAT_BYTES * pairs * layer
+        stop, end, skip = (a["stop"] + 8 * word for word in range(3))
         program.add(
             dispatch, a["expert_ids"], pairs, spec.top_k, spec.n_experts, addresses + 24 * spec.n_experts * layer,
-            a["expert_ends"], a["table_entries"], n, a["places"], a["order"], log, a["stop"], layer,
+            a["expert_ends"], a["table_entries"], a["table_missing"], experts.table_steps(layer), a["places"],
+            a["order"], log, stop, layer, end, skip, reads,
         )  # fmt: skip
-        program.barrier(a["stop"])
-        self._routed_experts.run_table(program, layer, a["table_entries"], n)
+        program.barrier(end)
+        program.add(begin_reads, reads)
+        experts.run_table(program, layer, a["table_entries"])
+        program.barrier(skip)
+        program.add(await_reads, reads, end, stop, layer)
+        program.barrier(end)
+        experts.run_table(program, layer, a["table_missing"])
 
     def routes(self) -> tuple[Int32Array, bool]:
         """Return the choices [layers, T, K] of the routers that `run_resident` has come to, and whether it is through.
@@ -316,4 +325,4 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += [ROPE_STORE[KV_KINDS[kv_type]], ATTENTION[KV_KINDS[kv_type]]]
-    return [*steps, pack, rms_norm, gather, swiglu, combine, route, dispatch]
+    return [*steps, pack, rms_norm, gather, swiglu, combine, route, dispatch, begin_reads, await_reads]

@@ -89,14 +89,15 @@ class Program:
         self.rows[self.length : self.length + len(rows)] = rows
         self.length += len(rows)
 
-    def barrier(self, stop: int = 1) -> None:
+    def barrier(self, skip: int = 1) -> None:
         """Let every thread finish all steps so far before any goes on; the end of a program is a barrier anyway.
 
         Args:
-            stop: address of an int64 that these steps set if the program is to end here; by default there is none.
+            skip: address of an int64 that these steps set to the number of steps that are left out then; by default
+                none is.
         """
         if self.length:
-            self.rows[self.length - 1, BARRIER] = max(stop, int(self.rows[self.length - 1, BARRIER]))
+            self.rows[self.length - 1, BARRIER] = max(skip, int(self.rows[self.length - 1, BARRIER]))
 
     def _grow(self, n_rows: int) -> None:
         """Make room for more rows."""

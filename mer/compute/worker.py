@@ -16,6 +16,7 @@ import numpy.typing as npt
 import trio
 
 from mer.errors import MerError
+from mer.io.job_reads import JobReads
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -102,10 +103,15 @@ class RunResident:
     result's `routes` are filled in, and `expert_ids` with the last of them. For batches of at most
     `ComputeWorker.resident_rows` rows. No byte of the experts changes, even if the job fails. A worker with a `Tier`
     looks there, and not at the addresses.
+
+    With `reads`, the worker reads missing experts by itself; what it has computed with is not fresh any more. It takes
+    the slots of other experts for that, whose addresses become 0. If there is none, or a read fails or takes long, the
+    job ends behind that layer's `Attend` too.
     """
 
     layer: int
-    addresses: Int64Array  # [L, E, 3] of gate, up and down of every expert, none of them fresh; 0 if it is not there
+    addresses: Int64Array  # [L, E, 3] of gate, up and down of every expert; 0 if it is not there, -1 if it is fresh
+    reads: JobReads | None = None
 
 
 @attrs.frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import mmap
 from collections.abc import Sequence
@@ -97,6 +98,18 @@ class Arena:
         """
         self._open_bytes()
         return self._base + self._start(slot)
+
+    def slot_at(self, address: int) -> int:
+        """Return the slot that an address lies in.
+
+        Raises:
+            IndexError: it lies in none.
+            RuntimeError: the arena is closed.
+        """
+        self._open_bytes()
+        slot = bisect.bisect_right(self._starts, address - self._base) - 1
+        self._start(slot)
+        return slot
 
     def close(self) -> None:
         """Let go of the memory; it returns to the system with the last view of it.

@@ -129,6 +129,14 @@ class ChunkQueue:
         self._lines[operation.priority].append(work)
         return [] if any(copy.working for copy in self.copies) else self._give_up_all(_ALL_HANG)
 
+    def add_begun(self, operation: ReadOperation, path: str, now_s: float) -> Chunk:
+        """Take over an operation of one chunk that is being read from the first copy already; return the chunk."""
+        work = Work(operation, path, self._number, now_s, now_s)
+        self._number += 1
+        self._works[operation] = work
+        self._lines[operation.priority].append(work)
+        return self._begin(self._cut(work), 0, now_s)
+
     def promote(self, operation: ReadOperation, priority: Priority, now_s: float) -> None:
         """Move an operation that has not ended to a higher priority, among those started before and after it."""
         work = self._works.get(operation)

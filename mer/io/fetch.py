@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
@@ -17,6 +18,7 @@ from mer.io.arena import Arena
 from mer.io.breaker import CircuitBreaker
 from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
 from mer.io.fetch_counts import ClassCounts, FetcherStatistics, ReadCounts
+from mer.io.job_reads import JobRead, JobReads
 from mer.io.operation import Reader, ReadOperation
 from mer.io.pool import BufferPool, SlotState
 from mer.io.priority import Priority
@@ -129,6 +131,7 @@ class Fetcher:
         on_done: told of every fetch that has landed or failed, after its slot has become READY, or FREE or QUARANTINED
             when `fetch.error` is set, and before any task that waits for it runs. Neither callback may raise.
         read_deadline_s: see above.
+        job_reads: what jobs that read by themselves are lent; by default none does.
 
     Raises:
         ConfigError: the slots have other sizes, the pool and the arena disagree, a file needs a coarser alignment, or
@@ -146,6 +149,7 @@ class Fetcher:
         on_inner: Callable[[Fetch], None] | None = None,
         on_done: Callable[[Fetch], None] | None = None,
         read_deadline_s: float = DEFAULT_READ_DEADLINE_S,
+        job_reads: JobReads | None = None,
     ) -> None:
         if pool.n_slots != arena.n_slots:
             raise ConfigError(f"the pool has {pool.n_slots} slots and the arena {arena.n_slots}")
@@ -174,6 +178,7 @@ class Fetcher:
         self._on_inner = on_inner
         self._on_done = on_done
         self._deadline_s = read_deadline_s
+        self._job_reads = job_reads
         self._in_flight: dict[ExpertKey, Fetch] = {}
         self._outstanding: dict[ReadOperation, tuple[Fetch, int]] = {}  # started and not landed
         self._written_off: set[ReadOperation] = set()  # of them
@@ -233,12 +238,16 @@ class Fetcher:
             raise refusal
         fetch = self._prepare(layer, expert, slot, priority)
         self._start_reads(fetch, range(3))
+        self._note_fetch(fetch)
+        return fetch
+
+    def _note_fetch(self, fetch: Fetch) -> None:
+        """Count a fetch whose reads have been started."""
         for file in {read.file for read in fetch._reads}:
             if self._breakers[file].begin():
                 fetch._probes.add(file)
         self._in_flight[fetch.key] = fetch
-        self._classes[priority].started += 1
-        return fetch
+        self._classes[fetch.priority].started += 1
 
     def promote(self, fetch: Fetch, priority: Priority) -> None:
         """Raise the priority of a fetch; what has been read is not read again.
@@ -272,6 +281,70 @@ class Fetcher:
         fetch._abandoned = True
         self._classes[fetch.priority].abandoned += 1
         self._give_up(fetch)
+
+    def lend(self, spares: Sequence[Sequence[int]], kept: Sequence[ExpertKey]) -> JobReads | None:
+        """Let a job make reads by itself, until `take_back`.
+
+        Args:
+            spares: leased slots (FILLING) of each class that it may read into.
+            kept: residents whose slots it must not take.
+
+        Returns:
+            What the job needs; None if the reader or a file does not allow it just now.
+        """
+        reads = self._job_reads
+        if reads is None or self._in_flight or not all(breaker.closed for breaker in self._breakers):
+            return None
+        touched = self._touched
+        lent = reads.lend([[(slot, not touched[slot]) for slot in of_class] for of_class in spares], kept)
+        return reads if lent else None
+
+    def take_back(self, on_evicted: Callable[[ExpertKey], None]) -> list[JobRead]:
+        """End the loan behind the job; return what it has begun to read, in order.
+
+        Slots of experts that have landed are READY. The others are fetches in flight now, as if they had been started
+        here; spare slots without an expert are the caller's again.
+
+        Args:
+            on_evicted: told of every resident whose slot the job has taken; the slot must be FILLING afterwards.
+        """
+        assert self._job_reads is not None
+        begun = self._job_reads.take_back()
+        for read in begun:
+            if read.victim is not None:
+                on_evicted(read.victim)
+        for begun_s, together in itertools.groupby((read for read in begun if read.landed), lambda read: read.begun_s):
+            self._account(begun_s, list(together))
+        open_reads = [read for read in begun if not read.landed]
+        fetches = [self._prepare(read.layer, read.expert, read.slot, Priority.DEMAND) for read in open_reads]
+        for read, fetch in zip(open_reads, fetches, strict=True):
+            given = [part for part in range(3) if read.tokens[part] is not None]
+            for part in given:
+                token = read.tokens[part]
+                assert token is not None
+                fetch._reads[part] = self._job_reads.lender.adopt(fetch._reads[part], token, read.results[part])
+            self._note_started(fetch, given)
+        for read, fetch in zip(open_reads, fetches, strict=True):
+            self._start_reads(fetch, [part for part in range(3) if read.tokens[part] is None])
+            self._note_fetch(fetch)
+        return begun
+
+    def _account(self, begun_s: float, landed: Sequence[JobRead]) -> None:
+        """Count what a job has read together."""
+        assert self._job_reads is not None
+        lengths = []
+        for read in landed:
+            for part in self._experts[read.layer][read.expert].parts:
+                lengths.append(aligned_hull(part.offset, part.n_bytes, self._alignment)[1])
+                self._breakers[part.file].succeeded()
+            self._touched[read.slot] = 1
+            self._pool.landed(read.slot)
+        self._classes[Priority.DEMAND].started += len(landed)
+        self._classes[Priority.DEMAND].landed += len(landed)
+        self._counts.reads_started += len(lengths)
+        self._counts.reads_landed += len(lengths)
+        self._counts.bytes_read += sum(lengths)
+        self._job_reads.lender.account(lengths, begun_s, max(read.ended_s for read in landed))
 
     def hold(self, fetch: Fetch) -> None:
         """Keep the slot of a fetch from being released, should it fail or be abandoned, until `let_go`.
@@ -362,6 +435,10 @@ class Fetcher:
 
     def _start_reads(self, fetch: Fetch, indices: Sequence[int]) -> None:
         self._reader.start(*[fetch._reads[index] for index in indices])
+        self._note_started(fetch, indices)
+
+    def _note_started(self, fetch: Fetch, indices: Sequence[int]) -> None:
+        """Account for reads that the reader has."""
         for index in indices:
             fetch._tries[index] += 1
             fetch._reading.add(index)

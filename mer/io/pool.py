@@ -174,6 +174,18 @@ class BufferPool:
         """Return whether a slot of a kind is free, so that nothing must be given up for it."""
         return bool(self._free[kind])
 
+    def lease(self, kind: int) -> int | None:
+        """Take a free slot of a kind, which becomes FILLING, unless there is none or demand waits for one."""
+        if not self._free[kind] or self._lines[Priority.DEMAND][kind]:
+            return None
+        slot = self._free[kind].pop()
+        self._move(slot, SlotState.FILLING, SlotState.FREE)
+        return slot
+
+    def refill(self, slot: int) -> None:
+        """Note that something else is being read into a slot: READY becomes FILLING."""
+        self._move(slot, SlotState.FILLING, SlotState.READY)
+
     def landed(self, slot: int) -> None:
         """Note that all of a slot's bytes have arrived: FILLING becomes READY.
 

@@ -13,6 +13,8 @@ import os
 import struct
 from typing import Final
 
+import attrs
+
 _SETUP: Final = 425  # numbers of the system calls, the same on every architecture
 _ENTER: Final = 426
 _REGISTER: Final = 427
@@ -29,7 +31,8 @@ _PARAMS_BYTES: Final = 120
 _SQE: Final = struct.Struct("<BBHiQQIIQQQQ")  # opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data, padding
 _CQE: Final = struct.Struct("<QiI")  # user_data, res, flags
 _PARAMS: Final = struct.Struct("<5I")  # sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle
-_OFFSETS: Final = struct.Struct("<7I")  # head, tail, ring_mask, ring_entries, ..., array or cqes
+_OFFSETS: Final = struct.Struct("<7I")  # head, tail, ring_mask, ring_entries, ..., array; or ..., cqes, flags
+_EVENTFD_DISABLED: Final = 1  # IORING_CQ_EVENTFD_DISABLED, since Linux 5.8
 _WORD: Final = struct.Struct("<I")
 _WORD_MASK: Final = 0xFFFFFFFF
 
@@ -37,6 +40,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _syscall.argtypes = [ctypes.c_long] * 7
+
+
+@attrs.frozen(kw_only=True)
+class RingAddresses:
+    """Where the words of a ring are that is shared with the kernel."""
+
+    fileno: int
+    sq_tail: int
+    sq_mask: int
+    sqes: int
+    cq_head: int
+    cq_tail: int
+    cq_mask: int
+    cqes: int
 
 
 class Ring:
@@ -84,11 +101,12 @@ class Ring:
         self._sq_mask = _WORD.unpack_from(self._rings, self._sq_mask)[0]
         self._cq_head, self._cq_tail, self._cqes = completion[0], completion[1], completion[5]
         self._cq_mask = _WORD.unpack_from(self._rings, completion[2])[0]
+        self._cq_flags = completion[6]
         for entry in range(self.entries):
             _WORD.pack_into(self._rings, array + 4 * entry, entry)
         self._tail = _WORD.unpack_from(self._rings, self._sq_tail)[0]
         self._prepared: list[int] = []  # tokens of reads that the kernel has not taken yet
-        self._refused: list[tuple[int, int]] = []  # what `completed` is to say besides
+        self._known: list[tuple[int, int]] = []  # what `completed` is to say besides
 
     def fileno(self) -> int:
         """Return the eventfd."""
@@ -115,7 +133,7 @@ class Ring:
             except InterruptedError:
                 continue
             except OSError as error:
-                self._refused += [(token, -(error.errno or errno.EIO)) for token in self._prepared]
+                self._known += [(token, -(error.errno or errno.EIO)) for token in self._prepared]
                 self._tail = (self._tail - len(self._prepared)) & _WORD_MASK
                 _WORD.pack_into(self._rings, self._sq_tail, self._tail)
                 self._prepared.clear()
@@ -127,13 +145,40 @@ class Ring:
         """Return what has completed since the last call: tokens, and bytes read or negative error numbers."""
         head = _WORD.unpack_from(self._rings, self._cq_head)[0]
         tail = _WORD.unpack_from(self._rings, self._cq_tail)[0]
-        done, self._refused = self._refused, []
+        done, self._known = self._known, []
         while head != tail:
             token, result, _ = _CQE.unpack_from(self._rings, self._cqes + (head & self._cq_mask) * _CQE_BYTES)
             done.append((token, result))
             head = (head + 1) & _WORD_MASK
         _WORD.pack_into(self._rings, self._cq_head, head)
         return done
+
+    def lend(self) -> RingAddresses:
+        """Leave the rings to somebody else until `resume`; the eventfd tells of nothing meanwhile."""
+        _WORD.pack_into(self._rings, self._cq_flags, _EVENTFD_DISABLED)
+        rings, sqes = _address(self._rings), _address(self._sqes)
+        return RingAddresses(
+            fileno=self._fd,
+            sq_tail=rings + self._sq_tail,
+            sq_mask=self._sq_mask,
+            sqes=sqes,
+            cq_head=rings + self._cq_head,
+            cq_tail=rings + self._cq_tail,
+            cq_mask=self._cq_mask,
+            cqes=rings + self._cqes,
+        )
+
+    def resume(self) -> None:
+        """Take over the rings again, and what has completed and was not looked at."""
+        self._tail = _WORD.unpack_from(self._rings, self._sq_tail)[0]
+        _WORD.pack_into(self._rings, self._cq_flags, 0)
+        if _WORD.unpack_from(self._rings, self._cq_head) != _WORD.unpack_from(self._rings, self._cq_tail):
+            os.eventfd_write(self._event, 1)
+
+    def redeliver(self, token: int, result: int) -> None:
+        """Let `completed` tell of a read that somebody else has heard of."""
+        self._known.append((token, result))
+        os.eventfd_write(self._event, 1)
 
     def reset(self) -> None:
         """Make the eventfd unreadable until something completes; to be called before `completed`."""
@@ -165,5 +210,5 @@ def _call(number: int, *arguments: int) -> int:
     return result
 
 
-def _address(memory: bytearray) -> int:
+def _address(memory: bytearray | mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -19,7 +19,7 @@ from mer.io.files import PartialRead
 from mer.io.metering import ReaderStatistics
 from mer.io.operation import ReadOperation, check_promotion
 from mer.io.priority import Priority
-from mer.io.ring import Ring
+from mer.io.ring import Ring, RingAddresses
 
 
 @attrs.define(eq=False)
@@ -65,6 +65,7 @@ class RingReader(FileReader):
         self._tokens = count()
         self._waiting = trio.CancelScope()  # for something to complete
         self._wait_s = math.inf  # how long at most, before the queue is asked again
+        self._lent = False  # whether a job has the ring
 
     def close(self) -> None:
         """Refuse further reads and give up those that have not begun; returns at once. Closing twice is allowed."""
@@ -103,6 +104,51 @@ class RingReader(FileReader):
     def stalled_s(self, operation: ReadOperation) -> float:
         """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
         return self._queue.stalled_s(operation, time.monotonic())
+
+    def lend(self) -> RingAddresses | None:
+        """Leave the ring to a job; see `Lender.lend`. None too if there are mirrors, which share reads."""
+        if not self._open or self._lent or self._reading or self._queue.operations or self.mirrored:
+            return None
+        assert self._ring is not None
+        self._lent = True
+        return self._ring.lend()
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether there are mirrors."""
+        return len(self._drives) > 1
+
+    def filenos(self) -> tuple[int, ...]:
+        """Return the descriptors of the files."""
+        return tuple(file.fileno() for file in self._drives[0])
+
+    def take_back(self) -> None:
+        """Take over the ring again; see `Lender.take_back`."""
+        assert self._ring is not None
+        self._lent = False
+        self._ring.resume()
+        self._fill(time.monotonic())
+
+    def adopt(self, operation: ReadOperation, token: int, result: int | None) -> ReadOperation:
+        """Go on with a read that a job has begun; see `Lender.adopt`."""
+        assert self._ring is not None
+        now_s = time.monotonic()
+        self._meter.start(now_s)
+        self._reading[token] = _Reading(self._queue.add_begun(operation, self._paths[operation.file], now_s))
+        self._busy[0] += 1
+        if result is not None:
+            self._ring.redeliver(token, result)
+        return operation
+
+    def account(self, lengths: Sequence[int], begun_s: float, ended_s: float) -> None:
+        """Count reads that a job has made; see `Lender.account`."""
+        copy = self._queue.copies[0]
+        for _ in lengths:
+            self._meter.start(begun_s)
+            copy.begin(begun_s)
+        for length in lengths:
+            self._meter.land(length, Priority.DEMAND, begun_s, begun_s, ended_s)
+            copy.succeed(length, begun_s, ended_s)
 
     def statistics(self) -> ReaderStatistics:
         """Return a snapshot of what was read so far."""
@@ -143,6 +189,8 @@ class RingReader(FileReader):
     def _collect(self, ring: Ring) -> None:
         """Account for what has completed and hand over what comes next."""
         ring.reset()
+        if self._lent:
+            return  # what has completed is the job's
         now_s = time.monotonic()
         for token, result in ring.completed():
             reading = self._reading.pop(token)
@@ -180,6 +228,8 @@ class RingReader(FileReader):
     def _fill(self, now_s: float) -> None:
         """Hand reads to the kernel until each drive sees as many as it is to."""
         assert self._ring is not None
+        if self._lent:
+            return
         ask_again_s = math.inf
         for number, copy in enumerate(self._queue.copies):
             while self._busy[number] < copy.threads:

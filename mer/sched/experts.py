@@ -8,6 +8,7 @@ import attrs
 import numpy as np
 
 from mer.compute.worker import Int64Array, LoadedExpert
+from mer.io.job_reads import Ranks
 from mer.io.priority import Priority
 from mer.sched.policy import ExpertKey, Policy
 
@@ -42,8 +43,8 @@ class ExpertCache:
     layer that waits for its experts.
 
     Attributes:
-        addresses: where gate, up and down of every expert lie that is resident and arranged, [L, E, 3], 0 for the
-            others; None without `shape`.
+        addresses: where gate, up and down of every expert lie that is resident and arranged, [L, E, 3]; -1 for those
+            that are resident and fresh, 0 for the others; None without `shape`.
 
     Args:
         policy: ranks the residents.
@@ -55,7 +56,13 @@ class ExpertCache:
         self.addresses: Int64Array | None = None if shape is None else np.zeros((*shape, 3), np.int64)
         self._unsettled: list[tuple[int, Sequence[int]]] = []  # lookups that the policy has not heard of
         self._resident: dict[ExpertKey, Resident] = {}
+        self._told: frozenset[ExpertKey] = frozenset()  # misses that the next lookup is not to count again
         self._hits = self._misses = self._evictions = 0
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The numbers that the policy goes by; see `Policy`."""
+        return self._policy.ranks
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._resident
@@ -78,8 +85,9 @@ class ExpertCache:
         for expert in union:
             if expert not in held:
                 (hits if (layer, expert) in self._resident else misses).append(expert)
-        self._hits += len(union) - len(misses)
-        self._misses += len(misses)
+        told, self._told = self._told, frozenset()
+        self._misses += sum((layer, expert) not in told for expert in misses)
+        self._hits += len(union) - len(misses) - sum((layer, expert) in told for expert in hits)
         return hits, misses
 
     def lookup_all(self, layer: int, experts: Sequence[int], held: Collection[int] = ()) -> list[Resident] | None:
@@ -91,13 +99,21 @@ class ExpertCache:
         found = [resident.get((layer, expert)) for expert in experts if expert not in held]
         if None in found:
             return None
+        told, self._told = self._told, frozenset()
         self.passed(layer, experts)
+        self._hits -= sum((layer, expert) in told for expert in experts)
         return found  # type: ignore[return-value]
 
-    def passed(self, layer: int, experts: Sequence[int]) -> None:
-        """Count a layer's experts that the worker found by `addresses`."""
-        self._hits += len(experts)
+    def passed(self, layer: int, experts: Sequence[int], n_missing: int = 0) -> None:
+        """Count a layer's experts that the worker found by `addresses`, and those that it had to read."""
+        self._hits += len(experts) - n_missing
+        self._misses += n_missing
         self._unsettled.append((layer, experts))
+
+    def missed(self, keys: Iterable[ExpertKey]) -> None:
+        """Count misses of a layer that the worker has begun to read; the next lookup is this layer's."""
+        self._told = frozenset(keys)
+        self._misses += len(self._told)
 
     def arranged(self, key: ExpertKey) -> None:
         """Note that nothing of a resident expert is fresh any more."""
@@ -119,6 +135,8 @@ class ExpertCache:
         if key in self._resident:
             raise RuntimeError(f"expert {key} is resident already")
         self._resident[key] = resident
+        if self.addresses is not None:
+            self.addresses[key] = -1
         self.settle()
         self._policy.insert(key)
 
@@ -136,8 +154,10 @@ class ExpertCache:
     def evict_for(self, layer: int, evictable: Callable[[ExpertKey], bool], *, kind: int = 0) -> Resident | None:
         """Drop the expert that `victim_for` returns and return what it was, or None."""
         key = self.victim_for(layer, evictable, kind=kind)
-        if key is None:
-            return None
+        return None if key is None else self.evict(key)
+
+    def evict(self, key: ExpertKey) -> Resident:
+        """Forget a resident expert whose slot another takes, and return what it was."""
         self._evictions += 1
         return self.drop(key)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from mer.io.job_reads import Ranks
 from mer.sched.keys import ExpertKey
 from mer.sched.policies.layer_lru import LayerLRU
 
@@ -19,6 +20,10 @@ class Policy(Protocol):
     """
 
     name: str
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The numbers that `victim` goes by, changed in place; None if it goes by something else."""
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """Note that a batch uses these experts of a layer, each named once, kept or not."""

@@ -158,6 +158,8 @@ class Scheduler:
                 cancelled.append(sequence)
         for sequence in cancelled:
             self._let_go(sequence)
+        if any(sequence.cancelled for sequence in self._running):
+            self._store.stop_reads()
         self._wake_up()
         self._store.wake()
 
@@ -211,6 +213,7 @@ class Scheduler:
     def _drop_speculation(self) -> None:
         """Ask for nothing more ahead of time: no batch is to come."""
         self._store.drop_ahead()
+        self._store.drop_spares()
         if self._prefetcher is not None:
             self._prefetcher.stop()
 

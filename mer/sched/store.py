@@ -10,6 +10,7 @@ import trio
 from mer.compute.worker import AWAY, LoadedExpert, Stage, Tier
 from mer.errors import MerError, ReadError
 from mer.io.fetch import Fetch, Fetcher
+from mer.io.job_reads import JobRead, JobReads
 from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority
 from mer.sched.experts import ExpertCache, Resident
@@ -56,12 +57,21 @@ class ExpertStore:
         pool: the accounting of the slots; the store answers its `evict`.
         kind_of: returns the class of slots that an expert fits.
         tier: experts that the worker has in memory of its own, and that need no slot; None if it has none.
+        spares: free slots of each class that are lent to jobs that make reads by themselves; none by default.
     """
 
     def __init__(
-        self, cache: ExpertCache, pool: BufferPool, kind_of: Callable[[int, int], int], tier: Tier | None = None
+        self,
+        cache: ExpertCache,
+        pool: BufferPool,
+        kind_of: Callable[[int, int], int],
+        tier: Tier | None = None,
+        spares: Sequence[int] = (),
     ) -> None:
         self.keeps_all = False
+        self._n_spares = tuple(spares)
+        self._spares: list[list[int]] = [[] for _ in spares]  # FILLING, of each class
+        self._job_reads: JobReads | None = None  # while a job has it
         self._tier = tier
         self.cache = cache
         self.pool = pool
@@ -176,6 +186,8 @@ class ExpertStore:
             self._fail(claim, refusal)  # before anything is evicted for it
         else:
             claim.ticket = self._ticket(claim.key, Priority.DEMAND)
+            if self._spares and self._spares[claim.ticket.kind]:
+                self.pool.release(self._spares[claim.ticket.kind].pop())
             self.pool.request(claim.ticket)
 
     def give_up(self, claims: Iterable[Claim]) -> None:
@@ -258,6 +270,82 @@ class ExpertStore:
             resident.speculation = None
         return resident.arranged or LoadedExpert(expert, resident.addresses, resident.fresh)
 
+    # Reads that a job makes by itself
+
+    def lend(self, layer: int, pinned: Iterable[LoadedExpert]) -> JobReads | None:
+        """Let the job that is about to start make reads by itself, until `take_back`; None if that cannot be.
+
+        Nothing is read ahead or on a guess meanwhile.
+
+        Args:
+            layer: of the experts that the job begins with.
+            pinned: these experts.
+        """
+        if self._ahead_tickets:
+            return None
+        for kind, n in enumerate(self._n_spares):
+            spares = self._spares[kind]
+            while len(spares) < n and (slot := self.pool.lease(kind)) is not None:
+                spares.append(slot)
+        self._job_reads = self.fetcher.lend(self._spares, [(layer, loaded.expert) for loaded in pinned])
+        return self._job_reads
+
+    @property
+    def lent(self) -> bool:
+        """Whether a job makes reads by itself just now."""
+        return self._job_reads is not None
+
+    @property
+    def spare_slots(self) -> int:
+        """How many free slots are set aside for jobs, or lent to one."""
+        return sum(map(len, self._spares))
+
+    def drop_spares(self) -> None:
+        """Give spare slots back, unless a job has them."""
+        if self._job_reads is not None:
+            return
+        for slots in self._spares:
+            while slots:
+                self.pool.release(slots.pop())
+
+    def stop_reads(self) -> None:
+        """Let the job that runs begin no more reads: it ends where it misses an expert."""
+        if self._job_reads is not None:
+            self._job_reads.stop()
+
+    def take_back(self) -> list[JobRead]:
+        """End the loan, if there is one, behind the job; return what it has read, each for `keep` or `drop`."""
+        if self._job_reads is None:
+            return []
+        self.stalled_s += self._job_reads.waited_s
+        self._job_reads = None
+        reads = self.fetcher.take_back(self._taken)
+        for read in reads:
+            if read.victim is None:
+                self._spares[self._kind_of(read.layer, read.expert)].remove(read.slot)
+        return reads
+
+    def _taken(self, victim: ExpertKey) -> None:
+        """Forget a resident whose slot a job has taken; called by the fetcher."""
+        self.pool.refill(self.cache.evict(victim).slot)
+
+    def drop(self, reads: Iterable[JobRead]) -> None:
+        """Give up what a job that has failed has read."""
+        reads = list(reads)
+        self.cache.missed((read.layer, read.expert) for read in reads)
+        self.cache.missed(())
+        for read in reads:
+            if read.landed:
+                self.pool.release(read.slot)
+
+    def keep(self, read: JobRead, *, used: bool) -> None:
+        """Take what a job has read into the cache, if it has landed; `used` if the job has computed with it."""
+        if read.landed:
+            key = read.layer, read.expert
+            self.cache.insert(key, Resident(read.slot, read.addresses, (True, True), None))
+            if used:
+                self.cache.arranged(key)
+
     # Speculation
 
     def read_ahead(self, layer: int, experts: Iterable[int]) -> None:
@@ -267,6 +355,8 @@ class ExpertStore:
         other, ends that.
         """
         self.drop_ahead()
+        if self._job_reads is not None:
+            return
         self._ahead = {(layer, expert) for expert in experts}
         for key in sorted(self._ahead):
             if self._absent(key):
@@ -288,7 +378,7 @@ class ExpertStore:
             slot; None if it is there, on its way, or gets no slot.
         """
         kind = self._kind_of(*key)
-        if not self._absent(key) or not self.pool.permits(kind):
+        if self._job_reads is not None or not self._absent(key) or not self.pool.permits(kind):
             return None
         if self.pool.has_free(kind):
             return 0.0

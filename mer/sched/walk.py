@@ -21,6 +21,8 @@ from mer.compute.worker import (
     RunExperts,
     RunResident,
 )
+from mer.errors import EngineClosed, MerError
+from mer.io.job_reads import JobRead
 from mer.sched.batch import Member, union_of
 from mer.sched.layer import LayerRun, WorkerLink
 from mer.sched.prefetch import Prefetcher
@@ -91,19 +93,21 @@ class LayerWalk:
 
         layer = 0
         while True:
-            following = self._next(layer, batch)
+            following = self._next(layer, batch, (pinned_layer, pinned))
             store.keeps_all = len(following) > 1
             try:
                 done = await self._link.run(*operations, *following, on_started=catch_up)
-            except BaseException:
+            except BaseException as failure:
                 catch_up()
                 store.discard(pinned_layer, pinned)
+                if isinstance(failure, MerError) and not isinstance(failure, EngineClosed):  # else the job goes on
+                    store.drop(store.take_back())
                 raise
             finally:
                 store.let_leave()
             used = partial(store.unpin, pinned_layer, pinned, used=True, arranged=done.arranged)
             if done.routes is not None:
-                layer += self._note_passed(layer, done)
+                layer += self._note_passed(layer, done, store.take_back())
             if done.logits is not None:
                 used()
                 if self._prefetcher is not None:
@@ -111,6 +115,7 @@ class LayerWalk:
                 return done
             if not wanted():
                 used()
+                store.cache.missed(())
                 return None
             assert done.expert_ids is not None
             ids = done.expert_ids
@@ -136,7 +141,7 @@ class LayerWalk:
             operations = [RunExperts(layer, pinned), Combine(layer)]
             layer += 1
 
-    def _next(self, layer: int, batch: Batch) -> tuple[Operation, ...]:
+    def _next(self, layer: int, batch: Batch, pinned: tuple[int, tuple[LoadedExpert, ...]]) -> tuple[Operation, ...]:
         """Return what follows the experts of the layer before this one."""
         if layer == self._n_layers:
             return (Project(),)
@@ -145,19 +150,32 @@ class LayerWalk:
             return (Attend(layer, predict=prefetcher.asks_gate),)
         if addresses is None or len(batch.tokens) > self._resident_rows:
             return (Attend(layer),)
-        return Attend(layer), RunResident(layer, addresses), Project()
+        return Attend(layer), RunResident(layer, addresses, self._store.lend(*pinned)), Project()
 
-    def _note_passed(self, layer: int, done: Done) -> int:
-        """Account for the layers from this one on that the worker has passed by itself; return how many."""
+    def _note_passed(self, layer: int, done: Done, reads: list[JobRead]) -> int:
+        """Account for the layers from this one on that the worker has passed by itself; return how many.
+
+        Args:
+            layer: the first.
+            done: what the worker has told.
+            reads: the experts that it has read, in the order of the layers.
+        """
         assert done.routes is not None
         passed = done.routes if done.logits is not None else done.routes[:-1]
         for number, ids in enumerate(passed, layer):
             union = sorted(set(ids.ravel().tolist()))  # of those who have left meanwhile too
-            self._store.cache.passed(number, union)
+            used = [read for read in reads if read.layer == number]
+            self._store.cache.passed(number, union, len(used))
+            for read in used:
+                self._store.keep(read, used=True)
             if self._on_routed is not None:
                 self._on_routed(number, len(ids), union)
             if self._prefetcher is not None:
                 self._prefetcher.passed(number, union)
+        unused = [read for read in reads if read.layer == layer + len(passed)]
+        self._store.cache.missed((read.layer, read.expert) for read in unused)
+        for read in unused:
+            self._store.keep(read, used=False)
         return len(passed)
 
     def _routed(self, layer: int, union: list[int], done: Done, members: list[Member]) -> None:

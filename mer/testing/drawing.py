@@ -214,6 +214,7 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
         io_threads=source.integer(1, 2) if Feature.FEW_READS in features else 4,
         chunk_bytes=4096 if Feature.SMALL_CHUNKS in features else 1 << 21,
         read_deadline_s=600.0 if Feature.STALLS in features else source.choice([1.0, 30.0]),
+        job_reads=Feature.JOB_READS in features,
         cost=cost,
         read_faults=draw_read_faults(source, model, features, 1 + len(mirrors)),
         freezes=((source.choice(DELAYS_S), source.choice(DELAYS_S)),) if Feature.FREEZES in features else (),

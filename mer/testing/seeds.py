@@ -41,6 +41,7 @@ async def open_world(world: SimWorld) -> AsyncIterator[SimEngine]:
             io_threads=world.io_threads,
             chunk_bytes=world.chunk_bytes,
             read_deadline_s=world.read_deadline_s,
+            job_reads=world.job_reads,
             cost=world.cost,
             failures=world.worker_faults.failing_jobs,
             seed=world.seed,

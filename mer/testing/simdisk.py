@@ -22,6 +22,7 @@ from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics, ReadMeter
 from mer.io.operation import ReadOperation, check_operation, check_promotion
 from mer.io.priority import Priority
+from mer.io.ring import RingAddresses
 
 ALIGNMENT = 4096
 _LEAST_WAIT_S = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once, for ever
@@ -91,6 +92,7 @@ class SimDisk:
         sizes: bytes of each file; may be lowered to truncate one.
         seed: of the content and of every draw.
         profile: of the original; may be replaced at any time.
+        depth: reads that each drive sees at once.
         mirrors: profiles of the further copies; may be replaced at any time.
         log: (file, start, length) of every operation, in the order of the starts.
         chunk_log: (copy, file, start, length) of every read of a drive, in the order in which they began.
@@ -126,6 +128,10 @@ class SimDisk:
         self._faults: list[_Fault] = []
         self._frozen = False
         self._closed = False
+        self._lent = False
+        self.depth = n_threads
+        self._job_reads: dict[int, ReadOperation] = {}  # by token
+        self._adopted: list[ReadOperation] = []  # that have landed, and are to be told of once more
         self._changed = trio.Event()
         self._meter = ReadMeter()
 
@@ -206,6 +212,42 @@ class SimDisk:
             copies=copies,
         )
 
+    # --- the Lender protocol ---
+
+    def lend(self) -> RingAddresses | None:
+        """Leave the disk to a job; see `Lender.lend`. Nothing is at the addresses: `start_for_job` is there instead."""
+        if self._closed or self._lent or self.in_flight or self._adopted or self.mirrors:
+            return None
+        self._lent = True
+        return RingAddresses(fileno=-1, sq_tail=0, sq_mask=0, sqes=0, cq_head=0, cq_tail=0, cq_mask=0, cqes=0)
+
+    def filenos(self) -> tuple[int, ...]:
+        """Return the numbers of the files."""
+        return tuple(range(len(self.sizes)))
+
+    def start_for_job(self, operation: ReadOperation, token: int) -> None:
+        """Begin a read for a job that was lent the disk."""
+        assert self._lent
+        self._job_reads[token] = operation
+        self.start(operation)
+
+    def take_back(self) -> None:
+        """End the loan; see `Lender.take_back`."""
+        assert self._lent
+        self._lent = False
+
+    def adopt(self, operation: ReadOperation, token: int, result: int | None) -> ReadOperation:
+        """Go on with a read that a job has begun; see `Lender.adopt`."""
+        begun = self._job_reads[token]
+        begun.on_landed = operation.on_landed
+        if result is not None:
+            self._adopted.append(begun)
+            self._changed.set()
+        return begun
+
+    def account(self, lengths: Sequence[int], begun_s: float, ended_s: float) -> None:
+        """Do nothing: reads of jobs are counted as all others are."""
+
     # --- faults ---
 
     def fail(
@@ -268,7 +310,10 @@ class SimDisk:
             ended, self._ended = self._ended, []
             for work in ended:
                 land(work, self._meter, now_s)
-            if self._ended:  # by what those who were told did
+            adopted, self._adopted = self._adopted, []
+            for operation in adopted:
+                operation.on_landed(operation)
+            if self._ended or self._adopted:  # by what those who were told did
                 continue
             self._changed = trio.Event()
             due_s = self._heap[0].due_s if self._heap and not self._frozen else inf

@@ -19,6 +19,7 @@ from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
 from mer.io.fetch import DEFAULT_READ_DEADLINE_S, Fetcher
 from mer.io.ggml import GGMLType
+from mer.io.job_reads import JobReads, small_enough
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
 from mer.sched.experts import ExpertCache
@@ -192,7 +193,7 @@ class SimEngine:
         assert s.submitted == s.finished + s.failed + s.cancelled
         assert kv.available == kv.n_blocks
         assert (pool.pinned, pool.quarantined, sum(pool.waiting)) == (0, 0, 0)
-        assert pool.filling == fetcher.in_flight
+        assert pool.filling == fetcher.in_flight + self.store.spare_slots
         assert fetcher.in_flight == 0 or self.engine._closed  # waiting for a retry that a closed engine will not make
         assert pool.free + pool.ready + pool.filling == pool.n_slots
         assert pool.ready == cache.resident
@@ -203,6 +204,10 @@ class SimEngine:
         assert fetcher.started <= cache.misses + sum(guesses.issued for guesses in speculation)
         for guesses in speculation:
             assert guesses.issued == sum(attrs.astuple(guesses)) - guesses.issued
+        if self.store.lent:  # a job was left alone when the engine was closed, and its reads with it
+            assert self.engine._closed
+            return
+        assert not self.store.spare_slots
         assert fetcher.reads_started == 3 * fetcher.started + fetcher.retried == len(self.disk.log)
         assert fetcher.bytes_read == self.disk.statistics().bytes_read
 
@@ -228,6 +233,7 @@ async def open_sim_engine(
     cost: JobCost | None = None,
     failures: frozenset[int] = frozenset(),
     worth_bytes: int = 0,
+    job_reads: bool = False,
     seed: int = 0,
 ) -> AsyncIterator[SimEngine]:
     """Run an engine during the block; its `close` stops the scheduler and the worker, the disk goes on until the end.
@@ -251,6 +257,7 @@ async def open_sim_engine(
         cost: of jobs.
         failures: numbers of the jobs, from 0, that fail half-way.
         worth_bytes: of experts that are worth a job of their own while others load; simulated ones are small.
+        job_reads: whether jobs make reads by themselves, where policy, mirrors and chunks allow it.
         seed: of the files' bytes, the layout and the latencies.
     """
     model = model or SimModel()
@@ -276,7 +283,11 @@ async def open_sim_engine(
         )
         cache = ExpertCache(make_policy(policy, ranks), (model.n_layers, model.n_experts))
         heat = HeatCounter(bytes(FINGERPRINT_BYTES), model.n_layers, model.n_experts)
-        store = ExpertStore(cache, pool, classes.kind_of)
+        reads, worth = None, cache.ranks
+        if job_reads and worth is not None and small_enough(experts, 4096, chunk_bytes):
+            assert cache.addresses is not None
+            reads = JobReads(experts, classes, arena, disk, cache.addresses, worth)
+        store = ExpertStore(cache, pool, classes.kind_of, spares=() if reads is None else (n_slots,))
         fetcher = Fetcher(
             pool,
             arena,
@@ -286,9 +297,10 @@ async def open_sim_engine(
             on_done=store.landed,
             on_inner=store.inner_landed,
             read_deadline_s=read_deadline_s,
+            job_reads=reads,
         )
         store.attach(fetcher)
-        worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures)
+        worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures, disk=disk)
         prefetcher = None
         if prefetch != "off":
             facts = DiskFacts(

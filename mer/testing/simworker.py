@@ -41,7 +41,8 @@ from mer.compute.worker import (
 from mer.errors import ComputeError
 from mer.io.arena import Arena
 from mer.io.extents import ExpertMap
-from mer.testing.simdisk import content
+from mer.testing.simdisk import SimDisk, content
+from mer.testing.simreads import SimReads
 
 _MASK = (1 << 64) - 1
 _ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it
@@ -163,6 +164,7 @@ class SimWorker:
         failures: numbers of the jobs, from 0, that fail half-way.
         staged_pairs: see `ComputeWorker`.
         resident_rows: see `ComputeWorker`.
+        disk: what jobs read from that make reads by themselves.
     """
 
     def __init__(
@@ -176,7 +178,9 @@ class SimWorker:
         failures: frozenset[int] = frozenset(),
         staged_pairs: int = 12,
         resident_rows: int = 3,
+        disk: SimDisk | None = None,
     ) -> None:
+        self._disk = disk
         self.staged_pairs = staged_pairs
         self.resident_rows = resident_rows
         self._model, self._arena, self._experts, self._disk_seed = model, arena, experts, disk_seed
@@ -213,7 +217,7 @@ class SimWorker:
                 job.on_started()
                 for operation in job.operations:
                     done = await self._run_operation(operation, done, fails=fails)
-                    if done.routes is not None and (self._is_away or fails):
+                    if done.routes is not None and self._is_away:
                         break
                 if fails:
                     done = Done(error=ComputeError("a simulated job failed"))
@@ -247,8 +251,8 @@ class SimWorker:
                 )
             case RunExperts(layer, experts):
                 await self._run_experts(layer, experts, fails=fails)
-            case RunResident(layer, addresses):
-                done = await self._run_resident(layer, addresses, done, fails=fails)
+            case RunResident():
+                done = await self._run_resident(operation, done, fails=fails)
             case Combine(layer):
                 self._combine(layer)
             case Project():
@@ -264,21 +268,17 @@ class SimWorker:
                         self._write_block(block, data)
         return done
 
-    async def _run_resident(self, layer: int, addresses: Int64Array, done: Done, *, fails: bool) -> Done:
+    async def _run_resident(self, operation: RunResident, done: Done, *, fails: bool) -> Done:
         assert len(self._x) <= self.resident_rows
-        assert addresses.shape == (self._model.n_layers, self._model.n_experts, 3)
-        routes = [self._routes]
+        assert operation.addresses.shape == (self._model.n_layers, self._model.n_experts, 3)
+        layer, routes, reads = operation.layer, [self._routes], None
+        if operation.reads is not None:
+            assert self._disk is not None
+            reads = SimReads(operation.reads, self._disk, self._arena)
         while True:
-            chosen = sorted({expert for route in self._routes for expert in route})
-            there = addresses[layer, chosen].tolist()
-            self._is_away = any(gate == 0 for gate, _, _ in there)
-            if self._is_away or fails:  # half-way through, which changes no byte of experts that are arranged
+            self._is_away = not await self._run_layer(layer, operation.addresses, reads, fails=fails)
+            if self._is_away:
                 break
-            loaded = tuple(
-                LoadedExpert(expert, (gate, up, down), (False, False))
-                for expert, (gate, up, down) in zip(chosen, there, strict=True)
-            )
-            await self._run_experts(layer, loaded, fails=fails)
             self._combine(layer)
             layer += 1
             if layer == self._model.n_layers:
@@ -286,6 +286,29 @@ class SimWorker:
             done = await self._run_operation(Attend(layer), done, fails=fails)
             routes.append(self._routes)
         return attrs.evolve(done, routes=np.array(routes, np.int32))
+
+    async def _run_layer(self, layer: int, addresses: Int64Array, reads: SimReads | None, *, fails: bool) -> bool:
+        """Run the experts of a layer that are there, and those that can be read; return whether that is all of them."""
+        chosen = sorted({expert for route in self._routes for expert in route})
+        there = {expert: addresses[layer, expert].tolist() for expert in chosen}
+        missing = [expert for expert in chosen if there[expert][0] == 0]
+        found: list[LoadedExpert] | None = []
+        if reads is not None:
+            reads.keep(layer, chosen)
+            if missing and min(gate for gate, _, _ in there.values()) >= 0:
+                found = reads.begin(layer, missing)
+        if found is None or len(found) < sum(gate <= 0 for gate, _, _ in there.values()) or fails:
+            return False  # if it fails half-way through, no byte has changed of experts that are arranged
+        loaded = [LoadedExpert(expert, tuple(there[expert]), (False, False)) for expert in chosen if there[expert][0]]
+        await self._run_experts(layer, loaded, fails=fails)
+        if found:
+            assert reads is not None
+            if not await reads.wait():  # as if none of the layer's experts had been run
+                self._outputs = [{} for _ in self._x]
+                self._n_runs -= len(loaded)
+                return False
+            await self._run_experts(layer, found, fails=fails)
+        return True
 
     @property
     def block_bytes(self) -> int:

@@ -50,6 +50,7 @@ class Feature(enum.Enum):
     FAILING_JOBS = "jobs that fail"
     DAMAGED_WEIGHTS = "tokens that make NaN"
     CLOSING = "an engine that is closed early"
+    JOB_READS = "jobs that read by themselves"
 
 
 FAULTS = frozenset(
@@ -120,6 +121,7 @@ class SimWorld:
     io_threads: int = 4
     chunk_bytes: int = 1 << 21
     read_deadline_s: float = 30.0
+    job_reads: bool = False
     cost: JobCost = attrs.Factory(JobCost)
     read_faults: tuple[ReadFault, ...] = ()
     freezes: tuple[tuple[float, float], ...] = ()  # when, and for how long

@@ -178,7 +178,7 @@ class HeldRing(Ring):
         super().read(fd, address, length, offset, token)
 
     def refuse(self, token: int, number: int) -> None:
-        self._refused.append((token, -number))
+        self._known.append((token, -number))
         os.eventfd_write(self.fileno(), 1)
 
 

@@ -126,7 +126,7 @@ class ShortRing(Ring):
         assert offset % 4096 == address % 4096 == 0
         limit = self.limits.pop(0) if self.limits else length
         if limit == 0:
-            self._refused.append((token, 0))
+            self._known.append((token, 0))
             os.eventfd_write(self.fileno(), 1)
             return
         super().read(fd, address, min(limit, length), offset, token, aside=aside)

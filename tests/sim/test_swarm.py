@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_a_failing_seed_is_printed_as_a_command(capsys: pytest.CaptureFixture[st
 
 
 def last_error(told: str) -> str:
-    return [line.strip(" |") for line in told.splitlines() if "Error: " in line][-1]
+    return [line.strip(" |") for line in told.splitlines() if re.search(r"Error(: |$)", line)][-1]
 
 
 @pytest.mark.parametrize("seeds", ["7", "a:b", "1:2:3"])

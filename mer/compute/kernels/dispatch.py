@@ -1,59 +1,109 @@
-"""Sending tokens to experts without leaving the compute threads: the router's choice becomes a table of entries."""
+"""Sending tokens to experts without leaving the compute threads: the router's choice becomes tables of entries."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, FRESH, PAIR, ROW, ZERO
+from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, FRESH, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO
 from mer.compute.kernels.ir import load_i32, load_i64, store_i32, store_i64
-from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.job_reads import END, expert_words, keep, log_read, now_ns
+from mer.compute.kernels.numba_api import njit
+from mer.compute.kernels.step import ARG0, ROW_WORDS, step
+from mer.io.job_words import BEGIN, LEAD, PART, PART_WORDS, STOP
+
+_WORD = 8
+_ENTRY_BYTES = _WORD * ENTRY_WORDS
+_N_ENTRIES = ARG0 + 1  # word of a step's row
+
+
+@njit
+def _write_entry(entry, gate, up, down, count, place, fresh):  # type: ignore[no-untyped-def]
+    store_i64(entry, gate)
+    store_i64(entry + _WORD, up)
+    store_i64(entry + 2 * _WORD, down)
+    store_i64(entry + _WORD * COUNT, count)
+    store_i64(entry + _WORD * ROW, place)
+    store_i64(entry + _WORD * PAIR, place)
+    store_i64(entry + _WORD * FRESH, fresh)
+    store_i64(entry + _WORD * ZERO, 0)
+
+
+@njit
+def _read_missing(reads, layer, table, n):  # type: ignore[no-untyped-def]
+    """Find slots for a table's experts, whose numbers are where gates' addresses belong; return whether all got one."""
+    if load_i64(reads, STOP) != 0:
+        return False
+    begun_ns = now_ns(reads)
+    for number in range(n):
+        entry = table + _ENTRY_BYTES * number
+        expert = load_i64(entry, 0)
+        slot = log_read(reads, layer, expert, begun_ns)
+        if slot == 0:
+            return False
+        for matrix in range(3):
+            part = expert_words(reads, layer, expert) + _WORD * (PART + PART_WORDS * matrix)
+            store_i64(entry + _WORD * matrix, slot + load_i64(part, BEGIN) + load_i64(part, LEAD))
+    return True
 
 
 @step
 def dispatch(row: int, thread: int, _n_threads: int) -> None:
     """Sort the (token, choice) pairs by expert, each expert's in their order, and write an entry for each expert used.
 
-    Entries that are left over get no rows. The first thread does it all.
+    Experts that are in memory have theirs in one table, missing ones, which are to be read by the job, in another. The
+    steps that work on them follow: one that begins the reads, so many for the first table, one that awaits the reads,
+    and as many for the second table; the entries are counted in their rows. The first thread does it all.
 
-    Arguments: ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, 3] of gate, up and down, none
-    fresh), ends (int32 [n_experts], for its own use), table, n_entries (at least the experts used), places (int32
-    [n_pairs], of each pair among the sorted ones), order (int32 [n_pairs], the token of each sorted pair), log (int32
-    [n_pairs], a copy of the ids), stop (int64, set to the layer's number plus 1 if an expert's first address is 0: not
-    there), layer.
+    Arguments: ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, 3] of gate, up and down,
+    see `RunResident`), ends (int32 [n_experts], for its own use), table, table of missing experts, steps for a table,
+    places (int32 [n_pairs], of each pair among the sorted ones), order (int32 [n_pairs], the token of each sorted
+    pair), log (int32 [n_pairs], a copy of the ids), stop (int64, set to the layer's number plus 1 if an expert is
+    missing and cannot be read), layer, end (int64, set to `END` then), skip (int64, set to the number of steps behind
+    those for the first table that are needed only if an expert is missing, or to 0 if one is), reads (control block,
+    or 0).
     """
     if thread != 0:
         return
     ids, n_pairs = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
     k, n_experts = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
-    addresses, ends, table = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
-    n_entries, places, order = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
-    log = load_i64(row, ARG0 + 10)
+    addresses, ends = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    table, missing, steps = load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
+    places, order, log = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
+    layer, reads = load_i64(row, ARG0 + 13), load_i64(row, ARG0 + 16)
     for expert in range(n_experts):
         store_i32(ends, expert, np.int32(0))
     for pair in range(n_pairs):
         expert = load_i32(ids, pair)
         store_i32(log, pair, expert)
         store_i32(ends, expert, np.int32(load_i32(ends, expert) + 1))
-    used, place = 0, 0
+    n_there, n_missing, place = 0, 0, 0
+    readable = reads != 0
     for expert in range(n_experts):
         count = load_i32(ends, expert)
         store_i32(ends, expert, np.int32(place))
         if count > 0:
-            entry = table + 8 * ENTRY_WORDS * used
-            for matrix in range(3):
-                store_i64(entry + 8 * matrix, load_i64(addresses, 3 * expert + matrix))
-            store_i64(entry + 8 * COUNT, count)
-            store_i64(entry + 8 * ROW, place)
-            store_i64(entry + 8 * PAIR, place)
-            store_i64(entry + 8 * FRESH, 0)
-            store_i64(entry + 8 * ZERO, 0)
-            if load_i64(addresses, 3 * expert) == 0:
-                store_i64(load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12) + 1)
-            used += 1
+            if reads != 0:
+                keep(reads, layer, expert)
+            gate, up = load_i64(addresses, 3 * expert), load_i64(addresses, 3 * expert + 1)
+            down = load_i64(addresses, 3 * expert + 2)
+            if gate > 0:
+                _write_entry(table + _ENTRY_BYTES * n_there, gate, up, down, count, place, 0)
+                n_there += 1
+            else:
+                entry = missing + _ENTRY_BYTES * n_missing
+                _write_entry(entry, expert, 0, 0, count, place, FRESH_INNER | FRESH_OUTER)
+                n_missing += 1
+                readable = readable and gate == 0
             place += count
-    for entry in range(used, n_entries):
-        for word in range(ENTRY_WORDS):
-            store_i64(table + 8 * (ENTRY_WORDS * entry + word), 0)
+    if n_missing > 0 and not (readable and _read_missing(reads, layer, missing, n_missing)):
+        store_i64(load_i64(row, ARG0 + 12), layer + 1)
+        store_i64(load_i64(row, ARG0 + 14), END)
+        return
+    store_i64(load_i64(row, ARG0 + 15), 0 if n_missing > 0 else steps + 1)
+    for number in range(steps):
+        there = row + _WORD * ROW_WORDS * (2 + number)
+        store_i64(there + _WORD * _N_ENTRIES, n_there)
+        store_i64(there + _WORD * (ROW_WORDS * (steps + 1) + _N_ENTRIES), n_missing)
     for pair in range(n_pairs):
         expert = load_i32(ids, pair)
         place = load_i32(ends, expert)

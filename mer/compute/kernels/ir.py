@@ -224,7 +224,7 @@ def _scalar_loader(ir_type: Any, numba_type: Any) -> Any:
     @intrinsic
     def load_scalar(_ctx: Any, address: Any, index: Any) -> Any:
         def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
-            size = ir_type.width // 8 if isinstance(ir_type, ir.IntType) else 4
+            size = numba_type.bitwidth // 8
             return load(b, args[0], b.mul(args[1], i64(size)), ir_type, size)
 
         return numba_type(types.int64, types.int64), codegen
@@ -235,6 +235,7 @@ def _scalar_loader(ir_type: Any, numba_type: Any) -> Any:
 load_i64 = _scalar_loader(I64, types.int64)
 load_i32 = _scalar_loader(I32, types.int32)
 load_f32 = _scalar_loader(F32, types.float32)
+load_f64 = _scalar_loader(ir.DoubleType(), types.float64)
 
 
 @intrinsic

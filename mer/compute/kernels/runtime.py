@@ -2,8 +2,8 @@
 
 Threads stay inside `follow` for life, so that they never touch the interpreter. `start` publishes a program and wakes
 them; every thread runs the same rows, and the last one to finish writes to an eventfd. Rows whose BARRIER word is set
-end in a barrier: poll and yield, then sleep on a futex. A BARRIER word above 1 is the address of an int64: unless it is
-0 after the barrier, the program ends there.
+end in a barrier: poll and yield, then sleep on a futex. A BARRIER word above 1 is the address of an int64: so many of
+the rows that follow are left out after the barrier.
 
 The control block's words lie on cache lines of their own; the offsets below are in bytes.
 """
@@ -85,14 +85,16 @@ def _barrier(control, n_threads):  # type: ignore[no-untyped-def]
 
 @njit
 def _run_rows(control, rows, length, thread, n_threads):  # type: ignore[no-untyped-def]
-    for index in range(length):
+    index = 0
+    while index < length:
         row = rows + index * (ROW_WORDS * 8)
         call_step(load_i64(row, FUNCTION), row, thread, n_threads)
         barrier = load_i64(row, BARRIER)
-        if n_threads > 1 and barrier != 0 and index < length - 1:
+        index += 1
+        if n_threads > 1 and barrier != 0 and index < length:
             _barrier(control, n_threads)
-        if barrier > 1 and load_i64(barrier, 0) != 0:
-            return
+        if barrier > 1:
+            index += load_i64(barrier, 0)
 
 
 @nogil_function(types.void(types.int64, types.int64, types.int64))

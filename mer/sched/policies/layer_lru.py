@@ -23,6 +23,7 @@ class LayerLRU:
     """
 
     name = "layer-lru"
+    ranks: None = None  # see `Policy`
 
     def __init__(
         self, n_layers: int, n_slots: int | Sequence[int], *, kinds: Sequence[Sequence[int]] | None = None

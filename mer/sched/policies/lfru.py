@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from mer.io.job_reads import Ranks
 from mer.sched.keys import ExpertKey
 from mer.sched.policies.ranking import FloatArray, Ranking
 
@@ -62,6 +63,11 @@ class LFRU:
         # Normal equations of the fit; one observation of the first weights keeps them solvable.
         self._products = np.eye(n_spans + 1)
         self._targets = self._weights.copy()
+
+    @property
+    def ranks(self) -> Ranks:
+        """See `Policy`."""
+        return self._ranking.ranks
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """See `Policy`."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.errors import ConfigError
+from mer.io.job_reads import Ranks
 from mer.sched.keys import ExpertKey
 from mer.sched.policies.ranking import Ranking
 
@@ -38,6 +39,11 @@ class LFU:
         self._visits = np.zeros(n_layers)  # decayed as the counts are
         self._ranking = Ranking(self._counts, kinds=kinds)
         self._decay = 0.5 ** (1 / half_life)
+
+    @property
+    def ranks(self) -> Ranks:
+        """See `Policy`."""
+        return self._ranking.ranks
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """See `Policy`."""

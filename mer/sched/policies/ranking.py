@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mer.io.job_reads import Ranks
 from mer.sched.keys import ExpertKey
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -46,6 +47,11 @@ class Ranking:
         places = np.arange(n_layers)
         self._layers_at = (places[:, None] - places) % n_layers  # [L, L]: this layer, the one visited before it, ...
         self._patience = 1.0 / (n_layers - places) if impatient else np.ones(n_layers)  # by place in that order
+
+    @property
+    def ranks(self) -> Ranks:
+        """The numbers that `lowest` goes by, the owner's values among them: they change in place."""
+        return Ranks(self._values, self._weights, self._patience)
 
     def insert(self, key: ExpertKey) -> None:
         """Note that an expert is kept from now on."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mer.io.job_reads import Ranks
 from mer.sched.heat import HeatProfile
 from mer.sched.keys import ExpertKey
 from mer.sched.policies.ranking import Ranking
@@ -28,6 +29,11 @@ class StaticHotSet:
         # [L, E], uses per visit: profiles of several runs may have counted layers unequally often
         self._heat = profile.counts / np.maximum(profile.visits, 1)[:, None]
         self._ranking = Ranking(self._heat, kinds=kinds)
+
+    @property
+    def ranks(self) -> Ranks:
+        """See `Policy`."""
+        return self._ranking.ranks
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """See `Policy`: nothing changes, but whose turn it is."""

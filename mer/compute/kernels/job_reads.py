@@ -1,0 +1,300 @@
+"""Reads of experts from within a job, by the ring that it is lent; see `mer.io.job_words`.
+
+The layouts of the ring are those of <linux/io_uring.h>.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import numpy as np
+
+from mer.compute.kernels.ir import (
+    atomic_load,
+    atomic_store,
+    load_f64,
+    load_i32,
+    load_i64,
+    pause,
+    store_i32,
+    store_i64,
+    syscall6,
+)
+from mer.compute.kernels.numba_api import njit
+from mer.compute.kernels.step import ARG0, step
+from mer.io.job_words import (
+    ADDRESSES,
+    ASIDE,
+    BASE,
+    BEGIN,
+    BEGUN_NS,
+    CQ_HEAD,
+    CQ_MASK,
+    CQ_TAIL,
+    CQES,
+    DEPTH,
+    ENDED_NS,
+    EXPERT,
+    EXPERT_WORDS,
+    EXPERTS,
+    FILE,
+    IN_FLIGHT,
+    KIND,
+    LAYER,
+    LEAD,
+    LENGTH,
+    LOG,
+    LOG_WORDS,
+    MAX_LOGGED,
+    MAX_SPARES,
+    N_EXPERTS,
+    N_LAYERS,
+    N_LOGGED,
+    N_SPARES,
+    NEEDED,
+    NEXT,
+    PART,
+    PART_WORDS,
+    PATIENCE,
+    PENDING,
+    RESULT,
+    RING,
+    SCRATCH,
+    SERIAL,
+    SPARES,
+    SQ_MASK,
+    SQ_TAIL,
+    SQES,
+    START,
+    TOKEN_BIT,
+    USED,
+    VALUES,
+    VICTIM,
+    WAITED_NS,
+    WEIGHTS,
+)
+
+END = 1 << 40  # for a barrier's word: the program's rows are left out, all that are left
+
+# Linux system call numbers
+_ENTER = 426
+_YIELD, _CLOCK, _PPOLL = {"x86_64": (24, 228, 271), "aarch64": (124, 113, 73)}.get(platform.machine(), (-1, -1, -1))
+_MONOTONIC = 1
+_POLLIN = 1
+_OP_READ, _ASIDE = 22, 1 << 4
+_SQE_BYTES, _CQE_BYTES = 64, 16
+_POLLS = 20  # between two yields
+_YIELD_NS = 3_000_000  # for so long a wait polls; then it sleeps
+_NAP_NS = 1_000_000
+GIVE_UP_NS = 50_000_000  # a wait that lasts so long is left to whoever has sent the job
+
+
+@njit
+def now_ns(control):  # type: ignore[no-untyped-def]
+    """Return CLOCK_MONOTONIC in nanoseconds."""
+    time = control + 8 * SCRATCH
+    syscall6(_CLOCK, _MONOTONIC, time, 0, 0, 0, 0)
+    return load_i64(time, 0) * 1_000_000_000 + load_i64(time, 1)
+
+
+@njit
+def expert_words(control, layer, expert):  # type: ignore[no-untyped-def]
+    """Return the address of an expert's words."""
+    number = layer * load_i64(control, N_EXPERTS) + expert
+    return load_i64(control, EXPERTS) + 8 * EXPERT_WORDS * number
+
+
+@njit
+def keep(control, layer, expert):  # type: ignore[no-untyped-def]
+    """Let an expert stay for as long as the job runs."""
+    number = layer * load_i64(control, N_EXPERTS) + expert
+    store_i64(load_i64(control, USED) + 8 * number, load_i64(control, SERIAL))
+
+
+@njit
+def _victim(control, layer, kind):  # type: ignore[no-untyped-def]
+    """Return the resident that is worth least, layer * E + expert, for one of a layer; -1 if none may leave."""
+    n_layers, n_experts, serial = load_i64(control, N_LAYERS), load_i64(control, N_EXPERTS), load_i64(control, SERIAL)
+    addresses, used, experts = load_i64(control, ADDRESSES), load_i64(control, USED), load_i64(control, EXPERTS)
+    values, weights, patience = load_i64(control, VALUES), load_i64(control, WEIGHTS), load_i64(control, PATIENCE)
+    victim, least = -1, np.inf
+    for place in range(n_layers):
+        at = (layer - place) % n_layers
+        weight, wait = load_f64(weights, at), load_f64(patience, place)
+        for expert in range(n_experts):
+            number = at * n_experts + expert
+            if load_i64(addresses, 3 * number) > 0 and load_i64(used, number) != serial:
+                worth = load_f64(values, number) * weight * wait
+                if worth < least and load_i64(experts, EXPERT_WORDS * number + KIND) == kind:
+                    victim, least = number, worth
+    return victim
+
+
+@njit
+def log_read(control, layer, expert, begun_ns):  # type: ignore[no-untyped-def]
+    """Find a slot for an expert and note that it is to be read there; return where it begins, or 0 if there is none."""
+    number = load_i64(control, N_LOGGED)
+    if number == MAX_LOGGED:
+        return 0
+    kind = load_i64(expert_words(control, layer, expert), KIND)
+    left = load_i64(control, N_SPARES) + 8 * kind
+    spare = load_i64(left, 0) - 1
+    victim, aside = -1, 0
+    if spare >= 0:
+        store_i64(left, spare)
+        place = 2 * (MAX_SPARES * kind + spare)
+        base, aside = load_i64(load_i64(control, SPARES), place), load_i64(load_i64(control, SPARES), place + 1)
+    else:
+        victim = _victim(control, layer, kind)
+        if victim < 0:
+            return 0
+        words = load_i64(control, EXPERTS) + 8 * EXPERT_WORDS * victim
+        address = load_i64(control, ADDRESSES) + 24 * victim
+        base = load_i64(address, 0) - load_i64(words, PART + BEGIN) - load_i64(words, PART + LEAD)
+        for matrix in range(3):
+            store_i64(address + 8 * matrix, 0)
+    entry = load_i64(control, LOG) + 8 * LOG_WORDS * number
+    store_i64(entry + 8 * LAYER, layer)
+    store_i64(entry + 8 * EXPERT, expert)
+    store_i64(entry + 8 * BASE, base)
+    store_i64(entry + 8 * VICTIM, victim)
+    store_i64(entry + 8 * ASIDE, aside)
+    store_i64(entry + 8 * BEGUN_NS, begun_ns)
+    store_i64(entry + 8 * ENDED_NS, 0)
+    for part in range(3):
+        store_i64(entry + 8 * (RESULT + part), PENDING)
+    store_i64(control + 8 * N_LOGGED, number + 1)
+    return base
+
+
+@njit
+def _prepare(control, read, tail):  # type: ignore[no-untyped-def]
+    """Write the submission of a read, 3 * entry + part, at the ring's tail."""
+    entry = load_i64(control, LOG) + 8 * LOG_WORDS * (read // 3)
+    words = expert_words(control, load_i64(entry, LAYER), load_i64(entry, EXPERT))
+    part = words + 8 * (PART + PART_WORDS * (read % 3))
+    aside = _ASIDE if load_i64(entry, ASIDE) != 0 else 0
+    sqe = load_i64(control, SQES) + _SQE_BYTES * (tail & load_i64(control, SQ_MASK))
+    store_i32(sqe, 0, np.int32(_OP_READ | aside << 8))
+    store_i32(sqe, 1, np.int32(load_i64(part, FILE)))
+    store_i64(sqe + 8, load_i64(part, START))
+    store_i64(sqe + 16, load_i64(entry, BASE) + load_i64(part, BEGIN))
+    store_i64(sqe + 24, load_i64(part, LENGTH))  # and no flags
+    store_i64(sqe + 32, TOKEN_BIT + 4 * (load_i64(control, SERIAL) + read // 3) + read % 3)
+    for word in range(5, 8):
+        store_i64(sqe + 8 * word, 0)
+
+
+@njit
+def submit(control):  # type: ignore[no-untyped-def]
+    """Let the kernel begin as many of the logged reads as may be under way."""
+    ring, tail_address = load_i64(control, RING), load_i64(control, SQ_TAIL)
+    read, in_flight = load_i64(control, NEXT), load_i64(control, IN_FLIGHT)
+    last = min(3 * load_i64(control, N_LOGGED), read + load_i64(control, DEPTH) - in_flight)
+    if read >= last:
+        return
+    tail = atomic_load(tail_address)
+    for number in range(read, last):
+        _prepare(control, number, tail + number - read)
+    atomic_store(tail_address, tail + last - read)
+    errors = 0
+    while read < last:
+        taken = syscall6(_ENTER, ring, last - read, 0, 0, 0, 0)
+        if taken > 0:
+            read += taken
+            in_flight += taken
+        elif errors < 100:  # interrupted, or the kernel is short of memory for the moment
+            errors += 1
+        else:
+            atomic_store(tail_address, atomic_load(tail_address) - (last - read))
+            break
+    store_i64(control + 8 * NEXT, read)
+    store_i64(control + 8 * IN_FLIGHT, in_flight)
+
+
+@njit
+def _reap(control):  # type: ignore[no-untyped-def]
+    """Note what has been read and return how many reads that were, or -1 if one of them is not whole."""
+    head_address, mask = load_i64(control, CQ_HEAD), load_i64(control, CQ_MASK)
+    head, tail = atomic_load(head_address), atomic_load(load_i64(control, CQ_TAIL))
+    n, whole = 0, True
+    while head != tail:
+        cqe = load_i64(control, CQES) + _CQE_BYTES * (head & mask)
+        number = load_i64(cqe, 0) - TOKEN_BIT - 4 * load_i64(control, SERIAL)
+        result = load_i32(cqe, 2)
+        entry = load_i64(control, LOG) + 8 * LOG_WORDS * (number // 4)
+        store_i64(entry + 8 * (RESULT + number % 4), result)
+        words = expert_words(control, load_i64(entry, LAYER), load_i64(entry, EXPERT))
+        if result < load_i64(words, PART + PART_WORDS * (number % 4) + NEEDED):
+            whole = False
+        missing = False
+        for part in range(3):
+            missing = missing or load_i64(entry, RESULT + part) == PENDING
+        if not missing:
+            store_i64(entry + 8 * ENDED_NS, now_ns(control))
+        head = _next(head)
+        n += 1
+    atomic_store(head_address, head)
+    store_i64(control + 8 * IN_FLIGHT, load_i64(control, IN_FLIGHT) - n)
+    return n if whole else -1
+
+
+@njit
+def _next(index):  # type: ignore[no-untyped-def]
+    """Return what follows an index of the ring, an int32 that wraps around."""
+    return -(1 << 31) if index == (1 << 31) - 1 else index + 1
+
+
+@njit
+def _nap(control):  # type: ignore[no-untyped-def]
+    """Sleep for a while, or until something has been read."""
+    waited_for, time = control + 8 * SCRATCH, control + 8 * (SCRATCH + 1)
+    store_i32(waited_for, 0, np.int32(load_i64(control, RING)))
+    store_i32(waited_for, 1, np.int32(_POLLIN))
+    store_i64(time, 0)
+    store_i64(time + 8, _NAP_NS)
+    syscall6(_PPOLL, waited_for, 1, time, 0, 8, 0)
+
+
+@step
+def begin_reads(row: int, thread: int, _n_threads: int) -> None:
+    """Let the kernel begin what `dispatch` has logged; the first thread does it, while others go on.
+
+    Arguments: control block, or 0 if there is none.
+    """
+    if thread == 0 and load_i64(row, ARG0) != 0:
+        submit(load_i64(row, ARG0))
+
+
+@step
+def await_reads(row: int, thread: int, _n_threads: int) -> None:
+    """Wait until all that was logged is in memory; the first thread does it.
+
+    If a read fails or takes too long, end the program.
+
+    Arguments: control block, end (int64, set to `END` then), stop (int64, set to the layer's number plus 1 then),
+    layer.
+    """
+    if thread != 0:
+        return
+    control = load_i64(row, ARG0)
+    begun_ns = now_ns(control)
+    waited_ns = 0
+    while True:
+        n = _reap(control)
+        if n < 0 or waited_ns > GIVE_UP_NS:
+            store_i64(load_i64(row, ARG0 + 1), END)
+            store_i64(load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3) + 1)
+            break
+        if n > 0:
+            submit(control)
+        if load_i64(control, IN_FLIGHT) == 0 and load_i64(control, NEXT) == 3 * load_i64(control, N_LOGGED):
+            break
+        if waited_ns < _YIELD_NS:
+            for _ in range(_POLLS):
+                pause()
+            syscall6(_YIELD, 0, 0, 0, 0, 0, 0)
+        else:
+            _nap(control)
+        waited_ns = now_ns(control) - begun_ns
+    store_i64(control + 8 * WAITED_NS, load_i64(control, WAITED_NS) + now_ns(control) - begun_ns)

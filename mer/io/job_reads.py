@@ -1,0 +1,276 @@
+"""Reads that a compute job makes by itself: slots to read into and a ring to ask the kernel by, lent to it.
+
+What is lent lies in memory that compiled code works on, in the int64 words of `mer.io.job_words`. `Lender` is the
+reader's side of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from mer.io.arena import Arena
+from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
+from mer.io.job_words import (
+    ADDRESSES,
+    BEGIN,
+    CONTROL_WORDS,
+    CQES,
+    DEPTH,
+    EXPERT_WORDS,
+    EXPERTS,
+    IN_FLIGHT,
+    LEAD,
+    LOG,
+    LOG_WORDS,
+    MAX_LOGGED,
+    MAX_SPARES,
+    N_EXPERTS,
+    N_LAYERS,
+    N_LOGGED,
+    N_SPARES,
+    NEEDED,
+    NEXT,
+    PART,
+    PART_WORDS,
+    PATIENCE,
+    PENDING,
+    RING,
+    SERIAL,
+    SPARES,
+    STOP,
+    TOKEN_BIT,
+    USED,
+    VALUES,
+    WAITED_NS,
+    WEIGHTS,
+)
+from mer.io.operation import Reader, ReadOperation
+from mer.io.ring import RingAddresses
+
+
+@attrs.frozen(kw_only=True)
+class JobRead:
+    """An expert that a job has begun to read.
+
+    Attributes:
+        layer: of the expert.
+        expert: its number.
+        victim: layer and number of the expert that had the slot, or None if it was a spare one.
+        slot: where to.
+        addresses: where gate, up and down begin in memory.
+        begun_s: when, on the clock of `time.monotonic`.
+        ended_s: when the last matrix was there; 0 if one is not.
+        results: of gate, up and down: bytes read or a negative error number, None if that is not known yet.
+        tokens: of the reads in the ring; None for those that the kernel does not have yet.
+        landed: whether all of the expert is in memory.
+    """
+
+    layer: int
+    expert: int
+    victim: tuple[int, int] | None
+    slot: int
+    addresses: tuple[int, int, int]
+    begun_s: float
+    ended_s: float
+    results: tuple[int | None, ...]
+    tokens: tuple[int | None, ...]
+    landed: bool
+
+
+@attrs.frozen(eq=False)
+class Ranks:
+    """What residents are worth: of those that may leave, the one that is worth least does.
+
+    A resident is worth `values[layer, expert] * weights[layer] * patience[place]`, where the place of the layer that
+    needs the room is 0, that of the layer visited before it 1, and so on; among equals the one of the lowest place
+    leaves, and of these the lowest number.
+    """
+
+    values: npt.NDArray[np.float64]  # [L, E]
+    weights: npt.NDArray[np.float64]  # [L]
+    patience: npt.NDArray[np.float64]  # [L]
+
+
+class Lender(Reader, Protocol):
+    """A reader whose reads a job can make by itself."""
+
+    depth: int
+
+    def lend(self) -> RingAddresses | None:
+        """Leave the ring to a job until `take_back`, if nothing is being read or waits for it; else return None.
+
+        What is started meanwhile waits.
+        """
+
+    def filenos(self) -> tuple[int, ...]:
+        """Return the descriptors of the files."""
+
+    def take_back(self) -> None:
+        """Take over the ring again; `adopt` must follow for every read that the job has begun and not heard of."""
+
+    def adopt(self, operation: ReadOperation, token: int, result: int | None) -> ReadOperation:
+        """Go on with a read that a job has begun, as if it had been started here.
+
+        Args:
+            operation: the read, of one chunk.
+            token: what the job has called it.
+            result: bytes read or a negative error number; None if the kernel is still at it.
+
+        Returns:
+            The operation that will land in its place, with its `on_landed`; as a rule itself.
+        """
+
+    def account(self, lengths: Sequence[int], begun_s: float, ended_s: float) -> None:
+        """Count reads of so many bytes that a job has begun together, and that have landed."""
+
+
+class JobReads:
+    """The memory by which jobs are lent slots and a ring; used again from job to job.
+
+    A job reads what it misses into spare slots, as long as there are any, and then into those of residents that are
+    worth least.
+
+    Attributes:
+        address: of the control block.
+        control: the control block, [CONTROL_WORDS]; and the tables that it names:
+        experts: [L, E, EXPERT_WORDS].
+        addresses: [L, E, 3].
+        spares: [classes, MAX_SPARES, 2].
+        n_spares: [classes].
+        used: [L, E].
+        ranks: what residents are worth.
+        log: [MAX_LOGGED, LOG_WORDS].
+        lender: whose ring is lent.
+
+    Args:
+        experts: where every expert lies.
+        classes: the sizes of slots.
+        arena: their memory.
+        lender: see above.
+        addresses: where the residents are; see `RunResident`.
+        ranks: see above.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertMap,
+        classes: SlotClasses,
+        arena: Arena,
+        lender: Lender,
+        addresses: npt.NDArray[np.int64],
+        ranks: Ranks,
+    ) -> None:
+        self.lender = lender
+        n_classes = len(classes.slot_bytes)
+        self._arena = arena
+        self.control = np.zeros(CONTROL_WORDS, np.int64)
+        self.experts = _expert_table(experts, classes, lender.filenos())
+        self.spares = np.zeros((n_classes, MAX_SPARES, 2), np.int64)
+        self.n_spares = np.zeros(n_classes, np.int64)
+        self.used = np.zeros(self.experts.shape[:2], np.int64)
+        self.log = np.zeros((MAX_LOGGED, LOG_WORDS), np.int64)
+        self.addresses, self.ranks = addresses, ranks
+        tables = {
+            EXPERTS: self.experts,
+            ADDRESSES: self.addresses,
+            SPARES: self.spares,
+            N_SPARES: self.n_spares,
+            USED: self.used,
+            VALUES: ranks.values,
+            WEIGHTS: ranks.weights,
+            PATIENCE: ranks.patience,
+            LOG: self.log,
+        }
+        for word, table in tables.items():
+            assert table.flags.c_contiguous
+            assert table.itemsize == 8
+            self.control[word] = table.ctypes.data
+        self.control[[N_LAYERS, N_EXPERTS, SERIAL]] = *self.used.shape, 1
+        self.address = int(self.control.ctypes.data)
+
+    @property
+    def waited_s(self) -> float:
+        """How long the last job waited for its reads."""
+        return float(self.control[WAITED_NS]) / 1e9
+
+    def lend(self, spares: Sequence[Sequence[tuple[int, bool]]], kept: Sequence[tuple[int, int]]) -> bool:
+        """Lend a job the ring and slots, and return whether the ring could be had.
+
+        Args:
+            spares: of each class up to `MAX_SPARES` slots: number, and whether the slot has no pages yet.
+            kept: layer and number of residents that must not leave.
+        """
+        ring = self.lender.lend()
+        if ring is None:
+            return False
+        control = self.control
+        control[SERIAL] += control[N_LOGGED] + 1
+        control[[STOP, N_LOGGED, NEXT, IN_FLIGHT, WAITED_NS]] = 0
+        control[RING : CQES + 1] = (
+            ring.fileno, ring.sq_tail, ring.sq_mask, ring.sqes, ring.cq_head, ring.cq_tail, ring.cq_mask, ring.cqes,
+        )  # fmt: skip
+        control[DEPTH] = self.lender.depth
+        for kind, slots in enumerate(spares):
+            self.n_spares[kind] = len(slots)
+            if slots:
+                self.spares[kind, : len(slots)] = [(self._arena.address(slot), fresh) for slot, fresh in slots]
+        serial = control[SERIAL]
+        for key in kept:
+            self.used[key] = serial
+        return True
+
+    def stop(self) -> None:
+        """Let the job that runs begin no more reads."""
+        self.control[STOP] = 1
+
+    def take_back(self) -> list[JobRead]:
+        """End the loan after the job and return what it has begun to read, in order.
+
+        The reader must `adopt` what has not landed, before anything else.
+        """
+        self.lender.take_back()
+        n, serial, n_given = (int(self.control[word]) for word in (N_LOGGED, SERIAL, NEXT))
+        return [self._read(number, words, serial, n_given) for number, words in enumerate(self.log[:n].tolist())]
+
+    def _read(self, number: int, words: list[int], serial: int, n_given: int) -> JobRead:
+        """Return what an entry of the log says."""
+        layer, expert, base, victim, _, begun_ns, ended_ns, *results = words
+        parts = self.experts[layer, expert, PART:].reshape(3, PART_WORDS)
+        token = TOKEN_BIT + 4 * (serial + number)
+        gate, up, down = (base + parts[:, BEGIN] + parts[:, LEAD]).tolist()
+        return JobRead(
+            layer=layer,
+            expert=expert,
+            victim=None if victim < 0 else divmod(victim, len(self.used[0])),
+            slot=self._arena.slot_at(base),
+            addresses=(gate, up, down),
+            begun_s=begun_ns / 1e9,
+            ended_s=ended_ns / 1e9,
+            results=tuple(None if result == PENDING else result for result in results),
+            tokens=tuple(token + part if 3 * number + part < n_given else None for part in range(3)),
+            landed=all(result >= least for result, least in zip(results, parts[:, NEEDED].tolist(), strict=True)),
+        )
+
+
+def _expert_table(experts: ExpertMap, classes: SlotClasses, filenos: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the words of every expert, [L, E, EXPERT_WORDS]."""
+    table = np.zeros((len(experts.experts), len(experts.experts[0]), EXPERT_WORDS), np.int64)
+    for layer in experts.experts:
+        for extents in layer:
+            words = [classes.kind_of(extents.layer, extents.expert)]
+            for part, begin in zip(extents.parts, extents.layout(classes.alignment).part_offsets, strict=True):
+                start, length, lead = aligned_hull(part.offset, part.n_bytes, classes.alignment)
+                words += [filenos[part.file], start, length, lead + part.n_bytes, begin, lead]
+            table[extents.layer, extents.expert] = words
+    return table
+
+
+def small_enough(experts: ExpertMap, alignment: int, chunk_bytes: int) -> bool:
+    """Return whether every matrix of an expert can be read as one chunk."""
+    parts = (part for layer in experts.experts for extents in layer for part in extents.parts)
+    return all(aligned_hull(part.offset, part.n_bytes, alignment)[1] <= chunk_bytes for part in parts)

@@ -1,0 +1,61 @@
+"""The int64 words by which a compute job and a reader share reads; see `mer.io.job_reads`.
+
+The control block names all other tables. The numbers below are those of words in it, and in a row of each table.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_LOGGED: Final = 1024
+"""Most experts that one job reads."""
+
+# the control block
+STOP: Final = 0  # whether the job is to begin no more reads
+RING: Final = 1  # file descriptor of the ring
+SQ_TAIL: Final = 2  # addresses of words and tables of the ring
+SQ_MASK: Final = 3  # of indices
+SQES: Final = 4
+CQ_HEAD: Final = 5
+CQ_TAIL: Final = 6
+CQ_MASK: Final = 7
+CQES: Final = 8
+DEPTH: Final = 9  # reads that may be under way at once
+N_LAYERS: Final = 10
+N_EXPERTS: Final = 11  # of a layer
+EXPERTS: Final = 12  # address of the table of experts, [L, E, EXPERT_WORDS]
+ADDRESSES: Final = 13  # address of the table of residents, see `RunResident`
+SPARES: Final = 14  # address of the free slots, [classes, MAX_SPARES, 2]: where they begin, whether they have no pages
+N_SPARES: Final = 15  # address of the number of each class's slots that are left, [classes]
+USED: Final = 16  # address of [L, E]: the SERIAL of the last job that needed the expert to stay
+VALUES: Final = 17  # addresses of what residents are worth, see `Ranks`
+WEIGHTS: Final = 18
+PATIENCE: Final = 19
+LOG: Final = 20  # address of the log
+N_LOGGED: Final = 21
+SERIAL: Final = 22  # of the log's first entry; serials are never used twice
+NEXT: Final = 23  # the first read, 3 * entry + part, that the kernel does not have yet
+IN_FLIGHT: Final = 24  # reads that it has
+WAITED_NS: Final = 25  # time that the job had nothing to do but to wait
+SCRATCH: Final = 26  # three words for system calls
+CONTROL_WORDS: Final = 29
+
+MAX_SPARES: Final = 64
+"""Most free slots of one class that are lent."""
+
+# an expert: the class of its slot, and for each matrix what is read and where to
+KIND: Final = 0
+PART: Final = 1  # the first matrix's words begin here
+FILE, START, LENGTH, NEEDED, BEGIN, LEAD = range(6)  # descriptor; bytes of the file; in the slot; before the matrix
+PART_WORDS: Final = 6
+EXPERT_WORDS: Final = PART + 3 * PART_WORDS
+
+# an entry of the log
+LAYER, EXPERT, BASE, VICTIM, ASIDE, BEGUN_NS, ENDED_NS, RESULT = range(8)
+# BASE: address of the slot; VICTIM: layer * E + expert of whose slot it was, or -1; ASIDE: whether it has no pages yet;
+# RESULT: three words
+LOG_WORDS: Final = 10
+PENDING: Final = -(1 << 40)  # a result that is not known yet
+
+TOKEN_BIT: Final = 1 << 62
+"""Tells the tokens of a job's reads, TOKEN_BIT + 4 * serial + part, from a reader's own."""

@@ -1,0 +1,166 @@
+"""Reads that a simulated job makes by itself: what compiled code does, in Python and on trio's clock."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from functools import partial
+from math import inf
+from typing import Final
+
+import trio
+
+from mer.compute.worker import LoadedExpert
+from mer.io.arena import Arena
+from mer.io.job_reads import JobReads
+from mer.io.job_words import (
+    BASE,
+    BEGIN,
+    ENDED_NS,
+    EXPERT,
+    IN_FLIGHT,
+    KIND,
+    LAYER,
+    LEAD,
+    LENGTH,
+    MAX_LOGGED,
+    N_LOGGED,
+    NEEDED,
+    NEXT,
+    PART,
+    PART_WORDS,
+    PENDING,
+    RESULT,
+    SERIAL,
+    START,
+    STOP,
+    TOKEN_BIT,
+    WAITED_NS,
+)
+from mer.io.operation import ReadOperation
+from mer.testing.simdisk import SimDisk
+
+GIVE_UP_S: Final = 0.05  # as long as a job waits for its reads
+
+
+class SimReads:
+    """Makes the reads of one job.
+
+    Args:
+        reads: what the job was lent.
+        disk: what it reads from.
+        arena: what it reads into.
+    """
+
+    def __init__(self, reads: JobReads, disk: SimDisk, arena: Arena) -> None:
+        self._reads, self._control, self._disk, self._arena = reads, reads.control, disk, arena
+        self._changed = trio.Event()
+        self._failed = False
+
+    def keep(self, layer: int, experts: Sequence[int]) -> None:
+        """Let experts stay for as long as the job runs."""
+        self._reads.used[layer, list(experts)] = self._control[SERIAL]
+
+    def begin(self, layer: int, missing: Sequence[int]) -> list[LoadedExpert] | None:
+        """Begin to read a layer's missing experts; return where they will be, or None if the job is to end here."""
+        if self._control[STOP]:
+            return None
+        found = []
+        for expert in missing:
+            base = self._log(layer, expert)
+            if base is None:
+                return None
+            gate, up, down = (base + begin + lead for _, _, _, _, begin, lead in self._parts(layer, expert))
+            found.append(LoadedExpert(expert, (gate, up, down), (True, True)))
+        self._submit()
+        return found
+
+    async def wait(self) -> bool:
+        """Wait for what has been begun; return False if a read has failed or takes too long."""
+        began_s = trio.current_time()
+        with trio.move_on_after(GIVE_UP_S):
+            await self._settled()
+        self._control[WAITED_NS] += round((trio.current_time() - began_s) * 1e9)
+        return not self._failed and self._all_there()
+
+    async def _settled(self) -> None:
+        """Wait until a read has failed or none is left."""
+        while not self._failed and not self._all_there():
+            await self._changed.wait()
+
+    def _all_there(self) -> bool:
+        return bool(self._control[IN_FLIGHT] == 0 and self._control[NEXT] == 3 * self._control[N_LOGGED])
+
+    def _parts(self, layer: int, expert: int) -> list[list[int]]:
+        """Return the words of an expert's matrices, [3][PART_WORDS]."""
+        words: list[list[int]] = self._reads.experts[layer, expert, PART:].reshape(3, PART_WORDS).tolist()
+        return words
+
+    def _log(self, layer: int, expert: int) -> int | None:
+        """Find a slot for an expert and note that it is to be read there; return where it begins."""
+        reads, control = self._reads, self._control
+        number, kind = int(control[N_LOGGED]), int(reads.experts[layer, expert, KIND])
+        if number == MAX_LOGGED:
+            return None
+        base, victim, aside = 0, -1, 0
+        if reads.n_spares[kind]:
+            reads.n_spares[kind] -= 1
+            base, aside = reads.spares[kind, reads.n_spares[kind]].tolist()
+        else:
+            found = self._victim(layer, kind)
+            if found is None:
+                return None
+            victim = found[0] * len(reads.used[0]) + found[1]
+            lead = int(reads.experts[(*found, PART + LEAD)])
+            base = int(reads.addresses[(*found, 0)]) - lead
+            reads.addresses[found] = 0
+        begun_ns = round(trio.current_time() * 1e9)
+        reads.log[number] = layer, expert, base, victim, aside, begun_ns, 0, PENDING, PENDING, PENDING
+        control[N_LOGGED] = number + 1
+        return base
+
+    def _victim(self, layer: int, kind: int) -> tuple[int, int] | None:
+        """Return the resident that is worth least, for one of a layer; None if none may leave."""
+        reads, least = self._reads, inf
+        victim: tuple[int, int] | None = None
+        n_layers, n_experts = len(reads.used), len(reads.used[0])
+        for place in range(n_layers):
+            at = (layer - place) % n_layers
+            for expert in range(n_experts):
+                key = at, expert
+                if reads.addresses[at, expert, 0] <= 0 or reads.used[key] == self._control[SERIAL]:
+                    continue
+                worth = reads.ranks.values[key] * reads.ranks.weights[at] * reads.ranks.patience[place]
+                if worth < least and reads.experts[at, expert, KIND] == kind:
+                    least, victim = worth, key
+        return victim
+
+    def _submit(self) -> None:
+        """Hand reads to the disk until as many are under way as it may have."""
+        control = self._control
+        while control[NEXT] < 3 * control[N_LOGGED] and control[IN_FLIGHT] < self._disk.depth:
+            number, part = divmod(int(control[NEXT]), 3)
+            layer, expert, base = self._reads.log[number, [LAYER, EXPERT, BASE]].tolist()
+            words = self._parts(layer, expert)[part]
+            begin = words[BEGIN]
+            operation = ReadOperation(
+                file=words[0],
+                start=words[START],
+                length=words[LENGTH],
+                needed=words[NEEDED],
+                buffer=self._arena.view(self._arena.slot_at(base))[begin : begin + words[LENGTH]],
+                on_landed=partial(self._landed, number, part),
+            )
+            control[[NEXT, IN_FLIGHT]] += 1
+            self._disk.start_for_job(operation, TOKEN_BIT + 4 * (int(control[SERIAL]) + number) + part)
+
+    def _landed(self, number: int, part: int, operation: ReadOperation) -> None:
+        entry = self._reads.log[number]
+        self._control[IN_FLIGHT] -= 1
+        entry[RESULT + part] = operation.needed if operation.error is None else -errno.EIO
+        if PENDING not in entry[RESULT:]:
+            entry[ENDED_NS] = round(trio.current_time() * 1e9)
+        self._failed |= operation.error is not None
+        self._submit()
+        self._changed.set()
+        self._changed = trio.Event()

@@ -1,0 +1,246 @@
+"""Reads from within a job: which slot they get, and what a wait makes of what comes, on a ring that the test plays."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from typing import Any, cast
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mer.compute.kernels.job_reads import END, await_reads, keep, log_read, submit
+from mer.compute.kernels.step import Step
+from mer.compute.program import Program
+from mer.io.arena import Arena
+from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
+from mer.io.ggml import GGMLType
+from mer.io.job_reads import JobReads, Ranks
+from mer.io.job_words import IN_FLIGHT, MAX_LOGGED, N_LOGGED, NEXT, PENDING, SERIAL, TOKEN_BIT
+from mer.io.ring import RingAddresses
+from mer.sched.policies.lfru import LFRU
+
+N_LAYERS, N_EXPERTS = 5, 7
+
+
+def experts(kinds: npt.NDArray[np.int64]) -> ExpertMap:
+    """Return experts of which those of kind 0 are larger than those of kind 1, with gates at odd offsets."""
+    layers, offset = [], 0
+    for layer in range(N_LAYERS):
+        row = []
+        for expert in range(N_EXPERTS):
+            parts = []
+            for projection in ("gate", "up", "down"):
+                n_bytes = 16 * (4000 if kinds[layer, expert] == 0 else 40)
+                parts.append(ExpertPart(cast(Any, projection), GGMLType.Q8_0, 16, 1, 0, offset + 300, n_bytes))
+                offset += 131072
+            row.append(ExpertExtents(layer, expert, (parts[0], parts[1], parts[2])))
+        layers.append(tuple(row))
+    return ExpertMap(tuple(layers))
+
+
+class PlayedRing:
+    """A ring in plain memory, whose kernel takes nothing: its descriptor is not one."""
+
+    depth = 8
+
+    def __init__(self) -> None:
+        self.words = np.zeros(4, np.int32)  # submission tail, completion head and tail
+        self.sqes = np.zeros((16, 64), np.uint8)
+        self.cqes = np.zeros((16, 16), np.uint8)
+        self.adopted: list[tuple[int, int | None]] = []
+
+    def lend(self) -> RingAddresses:
+        word = int(self.words.ctypes.data)
+        return RingAddresses(
+            fileno=-1,
+            sq_tail=word,
+            sq_mask=15,
+            sqes=int(self.sqes.ctypes.data),
+            cq_head=word + 4,
+            cq_tail=word + 8,
+            cq_mask=15,
+            cqes=int(self.cqes.ctypes.data),
+        )
+
+    def filenos(self) -> tuple[int, ...]:
+        return (33,)
+
+    def take_back(self) -> None:
+        pass
+
+    def complete(self, token: int, result: int) -> None:
+        tail = int(self.words[2])
+        self.cqes[tail & 15, :8].view(np.int64)[0] = token
+        self.cqes[tail & 15, 8:12].view(np.int32)[0] = result
+        self.words[2:3] += np.int32(1)  # may wrap around
+
+
+@attrs.frozen
+class Rig:
+    ring: PlayedRing
+    arena: Arena
+    reads: JobReads
+
+    def make_resident(self, layer: int, expert: int, slot: int) -> None:
+        self.reads.addresses[layer, expert] = self.arena.address(slot) + 300 + np.array([0, 4096, 9000])
+
+    def wait(self) -> tuple[int, int]:
+        """Run the step; return what it has set `end` and `stop` to, for layer 3."""
+        words = np.zeros(2, np.int64)
+        program, address = Program(), int(words.ctypes.data)
+        program.add(await_reads, self.reads.address, address, address + 8, 3)
+        run(await_reads, program)
+        return int(words[0]), int(words[1])
+
+
+def run(step: Step, program: Program) -> None:
+    function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(step.address)
+    for thread in (1, 0):  # only the first does anything
+        function(program.address, thread, 2)
+
+
+def rig(ranks: Ranks | None = None, kinds: npt.NDArray[np.int64] | None = None) -> Rig:
+    """Return a rig with 40 slots of each of two classes; all experts are of the first one unless `kinds` says else."""
+    kinds = np.zeros((N_LAYERS, N_EXPERTS), np.int64) if kinds is None else kinds
+    where = experts(kinds)
+    classes = where.slot_classes(4096)
+    arena = Arena([40, 40], [262144, 16384])
+    if ranks is None:
+        ranks = Ranks(np.ones((N_LAYERS, N_EXPERTS)), np.ones(N_LAYERS), np.ones(N_LAYERS))
+    ring = PlayedRing()
+    reads = JobReads(where, classes, arena, cast(Any, ring), np.zeros((N_LAYERS, N_EXPERTS, 3), np.int64), ranks)
+    return Rig(ring, arena, reads)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_resident_leaves_that_the_policy_would_choose(seed: int) -> None:
+    """One after the other, in any layer, and never one that must stay or is of another class."""
+    rng = np.random.default_rng(seed + 100)
+    kinds = rng.integers(0, 2, (N_LAYERS, N_EXPERTS))
+    kinds[0, :2] = 0, 1
+    policy = LFRU(N_LAYERS, N_EXPERTS, kinds=kinds)
+    it = rig(policy.ranks, kinds)
+    reads = it.reads
+    resident = {(layer, int(expert)) for layer in range(N_LAYERS) for expert in rng.permutation(N_EXPERTS)[:5]}
+    for place, (layer, expert) in enumerate(sorted(resident)):
+        it.make_resident(layer, expert, place % 40 + 40 * int(kinds[layer, expert]))
+        policy.insert((layer, expert))
+    for visit in range(30):
+        policy.use(visit % N_LAYERS, rng.permutation(N_EXPERTS)[:3].tolist())
+    layer = 29 % N_LAYERS  # the one used last
+    stays = set(sorted(resident)[::6])
+    assert reads.lend([[], []], sorted(stays)[::2])
+    for other, expert in sorted(stays)[1::2]:
+        keep(reads.address, other, expert)
+    missing = [expert for expert in range(N_EXPERTS) if (layer, expert) not in resident]
+    for expert in missing:
+        kind = int(kinds[layer, expert])
+        want = policy.victim(layer, lambda key: key not in stays, kind=kind)
+        base = it.reads.addresses[want][0] - 300 if want is not None else 0
+        assert log_read(reads.address, layer, expert, 1) == base
+        if want is None:
+            continue
+        assert divmod(int(reads.log[int(reads.control[N_LOGGED]) - 1, 3]), N_EXPERTS) == want
+        assert (it.reads.addresses[want] == 0).all()
+        policy.remove(want)
+    assert reads.control[N_LOGGED] > 0
+
+
+def test_spare_slots_come_first_and_none_is_given_twice() -> None:
+    it = rig()
+    it.make_resident(2, 3, 9)
+    assert it.reads.lend([[(4, True), (17, False)]], [])
+    found = [log_read(it.reads.address, 1, expert, 10 * expert) for expert in range(4)]
+    assert found == [it.arena.address(17), it.arena.address(4), it.arena.address(9), 0]
+    given = it.reads.take_back()
+    assert [(read.expert, read.slot, read.victim, read.begun_s) for read in given] == [
+        (0, 17, None, 0.0),
+        (1, 4, None, 1e-8),
+        (2, 9, (2, 3), 2e-8),
+    ]
+    assert not any(read.landed for read in given)
+    assert {token for read in given for token in read.tokens} == {None}
+    for read in given:
+        part = it.reads.experts[1, read.expert, 1:].reshape(3, 6)
+        assert list(read.addresses) == [it.arena.address(read.slot) + int(words[4] + words[5]) for words in part]
+
+
+def test_experts_that_are_fresh_stay() -> None:
+    it = rig()
+    it.reads.addresses[:] = -1
+    assert it.reads.lend([[]], [])
+    assert log_read(it.reads.address, 0, 0, 0) == 0
+    assert (it.reads.addresses == -1).all()
+
+
+def test_a_job_reads_no_more_than_can_be_logged() -> None:
+    it = rig()
+    assert it.reads.lend([[(1, False)]], [])
+    it.reads.control[N_LOGGED] = MAX_LOGGED
+    assert log_read(it.reads.address, 0, 0, 0) == 0
+
+
+def test_what_the_kernel_does_not_take_is_left_to_the_reader() -> None:
+    """The ring's tail is as before, and a wait gives up."""
+    it = rig()
+    it.ring.words[0] = 41
+    assert it.reads.lend([[(0, True), (1, False)]], [])
+    for expert in (5, 6):
+        assert log_read(it.reads.address, 3, expert, 0)
+    submit(it.reads.address)
+    assert it.ring.words[0] == 41
+    assert (it.reads.control[NEXT], it.reads.control[IN_FLIGHT]) == (0, 0)
+    opcode, flags = it.ring.sqes[41 & 15, :2].tolist()
+    assert (opcode, flags) == (22, 0), "slot 1 has pages"
+    assert it.ring.sqes[44 & 15, 1] == 16, "slot 0 has none"
+    part, sqe = it.reads.experts[3, 5, 1:].reshape(3, 6)[1], it.ring.sqes[42 & 15]
+    assert sqe[4:8].view(np.int32).tolist() == [33]
+    assert sqe[8:24].view(np.int64).tolist() == [part[1], it.arena.address(1) + part[4]]
+    assert sqe[24:32].view(np.int32).tolist() == [part[2], 0]
+    assert sqe[32:40].view(np.int64)[0] == TOKEN_BIT + 4 * it.reads.control[SERIAL] + 1
+    assert it.wait() == (END, 4)
+    assert it.reads.waited_s >= 0.05
+
+
+@pytest.mark.parametrize("first_index", [0, 2**31 - 2, -3])
+@pytest.mark.parametrize("wrong", [None, 300 + 63999, 0, -errno.EIO], ids=["whole", "short", "end", "error"])
+def test_a_wait_ends_with_the_last_read_or_the_first_that_is_not_whole(wrong: int | None, first_index: int) -> None:
+    it = rig()
+    it.ring.words[1:3] = first_index
+    assert it.reads.lend([[(0, False), (1, False)]], [])
+    serial = int(it.reads.control[SERIAL])
+    for expert in (5, 6):
+        assert log_read(it.reads.address, 3, expert, 1000)
+    it.reads.control[[NEXT, IN_FLIGHT]] = 6
+    needed = int(it.reads.experts[3, 5, 4])
+    results = dict.fromkeys(range(6), needed) | {2: needed + 900, 5: needed if wrong is None else wrong}
+    for read in (3, 5, 0, 1, 4, 2):
+        number, part = divmod(read, 3)
+        it.ring.complete(TOKEN_BIT + 4 * (serial + number) + part, results[read])
+    assert it.wait() == ((0, 0) if wrong is None else (END, 4))
+    assert it.ring.words[1] == it.ring.words[2]
+    assert it.reads.control[IN_FLIGHT] == 0
+    whole, other = it.reads.take_back()
+    assert whole.landed
+    assert whole.results == (needed, needed, needed + 900)
+    assert whole.ended_s > whole.begun_s == 1e-6
+    assert other.landed == (wrong is None)
+    assert other.results == (needed, needed, results[5])
+    assert other.tokens == tuple(TOKEN_BIT + 4 * (serial + 1) + part for part in range(3))
+
+
+def test_serials_are_never_used_twice_and_keep_what_the_last_job_kept_from_staying() -> None:
+    it = rig()
+    serials = []
+    for turn in range(3):
+        it.make_resident(0, 1, 7)
+        assert it.reads.lend([[(0, False)]], [(0, 1)] if turn == 0 else [])
+        serials.append(int(it.reads.control[SERIAL]))
+        assert log_read(it.reads.address, 4, 0, 0) == it.arena.address(0)
+        assert log_read(it.reads.address, 4, 1, 0) == (0 if turn == 0 else it.arena.address(7))
+        assert all(result == PENDING for result in it.reads.log[0, 7:].tolist())
+        it.reads.take_back()
+    assert np.diff(serials).min() >= 2
