@@ -163,14 +163,14 @@ class RoutedExperts:
         """Whether all experts of a layer have matrices of the same types and shapes."""
         return all(steps == layer[0] for layer in self._steps for steps in layer)
 
-    def run_table(self, program: Program, layer: int, table: int) -> None:
+    def run_table(self, program: Program, layer: int) -> None:
         """Add the feed-forward networks of the experts in a table, for a layer whose experts are alike.
 
-        That is `table_steps` steps, of which `dispatch` tells how many entries the table has.
+        That is `table_steps` steps; steps before them tell them their table and how many entries it has.
         """
         for stage in self._stages(layer):
             for made in stage:
-                program.add(made.step, table, 0, *made.arguments)
+                program.add(made.step, 0, 0, *made.arguments)
             program.barrier()
 
     def table_steps(self, layer: int) -> int:

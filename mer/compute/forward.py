@@ -11,7 +11,7 @@ from mer.compute.experts import RoutedExperts
 from mer.compute.kernels.attention import ATTENTION, thread_bytes
 from mer.compute.kernels.dispatch import dispatch
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
-from mer.compute.kernels.job_reads import await_reads, begin_reads
+from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.rope import ROPE_STORE
@@ -256,19 +256,22 @@ class Forward:
         spec, a, experts = self._spec, self.scratch.address, self._routed_experts
         pairs = len(self.batch.tokens) * spec.top_k
         log = a["routes"] + FLOAT_BYTES * pairs * layer
-        stop, end, skip = (a["stop"] + 8 * word for word in range(3))
+        stop, end, skip, again = (a["stop"] + 8 * word for word in range(4))
+        steps, missing = experts.table_steps(layer), a["table_missing"]
         program.add(
             dispatch, a["expert_ids"], pairs, spec.top_k, spec.n_experts, addresses + 24 * spec.n_experts * layer,
-            a["expert_ends"], a["table_entries"], a["table_missing"], experts.table_steps(layer), a["places"],
-            a["order"], log, stop, layer, end, skip, reads,
+            a["expert_ends"], a["table_entries"], missing, steps, a["places"], a["order"], log, stop, layer, end, skip,
+            reads,
         )  # fmt: skip
         program.barrier(end)
         program.add(begin_reads, reads)
-        experts.run_table(program, layer, a["table_entries"])
+        experts.run_table(program, layer)
         program.barrier(skip)
-        program.add(await_reads, reads, end, stop, layer)
+        program.add(await_reads, reads, end, stop, layer, missing, steps)
         program.barrier(end)
-        experts.run_table(program, layer, a["table_missing"])
+        program.add(next_turn, again)
+        experts.run_table(program, layer)
+        program.barrier(again)
 
     def routes(self) -> tuple[Int32Array, bool]:
         """Return the choices [layers, T, K] of the routers that `run_resident` has come to, and whether it is through.
@@ -325,4 +328,4 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += [ROPE_STORE[KV_KINDS[kv_type]], ATTENTION[KV_KINDS[kv_type]]]
-    return [*steps, pack, rms_norm, gather, swiglu, combine, route, dispatch, begin_reads, await_reads]
+    return [*steps, pack, rms_norm, gather, swiglu, combine, route, dispatch, begin_reads, await_reads, next_turn]

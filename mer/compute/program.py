@@ -93,8 +93,8 @@ class Program:
         """Let every thread finish all steps so far before any goes on; the end of a program is a barrier anyway.
 
         Args:
-            skip: address of an int64 that these steps set to the number of steps that are left out then; by default
-                none is.
+            skip: address of an int64 that these steps set to the number of steps that are left out then, or run again
+                if it is negative; by default there is none.
         """
         if self.length:
             self.rows[self.length - 1, BARRIER] = max(skip, int(self.rows[self.length - 1, BARRIER]))

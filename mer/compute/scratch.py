@@ -95,7 +95,7 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
         "expert_ends": FLOAT_BYTES * spec.n_experts,
         "table_entries": 8 * ENTRY_WORDS * min(spec.n_experts, limits.resident_rows(spec) * spec.top_k),
         "table_missing": 8 * ENTRY_WORDS * min(spec.n_experts, limits.resident_rows(spec) * spec.top_k),
-        "stop": 3 * 8,
+        "stop": 4 * 8,
         "routes": FLOAT_BYTES * spec.n_layers * limits.resident_rows(spec) * spec.top_k,
         "positions": t * FLOAT_BYTES,
         "sequences": t * FLOAT_BYTES,
@@ -151,7 +151,7 @@ class Scratch:
         self.predicted_ids = self.memory.ints(self.address["predicted_ids"], t * k)
         self.places = self.memory.ints(self.address["places"], t * k)
         self.order = self.memory.ints(self.address["order"], t * k)
-        self.stop = self.memory.view(self.address["stop"], 3 * 8).view(np.int64)
+        self.stop = self.memory.view(self.address["stop"], 4 * 8).view(np.int64)
         self.routes = self.memory.ints(self.address["routes"], spec.n_layers * limits.resident_rows(spec) * k)
         self.positions = self.memory.ints(self.address["positions"], t)
         self.sequences = self.memory.ints(self.address["sequences"], t)

@@ -68,6 +68,7 @@ class JobRead:
         results: of gate, up and down: bytes read or a negative error number, None if that is not known yet.
         tokens: of the reads in the ring; None for those that the kernel does not have yet.
         landed: whether all of the expert is in memory.
+        arranged: whether the job has computed with it, so that it is not fresh any more.
     """
 
     layer: int
@@ -80,6 +81,7 @@ class JobRead:
     results: tuple[int | None, ...]
     tokens: tuple[int | None, ...]
     landed: bool
+    arranged: bool
 
 
 @attrs.frozen(eq=False)
@@ -239,7 +241,7 @@ class JobReads:
 
     def _read(self, number: int, words: list[int], serial: int, n_given: int) -> JobRead:
         """Return what an entry of the log says."""
-        layer, expert, base, victim, _, begun_ns, ended_ns, *results = words
+        layer, expert, base, victim, _, arranged, begun_ns, ended_ns, *results = words
         parts = self.experts[layer, expert, PART:].reshape(3, PART_WORDS)
         token = TOKEN_BIT + 4 * (serial + number)
         gate, up, down = (base + parts[:, BEGIN] + parts[:, LEAD]).tolist()
@@ -254,6 +256,7 @@ class JobReads:
             results=tuple(None if result == PENDING else result for result in results),
             tokens=tuple(token + part if 3 * number + part < n_given else None for part in range(3)),
             landed=all(result >= least for result, least in zip(results, parts[:, NEEDED].tolist(), strict=True)),
+            arranged=bool(arranged),
         )
 
 

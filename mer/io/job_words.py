@@ -51,10 +51,10 @@ PART_WORDS: Final = 6
 EXPERT_WORDS: Final = PART + 3 * PART_WORDS
 
 # an entry of the log
-LAYER, EXPERT, BASE, VICTIM, ASIDE, BEGUN_NS, ENDED_NS, RESULT = range(8)
+LAYER, EXPERT, BASE, VICTIM, ASIDE, ARRANGED, BEGUN_NS, ENDED_NS, RESULT = range(9)
 # BASE: address of the slot; VICTIM: layer * E + expert of whose slot it was, or -1; ASIDE: whether it has no pages yet;
-# RESULT: three words
-LOG_WORDS: Final = 10
+# ARRANGED: whether the job has computed with it, so that it is not fresh any more; RESULT: three words
+LOG_WORDS: Final = 11
 PENDING: Final = -(1 << 40)  # a result that is not known yet
 
 TOKEN_BIT: Final = 1 << 62

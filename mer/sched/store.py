@@ -338,12 +338,12 @@ class ExpertStore:
             if read.landed:
                 self.pool.release(read.slot)
 
-    def keep(self, read: JobRead, *, used: bool) -> None:
-        """Take what a job has read into the cache, if it has landed; `used` if the job has computed with it."""
+    def keep(self, read: JobRead) -> None:
+        """Take what a job has read into the cache, if it has landed."""
         if read.landed:
             key = read.layer, read.expert
             self.cache.insert(key, Resident(read.slot, read.addresses, (True, True), None))
-            if used:
+            if read.arranged:
                 self.cache.arranged(key)
 
     # Speculation

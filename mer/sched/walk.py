@@ -167,7 +167,7 @@ class LayerWalk:
             used = [read for read in reads if read.layer == number]
             self._store.cache.passed(number, union, len(used))
             for read in used:
-                self._store.keep(read, used=True)
+                self._store.keep(read)
             if self._on_routed is not None:
                 self._on_routed(number, len(ids), union)
             if self._prefetcher is not None:
@@ -175,7 +175,7 @@ class LayerWalk:
         unused = [read for read in reads if read.layer == layer + len(passed)]
         self._store.cache.missed((read.layer, read.expert) for read in unused)
         for read in unused:
-            self._store.keep(read, used=False)
+            self._store.keep(read)
         return len(passed)
 
     def _routed(self, layer: int, union: list[int], done: Done, members: list[Member]) -> None:

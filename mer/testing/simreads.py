@@ -14,6 +14,7 @@ from mer.compute.worker import LoadedExpert
 from mer.io.arena import Arena
 from mer.io.job_reads import JobReads
 from mer.io.job_words import (
+    ARRANGED,
     BASE,
     BEGIN,
     ENDED_NS,
@@ -75,21 +76,27 @@ class SimReads:
         self._submit()
         return found
 
-    async def wait(self) -> bool:
-        """Wait for what has been begun; return False if a read has failed or takes too long."""
-        began_s = trio.current_time()
+    async def wait(self, n_waiting: int) -> int:
+        """Wait for the first of so many experts that were begun last.
+
+        Returns:
+            How many of them have landed, in their order; 0 if a read has failed or takes too long. They count as
+            arranged from here on.
+        """
+        first, began_s = int(self._control[N_LOGGED]) - n_waiting, trio.current_time()
         with trio.move_on_after(GIVE_UP_S):
-            await self._settled()
+            await self._landed_or_failed(first)
         self._control[WAITED_NS] += round((trio.current_time() - began_s) * 1e9)
-        return not self._failed and self._all_there()
+        n = 0
+        while not self._failed and n < n_waiting and self._reads.log[first + n, ENDED_NS]:
+            self._reads.log[first + n, ARRANGED] = 1
+            n += 1
+        return n
 
-    async def _settled(self) -> None:
-        """Wait until a read has failed or none is left."""
-        while not self._failed and not self._all_there():
+    async def _landed_or_failed(self, number: int) -> None:
+        """Wait until an expert of the log has landed or any read has failed."""
+        while not self._failed and not self._reads.log[number, ENDED_NS]:
             await self._changed.wait()
-
-    def _all_there(self) -> bool:
-        return bool(self._control[IN_FLIGHT] == 0 and self._control[NEXT] == 3 * self._control[N_LOGGED])
 
     def _parts(self, layer: int, expert: int) -> list[list[int]]:
         """Return the words of an expert's matrices, [3][PART_WORDS]."""
@@ -115,7 +122,7 @@ class SimReads:
             base = int(reads.addresses[(*found, 0)]) - lead
             reads.addresses[found] = 0
         begun_ns = round(trio.current_time() * 1e9)
-        reads.log[number] = layer, expert, base, victim, aside, begun_ns, 0, PENDING, PENDING, PENDING
+        reads.log[number] = layer, expert, base, victim, aside, 0, begun_ns, 0, PENDING, PENDING, PENDING
         control[N_LOGGED] = number + 1
         return base
 

@@ -301,13 +301,15 @@ class SimWorker:
             return False  # if it fails half-way through, no byte has changed of experts that are arranged
         loaded = [LoadedExpert(expert, tuple(there[expert]), (False, False)) for expert in chosen if there[expert][0]]
         await self._run_experts(layer, loaded, fails=fails)
-        if found:
+        while found:
             assert reads is not None
-            if not await reads.wait():  # as if none of the layer's experts had been run
+            n = await reads.wait(len(found))
+            if n == 0:  # as if none of the layer's experts had been run
                 self._outputs = [{} for _ in self._x]
-                self._n_runs -= len(loaded)
+                self._n_runs -= len(chosen) - len(found)
                 return False
-            await self._run_experts(layer, found, fails=fails)
+            await self._run_experts(layer, found[:n], fails=fails)
+            found = found[n:]
         return True
 
     @property

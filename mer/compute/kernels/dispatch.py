@@ -6,14 +6,23 @@ import numpy as np
 
 from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, FRESH, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO
 from mer.compute.kernels.ir import load_i32, load_i64, store_i32, store_i64
-from mer.compute.kernels.job_reads import END, expert_words, keep, log_read, now_ns
+from mer.compute.kernels.job_reads import (
+    END,
+    FIRST,
+    N_HANDED,
+    N_MISSING,
+    expert_words,
+    hand_table,
+    keep,
+    log_read,
+    now_ns,
+)
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, ROW_WORDS, step
-from mer.io.job_words import BEGIN, LEAD, PART, PART_WORDS, STOP
+from mer.io.job_words import BEGIN, LEAD, N_LOGGED, PART, PART_WORDS, STOP
 
 _WORD = 8
 _ENTRY_BYTES = _WORD * ENTRY_WORDS
-_N_ENTRIES = ARG0 + 1  # word of a step's row
 
 
 @njit
@@ -51,8 +60,8 @@ def dispatch(row: int, thread: int, _n_threads: int) -> None:
     """Sort the (token, choice) pairs by expert, each expert's in their order, and write an entry for each expert used.
 
     Experts that are in memory have theirs in one table, missing ones, which are to be read by the job, in another. The
-    steps that work on them follow: one that begins the reads, so many for the first table, one that awaits the reads,
-    and as many for the second table; the entries are counted in their rows. The first thread does it all.
+    steps that work on them follow: `begin_reads`, so many for the first table, `await_reads`, `next_turn`, and as many
+    for the second table. The first thread does it all.
 
     Arguments: ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, 3] of gate, up and down,
     see `RunResident`), ends (int32 [n_experts], for its own use), table, table of missing experts, steps for a table,
@@ -99,11 +108,13 @@ def dispatch(row: int, thread: int, _n_threads: int) -> None:
         store_i64(load_i64(row, ARG0 + 12), layer + 1)
         store_i64(load_i64(row, ARG0 + 14), END)
         return
-    store_i64(load_i64(row, ARG0 + 15), 0 if n_missing > 0 else steps + 1)
-    for number in range(steps):
-        there = row + _WORD * ROW_WORDS * (2 + number)
-        store_i64(there + _WORD * _N_ENTRIES, n_there)
-        store_i64(there + _WORD * (ROW_WORDS * (steps + 1) + _N_ENTRIES), n_missing)
+    store_i64(load_i64(row, ARG0 + 15), 0 if n_missing > 0 else steps + 2)
+    hand_table(row, 2, steps, table, n_there)
+    if n_missing > 0:
+        wait = row + _WORD * ROW_WORDS * (2 + steps)
+        store_i64(wait + _WORD * FIRST, load_i64(reads, N_LOGGED) - n_missing)
+        store_i64(wait + _WORD * N_MISSING, n_missing)
+        store_i64(wait + _WORD * N_HANDED, 0)
     for pair in range(n_pairs):
         expert = load_i32(ids, pair)
         place = load_i32(ends, expert)

@@ -9,6 +9,7 @@ import platform
 
 import numpy as np
 
+from mer.compute.kernels.entry import ENTRY_WORDS
 from mer.compute.kernels.ir import (
     atomic_load,
     atomic_store,
@@ -21,9 +22,10 @@ from mer.compute.kernels.ir import (
     syscall6,
 )
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, step
 from mer.io.job_words import (
     ADDRESSES,
+    ARRANGED,
     ASIDE,
     BASE,
     BEGIN,
@@ -74,6 +76,7 @@ from mer.io.job_words import (
     WEIGHTS,
 )
 
+FIRST, N_MISSING, N_HANDED = ARG0 + 6, ARG0 + 7, ARG0 + 8  # words of the row of `await_reads`
 END = 1 << 40  # for a barrier's word: the program's rows are left out, all that are left
 
 # Linux system call numbers
@@ -159,6 +162,7 @@ def log_read(control, layer, expert, begun_ns):  # type: ignore[no-untyped-def]
     store_i64(entry + 8 * BASE, base)
     store_i64(entry + 8 * VICTIM, victim)
     store_i64(entry + 8 * ASIDE, aside)
+    store_i64(entry + 8 * ARRANGED, 0)
     store_i64(entry + 8 * BEGUN_NS, begun_ns)
     store_i64(entry + 8 * ENDED_NS, 0)
     for part in range(3):
@@ -256,6 +260,16 @@ def _nap(control):  # type: ignore[no-untyped-def]
     syscall6(_PPOLL, waited_for, 1, time, 0, 8, 0)
 
 
+@njit
+def hand_table(row, distance, steps, table, n):  # type: ignore[no-untyped-def]
+    """Let so many steps at a distance behind a row work on n entries of a table, none of which is begun."""
+    for number in range(steps):
+        there = row + 8 * ROW_WORDS * (distance + number)
+        store_i64(there + 8 * COUNTER, 0)
+        store_i64(there + 8 * ARG0, table)
+        store_i64(there + 8 * (ARG0 + 1), n)
+
+
 @step
 def begin_reads(row: int, thread: int, _n_threads: int) -> None:
     """Let the kernel begin what `dispatch` has logged; the first thread does it, while others go on.
@@ -266,30 +280,37 @@ def begin_reads(row: int, thread: int, _n_threads: int) -> None:
         submit(load_i64(row, ARG0))
 
 
+@njit
+def _landed(control, number):  # type: ignore[no-untyped-def]
+    """Return whether all of an expert of the log has been read; `_reap` has seen to it that it is whole."""
+    return load_i64(load_i64(control, LOG) + 8 * LOG_WORDS * number, ENDED_NS) != 0
+
+
 @step
 def await_reads(row: int, thread: int, _n_threads: int) -> None:
-    """Wait until all that was logged is in memory; the first thread does it.
+    """Wait until the next missing expert is in memory, and leave it and those that are there too to the steps behind.
 
-    If a read fails or takes too long, end the program.
+    The first thread does it. If a read fails or takes too long, end the program.
 
     Arguments: control block, end (int64, set to `END` then), stop (int64, set to the layer's number plus 1 then),
-    layer.
+    layer, table of missing experts, number of the steps for a table, which follow behind `next_turn`; and, set by
+    `dispatch` for each layer, the number of the table's first expert in the log, how many experts it has, and how many
+    of them have had their turn.
     """
     if thread != 0:
         return
     control = load_i64(row, ARG0)
+    first, n, ready = load_i64(row, FIRST), load_i64(row, N_MISSING), load_i64(row, N_HANDED)
     begun_ns = now_ns(control)
     waited_ns = 0
+    whole = True
     while True:
-        n = _reap(control)
-        if n < 0 or waited_ns > GIVE_UP_NS:
-            store_i64(load_i64(row, ARG0 + 1), END)
-            store_i64(load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3) + 1)
+        n_read = _reap(control)
+        whole = n_read >= 0
+        if not whole or _landed(control, first + ready) or waited_ns > GIVE_UP_NS:
             break
-        if n > 0:
+        if n_read > 0:
             submit(control)
-        if load_i64(control, IN_FLIGHT) == 0 and load_i64(control, NEXT) == 3 * load_i64(control, N_LOGGED):
-            break
         if waited_ns < _YIELD_NS:
             for _ in range(_POLLS):
                 pause()
@@ -297,4 +318,29 @@ def await_reads(row: int, thread: int, _n_threads: int) -> None:
         else:
             _nap(control)
         waited_ns = now_ns(control) - begun_ns
+    submit(control)
     store_i64(control + 8 * WAITED_NS, load_i64(control, WAITED_NS) + now_ns(control) - begun_ns)
+    handed = ready
+    while whole and ready < n and _landed(control, first + ready):
+        store_i64(load_i64(control, LOG) + 8 * (LOG_WORDS * (first + ready) + ARRANGED), 1)
+        ready += 1
+    if ready == handed:
+        store_i64(load_i64(row, ARG0 + 1), END)
+        store_i64(load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3) + 1)
+        return
+    store_i64(row + 8 * N_HANDED, ready)
+    hand_table(row, 2, load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 4) + 8 * ENTRY_WORDS * handed, ready - handed)
+
+
+@step
+def next_turn(row: int, thread: int, _n_threads: int) -> None:
+    """Behind `await_reads`, tell whether to come back to it when what it has left to the steps is done.
+
+    The first thread does it, once all threads have come past what it told last.
+
+    Arguments: again (int64, set to the number of steps to go on by at the end of the table's steps).
+    """
+    if thread == 0:
+        wait = row - 8 * ROW_WORDS
+        done = load_i64(wait, N_HANDED) == load_i64(wait, N_MISSING)
+        store_i64(load_i64(row, ARG0), 0 if done else -(load_i64(wait, ARG0 + 5) + 2))

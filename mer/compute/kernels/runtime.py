@@ -3,7 +3,7 @@
 Threads stay inside `follow` for life, so that they never touch the interpreter. `start` publishes a program and wakes
 them; every thread runs the same rows, and the last one to finish writes to an eventfd. Rows whose BARRIER word is set
 end in a barrier: poll and yield, then sleep on a futex. A BARRIER word above 1 is the address of an int64: so many of
-the rows that follow are left out after the barrier.
+the rows that follow are left out after the barrier, or run again if it is negative.
 
 The control block's words lie on cache lines of their own; the offsets below are in bytes.
 """

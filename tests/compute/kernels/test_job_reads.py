@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mer.compute.kernels.job_reads import END, await_reads, keep, log_read, submit
-from mer.compute.kernels.step import Step
+from mer.compute.kernels.job_reads import END, FIRST, await_reads, keep, log_read, next_turn, submit
+from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS
 from mer.compute.program import Program
 from mer.io.arena import Arena
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
 from mer.io.ggml import GGMLType
 from mer.io.job_reads import JobReads, Ranks
-from mer.io.job_words import IN_FLIGHT, MAX_LOGGED, N_LOGGED, NEXT, PENDING, SERIAL, TOKEN_BIT
+from mer.io.job_words import IN_FLIGHT, MAX_LOGGED, N_LOGGED, NEXT, PENDING, RESULT, SERIAL, TOKEN_BIT, VICTIM
 from mer.io.ring import RingAddresses
 from mer.sched.policies.lfru import LFRU
 
@@ -87,19 +87,31 @@ class Rig:
     def make_resident(self, layer: int, expert: int, slot: int) -> None:
         self.reads.addresses[layer, expert] = self.arena.address(slot) + 300 + np.array([0, 4096, 9000])
 
-    def wait(self) -> tuple[int, int]:
-        """Run the step; return what it has set `end` and `stop` to, for layer 3."""
-        words = np.zeros(2, np.int64)
-        program, address = Program(), int(words.ctypes.data)
-        program.add(await_reads, self.reads.address, address, address + 8, 3)
-        run(await_reads, program)
-        return int(words[0]), int(words[1])
 
+class Wait:
+    """The rows of a wait for some experts of layer 3, and of the two steps that work on them."""
 
-def run(step: Step, program: Program) -> None:
-    function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(step.address)
-    for thread in (1, 0):  # only the first does anything
-        function(program.address, thread, 2)
+    def __init__(self, it: Rig, n: int) -> None:
+        self.words = np.zeros(3, np.int64)  # end, stop, again
+        self.program, address = Program(), int(self.words.ctypes.data)
+        self.program.add(await_reads, it.reads.address, address, address + 8, 3, 1000, 2)
+        self.program.add(next_turn, address + 16)
+        for _ in range(3):
+            self.program.add(await_reads, 7, 7)
+        self.program.rows[0, FIRST : FIRST + 3] = int(it.reads.control[N_LOGGED]) - n, n, 0
+
+    def run(self) -> tuple[int, int, int, list[tuple[int, int]]]:
+        """Run the steps; return `end`, `stop`, `again`, and the table and its entries in the rows behind."""
+        self.program.rows[2:, COUNTER] = 55
+        for row, step in enumerate((await_reads, next_turn)):
+            function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(step.address)
+            for thread in (1, 0):  # only the first does anything
+                function(self.program.address + 8 * ROW_WORDS * row, thread, 2)
+        tables = self.program.rows[2:5, ARG0 : ARG0 + 2].tolist()
+        if self.words[0] == 0:
+            assert self.program.rows[2:5, COUNTER].tolist() == [0, 0, 55]
+        end, stop, again = self.words.tolist()
+        return end, stop, again, [(table, n) for table, n in tables]
 
 
 def rig(ranks: Ranks | None = None, kinds: npt.NDArray[np.int64] | None = None) -> Rig:
@@ -143,7 +155,7 @@ def test_the_resident_leaves_that_the_policy_would_choose(seed: int) -> None:
         assert log_read(reads.address, layer, expert, 1) == base
         if want is None:
             continue
-        assert divmod(int(reads.log[int(reads.control[N_LOGGED]) - 1, 3]), N_EXPERTS) == want
+        assert divmod(int(reads.log[int(reads.control[N_LOGGED]) - 1, VICTIM]), N_EXPERTS) == want
         assert (it.reads.addresses[want] == 0).all()
         policy.remove(want)
     assert reads.control[N_LOGGED] > 0
@@ -201,35 +213,68 @@ def test_what_the_kernel_does_not_take_is_left_to_the_reader() -> None:
     assert sqe[8:24].view(np.int64).tolist() == [part[1], it.arena.address(1) + part[4]]
     assert sqe[24:32].view(np.int32).tolist() == [part[2], 0]
     assert sqe[32:40].view(np.int64)[0] == TOKEN_BIT + 4 * it.reads.control[SERIAL] + 1
-    assert it.wait() == (END, 4)
+    assert Wait(it, 2).run()[:2] == (END, 4)
     assert it.reads.waited_s >= 0.05
+
+
+def complete(it: Rig, read: int, result: int) -> None:
+    it.ring.complete(TOKEN_BIT + 4 * (int(it.reads.control[SERIAL]) + read // 3) + read % 3, result)
+    it.reads.control[IN_FLIGHT] += 1
 
 
 @pytest.mark.parametrize("first_index", [0, 2**31 - 2, -3])
 @pytest.mark.parametrize("wrong", [None, 300 + 63999, 0, -errno.EIO], ids=["whole", "short", "end", "error"])
-def test_a_wait_ends_with_the_last_read_or_the_first_that_is_not_whole(wrong: int | None, first_index: int) -> None:
+def test_a_wait_ends_with_what_is_there_or_the_first_read_that_is_not_whole(
+    wrong: int | None, first_index: int
+) -> None:
     it = rig()
     it.ring.words[1:3] = first_index
     assert it.reads.lend([[(0, False), (1, False)]], [])
     serial = int(it.reads.control[SERIAL])
     for expert in (5, 6):
         assert log_read(it.reads.address, 3, expert, 1000)
-    it.reads.control[[NEXT, IN_FLIGHT]] = 6
+    it.reads.control[NEXT] = 6
     needed = int(it.reads.experts[3, 5, 4])
     results = dict.fromkeys(range(6), needed) | {2: needed + 900, 5: needed if wrong is None else wrong}
     for read in (3, 5, 0, 1, 4, 2):
-        number, part = divmod(read, 3)
-        it.ring.complete(TOKEN_BIT + 4 * (serial + number) + part, results[read])
-    assert it.wait() == ((0, 0) if wrong is None else (END, 4))
+        complete(it, read, results[read])
+    wait = Wait(it, 2)
+    if wrong is None:
+        assert wait.run() == (0, 0, 0, [(1000, 2), (1000, 2), (7, 7)])
+    else:
+        assert wait.run()[:2] == (END, 4)
     assert it.ring.words[1] == it.ring.words[2]
     assert it.reads.control[IN_FLIGHT] == 0
     whole, other = it.reads.take_back()
     assert whole.landed
+    assert whole.arranged == other.arranged == (wrong is None)
     assert whole.results == (needed, needed, needed + 900)
     assert whole.ended_s > whole.begun_s == 1e-6
     assert other.landed == (wrong is None)
     assert other.results == (needed, needed, results[5])
     assert other.tokens == tuple(TOKEN_BIT + 4 * (serial + 1) + part for part in range(3))
+
+
+def test_experts_have_their_turn_as_they_land_and_in_order() -> None:
+    """The second of four lands last: first the first, then nothing until the second, then all; at last one fails."""
+    it = rig()
+    assert it.reads.lend([[(slot, False) for slot in range(6)]], [])
+    assert log_read(it.reads.address, 2, 0, 1)  # of the layer before
+    for expert in range(5):
+        assert log_read(it.reads.address, 3, expert, 1)
+    it.reads.control[NEXT] = 18
+    needed, entry = int(it.reads.experts[3, 0, 4]), 64
+    wait = Wait(it, 5)
+    for read in (3, 4, 5, 9, 10, 11):
+        complete(it, read, needed)
+    assert wait.run() == (0, 0, -4, [(1000, 1), (1000, 1), (7, 7)])
+    for read in (6, 7, 8, 12, 13, 14):
+        complete(it, read, needed)
+    assert wait.run() == (0, 0, -4, [(1000 + entry, 3), (1000 + entry, 3), (7, 7)])
+    complete(it, 15, needed)
+    complete(it, 16, needed - 1)
+    assert wait.run()[:2] == (END, 4)
+    assert [read.arranged for read in it.reads.take_back()] == [False, True, True, True, True, False]
 
 
 def test_serials_are_never_used_twice_and_keep_what_the_last_job_kept_from_staying() -> None:
@@ -241,6 +286,6 @@ def test_serials_are_never_used_twice_and_keep_what_the_last_job_kept_from_stayi
         serials.append(int(it.reads.control[SERIAL]))
         assert log_read(it.reads.address, 4, 0, 0) == it.arena.address(0)
         assert log_read(it.reads.address, 4, 1, 0) == (0 if turn == 0 else it.arena.address(7))
-        assert all(result == PENDING for result in it.reads.log[0, 7:].tolist())
+        assert all(result == PENDING for result in it.reads.log[0, RESULT:].tolist())
         it.reads.take_back()
     assert np.diff(serials).min() >= 2
