@@ -17,7 +17,6 @@ from mer.engine import Engine
 from mer.in_force import settings_in_force
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
-from mer.io.job_words import MAX_SPARES
 from mer.io.mirror import mirror_paths
 from mer.io.open_reader import open_reader
 from mer.io.pool import BufferPool, demand_reserve
@@ -178,8 +177,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
         cache = ExpertCache(residency.policy, (model.spec.n_layers, model.spec.n_experts))
         job_reads, job_reads_reason = open_job_reads(model, plan, arena, opened, cache, computing.tier)
-        spares = () if job_reads is None else tuple(min(count, MAX_SPARES) for count in plan.slot_counts)
-        store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier, spares)
+        store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier)
         fetcher = Fetcher(
             pool,
             arena,

@@ -282,11 +282,10 @@ class Fetcher:
         self._classes[fetch.priority].abandoned += 1
         self._give_up(fetch)
 
-    def lend(self, spares: Sequence[Sequence[int]], kept: Sequence[ExpertKey]) -> JobReads | None:
-        """Let a job make reads by itself, until `take_back`.
+    def lend(self, kept: Sequence[ExpertKey]) -> JobReads | None:
+        """Let a job make reads by itself, into slots of residents, until `take_back`.
 
         Args:
-            spares: leased slots (FILLING) of each class that it may read into.
             kept: residents whose slots it must not take.
 
         Returns:
@@ -295,15 +294,13 @@ class Fetcher:
         reads = self._job_reads
         if reads is None or self._in_flight or not all(breaker.closed for breaker in self._breakers):
             return None
-        touched = self._touched
-        lent = reads.lend([[(slot, not touched[slot]) for slot in of_class] for of_class in spares], kept)
-        return reads if lent else None
+        return reads if reads.lend([self._pool.has_free(kind) for kind in range(self._pool.n_kinds)], kept) else None
 
     def take_back(self, on_evicted: Callable[[ExpertKey], None]) -> list[JobRead]:
         """End the loan behind the job; return what it has begun to read, in order.
 
         Slots of experts that have landed are READY. The others are fetches in flight now, as if they had been started
-        here; spare slots without an expert are the caller's again.
+        here.
 
         Args:
             on_evicted: told of every resident whose slot the job has taken; the slot must be FILLING afterwards.
@@ -311,8 +308,7 @@ class Fetcher:
         assert self._job_reads is not None
         begun = self._job_reads.take_back()
         for read in begun:
-            if read.victim is not None:
-                on_evicted(read.victim)
+            on_evicted(read.victim)
         for begun_s, together in itertools.groupby((read for read in begun if read.landed), lambda read: read.begun_s):
             self._account(begun_s, list(together))
         open_reads = [read for read in begun if not read.landed]

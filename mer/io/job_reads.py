@@ -1,4 +1,4 @@
-"""Reads that a compute job makes by itself: slots to read into and a ring to ask the kernel by, lent to it.
+"""Reads that a compute job makes by itself: it is lent a ring to ask the kernel by, and the slots of residents.
 
 What is lent lies in memory that compiled code works on, in the int64 words of `mer.io.job_words`. `Lender` is the
 reader's side of it.
@@ -23,16 +23,15 @@ from mer.io.job_words import (
     DEPTH,
     EXPERT_WORDS,
     EXPERTS,
+    FREE,
     IN_FLIGHT,
     LEAD,
     LOG,
     LOG_WORDS,
     MAX_LOGGED,
-    MAX_SPARES,
     N_EXPERTS,
     N_LAYERS,
     N_LOGGED,
-    N_SPARES,
     NEEDED,
     NEXT,
     PART,
@@ -41,7 +40,6 @@ from mer.io.job_words import (
     PENDING,
     RING,
     SERIAL,
-    SPARES,
     STOP,
     TOKEN_BIT,
     USED,
@@ -60,7 +58,7 @@ class JobRead:
     Attributes:
         layer: of the expert.
         expert: its number.
-        victim: layer and number of the expert that had the slot, or None if it was a spare one.
+        victim: layer and number of the expert that had the slot.
         slot: where to.
         addresses: where gate, up and down begin in memory.
         begun_s: when, on the clock of `time.monotonic`.
@@ -73,7 +71,7 @@ class JobRead:
 
     layer: int
     expert: int
-    victim: tuple[int, int] | None
+    victim: tuple[int, int]
     slot: int
     addresses: tuple[int, int, int]
     begun_s: float
@@ -134,16 +132,15 @@ class Lender(Reader, Protocol):
 class JobReads:
     """The memory by which jobs are lent slots and a ring; used again from job to job.
 
-    A job reads what it misses into spare slots, as long as there are any, and then into those of residents that are
-    worth least.
+    A job reads what it misses into the slots of residents that are worth least. As long as a class has free slots, what
+    fits these is left to the event loop: their pages may not be there yet, which would keep the job waiting.
 
     Attributes:
         address: of the control block.
         control: the control block, [CONTROL_WORDS]; and the tables that it names:
         experts: [L, E, EXPERT_WORDS].
         addresses: [L, E, 3].
-        spares: [classes, MAX_SPARES, 2].
-        n_spares: [classes].
+        free: [classes].
         used: [L, E].
         ranks: what residents are worth.
         log: [MAX_LOGGED, LOG_WORDS].
@@ -168,20 +165,17 @@ class JobReads:
         ranks: Ranks,
     ) -> None:
         self.lender = lender
-        n_classes = len(classes.slot_bytes)
         self._arena = arena
         self.control = np.zeros(CONTROL_WORDS, np.int64)
         self.experts = _expert_table(experts, classes, lender.filenos())
-        self.spares = np.zeros((n_classes, MAX_SPARES, 2), np.int64)
-        self.n_spares = np.zeros(n_classes, np.int64)
+        self.free = np.zeros(len(classes.slot_bytes), np.int64)
         self.used = np.zeros(self.experts.shape[:2], np.int64)
         self.log = np.zeros((MAX_LOGGED, LOG_WORDS), np.int64)
         self.addresses, self.ranks = addresses, ranks
         tables = {
             EXPERTS: self.experts,
             ADDRESSES: self.addresses,
-            SPARES: self.spares,
-            N_SPARES: self.n_spares,
+            FREE: self.free,
             USED: self.used,
             VALUES: ranks.values,
             WEIGHTS: ranks.weights,
@@ -200,11 +194,11 @@ class JobReads:
         """How long the last job waited for its reads."""
         return float(self.control[WAITED_NS]) / 1e9
 
-    def lend(self, spares: Sequence[Sequence[tuple[int, bool]]], kept: Sequence[tuple[int, int]]) -> bool:
+    def lend(self, free: Sequence[bool], kept: Sequence[tuple[int, int]]) -> bool:
         """Lend a job the ring and slots, and return whether the ring could be had.
 
         Args:
-            spares: of each class up to `MAX_SPARES` slots: number, and whether the slot has no pages yet.
+            free: of each class, whether it has free slots.
             kept: layer and number of residents that must not leave.
         """
         ring = self.lender.lend()
@@ -217,10 +211,7 @@ class JobReads:
             ring.fileno, ring.sq_tail, ring.sq_mask, ring.sqes, ring.cq_head, ring.cq_tail, ring.cq_mask, ring.cqes,
         )  # fmt: skip
         control[DEPTH] = self.lender.depth
-        for kind, slots in enumerate(spares):
-            self.n_spares[kind] = len(slots)
-            if slots:
-                self.spares[kind, : len(slots)] = [(self._arena.address(slot), fresh) for slot, fresh in slots]
+        self.free[:] = free
         serial = control[SERIAL]
         for key in kept:
             self.used[key] = serial
@@ -241,14 +232,14 @@ class JobReads:
 
     def _read(self, number: int, words: list[int], serial: int, n_given: int) -> JobRead:
         """Return what an entry of the log says."""
-        layer, expert, base, victim, _, arranged, begun_ns, ended_ns, *results = words
+        layer, expert, base, victim, arranged, begun_ns, ended_ns, *results = words
         parts = self.experts[layer, expert, PART:].reshape(3, PART_WORDS)
         token = TOKEN_BIT + 4 * (serial + number)
         gate, up, down = (base + parts[:, BEGIN] + parts[:, LEAD]).tolist()
         return JobRead(
             layer=layer,
             expert=expert,
-            victim=None if victim < 0 else divmod(victim, len(self.used[0])),
+            victim=divmod(victim, len(self.used[0])),
             slot=self._arena.slot_at(base),
             addresses=(gate, up, down),
             begun_s=begun_ns / 1e9,

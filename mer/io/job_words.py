@@ -25,24 +25,19 @@ N_LAYERS: Final = 10
 N_EXPERTS: Final = 11  # of a layer
 EXPERTS: Final = 12  # address of the table of experts, [L, E, EXPERT_WORDS]
 ADDRESSES: Final = 13  # address of the table of residents, see `RunResident`
-SPARES: Final = 14  # address of the free slots, [classes, MAX_SPARES, 2]: where they begin, whether they have no pages
-N_SPARES: Final = 15  # address of the number of each class's slots that are left, [classes]
-USED: Final = 16  # address of [L, E]: the SERIAL of the last job that needed the expert to stay
-VALUES: Final = 17  # addresses of what residents are worth, see `Ranks`
-WEIGHTS: Final = 18
-PATIENCE: Final = 19
-LOG: Final = 20  # address of the log
-N_LOGGED: Final = 21
-SERIAL: Final = 22  # of the log's first entry; serials are never used twice
-NEXT: Final = 23  # the first read, 3 * entry + part, that the kernel does not have yet
-IN_FLIGHT: Final = 24  # reads that it has
-WAITED_NS: Final = 25  # time that the job had nothing to do but to wait
-SCRATCH: Final = 26  # three words for system calls
-CONTROL_WORDS: Final = 29
-
-MAX_SPARES: Final = 64
-"""Most free slots of one class that are lent."""
-
+FREE: Final = 14  # address of [classes]: whether a slot of the class is free, so that none has to be taken
+USED: Final = 15  # address of [L, E]: the SERIAL of the last job that needed the expert to stay
+VALUES: Final = 16  # addresses of what residents are worth, see `Ranks`
+WEIGHTS: Final = 17
+PATIENCE: Final = 18
+LOG: Final = 19  # address of the log
+N_LOGGED: Final = 20
+SERIAL: Final = 21  # of the log's first entry; serials are never used twice
+NEXT: Final = 22  # the first read, 3 * entry + part, that the kernel does not have yet
+IN_FLIGHT: Final = 23  # reads that it has
+WAITED_NS: Final = 24  # time that the job had nothing to do but to wait
+SCRATCH: Final = 25  # three words for system calls
+CONTROL_WORDS: Final = 28
 # an expert: the class of its slot, and for each matrix what is read and where to
 KIND: Final = 0
 PART: Final = 1  # the first matrix's words begin here
@@ -51,10 +46,10 @@ PART_WORDS: Final = 6
 EXPERT_WORDS: Final = PART + 3 * PART_WORDS
 
 # an entry of the log
-LAYER, EXPERT, BASE, VICTIM, ASIDE, ARRANGED, BEGUN_NS, ENDED_NS, RESULT = range(9)
-# BASE: address of the slot; VICTIM: layer * E + expert of whose slot it was, or -1; ASIDE: whether it has no pages yet;
-# ARRANGED: whether the job has computed with it, so that it is not fresh any more; RESULT: three words
-LOG_WORDS: Final = 11
+LAYER, EXPERT, BASE, VICTIM, ARRANGED, BEGUN_NS, ENDED_NS, RESULT = range(8)
+# BASE: address of the slot; VICTIM: layer * E + expert of whose slot it was; ARRANGED: whether the job has computed
+# with it, so that it is not fresh any more; RESULT: three words
+LOG_WORDS: Final = 10
 PENDING: Final = -(1 << 40)  # a result that is not known yet
 
 TOKEN_BIT: Final = 1 << 62

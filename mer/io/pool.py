@@ -88,7 +88,7 @@ class BufferPool:
         if len(reserves) != len(slot_counts) or min(reserves) < 1:
             raise ConfigError(f"demand needs a reserve of at least 1 slot of each kind, not {reserve}")
         self.evict: Callable[[Ticket], int | None] = lambda _: None
-        self.n_slots = sum(slot_counts)
+        self.n_slots, self.n_kinds = sum(slot_counts), len(slot_counts)
         self._reserves = reserves
         self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
         self._states = [SlotState.FREE] * self.n_slots
@@ -173,14 +173,6 @@ class BufferPool:
     def has_free(self, kind: int) -> bool:
         """Return whether a slot of a kind is free, so that nothing must be given up for it."""
         return bool(self._free[kind])
-
-    def lease(self, kind: int) -> int | None:
-        """Take a free slot of a kind, which becomes FILLING, unless there is none or demand waits for one."""
-        if not self._free[kind] or self._lines[Priority.DEMAND][kind]:
-            return None
-        slot = self._free[kind].pop()
-        self._move(slot, SlotState.FILLING, SlotState.FREE)
-        return slot
 
     def refill(self, slot: int) -> None:
         """Note that something else is being read into a slot: READY becomes FILLING."""

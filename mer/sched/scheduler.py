@@ -213,7 +213,6 @@ class Scheduler:
     def _drop_speculation(self) -> None:
         """Ask for nothing more ahead of time: no batch is to come."""
         self._store.drop_ahead()
-        self._store.drop_spares()
         if self._prefetcher is not None:
             self._prefetcher.stop()
 

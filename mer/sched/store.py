@@ -57,7 +57,6 @@ class ExpertStore:
         pool: the accounting of the slots; the store answers its `evict`.
         kind_of: returns the class of slots that an expert fits.
         tier: experts that the worker has in memory of its own, and that need no slot; None if it has none.
-        spares: free slots of each class that are lent to jobs that make reads by themselves; none by default.
     """
 
     def __init__(
@@ -66,11 +65,8 @@ class ExpertStore:
         pool: BufferPool,
         kind_of: Callable[[int, int], int],
         tier: Tier | None = None,
-        spares: Sequence[int] = (),
     ) -> None:
         self.keeps_all = False
-        self._n_spares = tuple(spares)
-        self._spares: list[list[int]] = [[] for _ in spares]  # FILLING, of each class
         self._job_reads: JobReads | None = None  # while a job has it
         self._tier = tier
         self.cache = cache
@@ -186,8 +182,6 @@ class ExpertStore:
             self._fail(claim, refusal)  # before anything is evicted for it
         else:
             claim.ticket = self._ticket(claim.key, Priority.DEMAND)
-            if self._spares and self._spares[claim.ticket.kind]:
-                self.pool.release(self._spares[claim.ticket.kind].pop())
             self.pool.request(claim.ticket)
 
     def give_up(self, claims: Iterable[Claim]) -> None:
@@ -283,30 +277,13 @@ class ExpertStore:
         """
         if self._ahead_tickets:
             return None
-        for kind, n in enumerate(self._n_spares):
-            spares = self._spares[kind]
-            while len(spares) < n and (slot := self.pool.lease(kind)) is not None:
-                spares.append(slot)
-        self._job_reads = self.fetcher.lend(self._spares, [(layer, loaded.expert) for loaded in pinned])
+        self._job_reads = self.fetcher.lend([(layer, loaded.expert) for loaded in pinned])
         return self._job_reads
 
     @property
     def lent(self) -> bool:
         """Whether a job makes reads by itself just now."""
         return self._job_reads is not None
-
-    @property
-    def spare_slots(self) -> int:
-        """How many free slots are set aside for jobs, or lent to one."""
-        return sum(map(len, self._spares))
-
-    def drop_spares(self) -> None:
-        """Give spare slots back, unless a job has them."""
-        if self._job_reads is not None:
-            return
-        for slots in self._spares:
-            while slots:
-                self.pool.release(slots.pop())
 
     def stop_reads(self) -> None:
         """Let the job that runs begin no more reads: it ends where it misses an expert."""
@@ -319,11 +296,7 @@ class ExpertStore:
             return []
         self.stalled_s += self._job_reads.waited_s
         self._job_reads = None
-        reads = self.fetcher.take_back(self._taken)
-        for read in reads:
-            if read.victim is None:
-                self._spares[self._kind_of(read.layer, read.expert)].remove(read.slot)
-        return reads
+        return self.fetcher.take_back(self._taken)
 
     def _taken(self, victim: ExpertKey) -> None:
         """Forget a resident whose slot a job has taken; called by the fetcher."""

@@ -37,9 +37,9 @@ def check_now(sim: SimEngine) -> None:
                 holders[resident.slot] = resident
                 assert states[resident.slot] in (SlotState.READY, SlotState.PINNED), "a resident's slot was given away"
     assert pool.ready + pool.pinned == cache.resident, "a slot has bytes that nobody knows"
-    assert pool.filling == fetcher.in_flight + sim.store.spare_slots, "a slot waits for a read that nobody has started"
+    assert pool.filling == fetcher.in_flight, "a slot waits for a read that nobody has started"
     demand = pool.waiting[Priority.DEMAND]
-    assert not (demand and pool.free + pool.ready + sim.store.spare_slots), "somebody waits for a slot that is there"
+    assert not (demand and pool.free + pool.ready), "somebody waits for a slot that is there"
     assert not (sum(pool.waiting) and pool.free and pool.permits), "speculation waits for a slot that is there"
     assert cache.hits + cache.misses == cache.lookups
     assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.abandoned + fetcher.in_flight

@@ -193,7 +193,7 @@ class SimEngine:
         assert s.submitted == s.finished + s.failed + s.cancelled
         assert kv.available == kv.n_blocks
         assert (pool.pinned, pool.quarantined, sum(pool.waiting)) == (0, 0, 0)
-        assert pool.filling == fetcher.in_flight + self.store.spare_slots
+        assert pool.filling == fetcher.in_flight
         assert fetcher.in_flight == 0 or self.engine._closed  # waiting for a retry that a closed engine will not make
         assert pool.free + pool.ready + pool.filling == pool.n_slots
         assert pool.ready == cache.resident
@@ -207,7 +207,6 @@ class SimEngine:
         if self.store.lent:  # a job was left alone when the engine was closed, and its reads with it
             assert self.engine._closed
             return
-        assert not self.store.spare_slots
         assert fetcher.reads_started == 3 * fetcher.started + fetcher.retried == len(self.disk.log)
         assert fetcher.bytes_read == self.disk.statistics().bytes_read
 
@@ -287,7 +286,7 @@ async def open_sim_engine(
         if job_reads and worth is not None and small_enough(experts, 4096, chunk_bytes):
             assert cache.addresses is not None
             reads = JobReads(experts, classes, arena, disk, cache.addresses, worth)
-        store = ExpertStore(cache, pool, classes.kind_of, spares=() if reads is None else (n_slots,))
+        store = ExpertStore(cache, pool, classes.kind_of)
         fetcher = Fetcher(
             pool,
             arena,

@@ -109,20 +109,16 @@ class SimReads:
         number, kind = int(control[N_LOGGED]), int(reads.experts[layer, expert, KIND])
         if number == MAX_LOGGED:
             return None
-        base, victim, aside = 0, -1, 0
-        if reads.n_spares[kind]:
-            reads.n_spares[kind] -= 1
-            base, aside = reads.spares[kind, reads.n_spares[kind]].tolist()
-        else:
-            found = self._victim(layer, kind)
-            if found is None:
-                return None
-            victim = found[0] * len(reads.used[0]) + found[1]
-            lead = int(reads.experts[(*found, PART + LEAD)])
-            base = int(reads.addresses[(*found, 0)]) - lead
-            reads.addresses[found] = 0
+        if reads.free[kind]:
+            return None
+        found = self._victim(layer, kind)
+        if found is None:
+            return None
+        base = int(reads.addresses[(*found, 0)]) - int(reads.experts[(*found, PART + LEAD)])
+        reads.addresses[found] = 0
         begun_ns = round(trio.current_time() * 1e9)
-        reads.log[number] = layer, expert, base, victim, aside, 0, begun_ns, 0, PENDING, PENDING, PENDING
+        victim = found[0] * len(reads.used[0]) + found[1]
+        reads.log[number] = layer, expert, base, victim, 0, begun_ns, 0, PENDING, PENDING, PENDING
         control[N_LOGGED] = number + 1
         return base
 

@@ -26,7 +26,6 @@ from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, step
 from mer.io.job_words import (
     ADDRESSES,
     ARRANGED,
-    ASIDE,
     BASE,
     BEGIN,
     BEGUN_NS,
@@ -40,6 +39,7 @@ from mer.io.job_words import (
     EXPERT_WORDS,
     EXPERTS,
     FILE,
+    FREE,
     IN_FLIGHT,
     KIND,
     LAYER,
@@ -48,11 +48,9 @@ from mer.io.job_words import (
     LOG,
     LOG_WORDS,
     MAX_LOGGED,
-    MAX_SPARES,
     N_EXPERTS,
     N_LAYERS,
     N_LOGGED,
-    N_SPARES,
     NEEDED,
     NEXT,
     PART,
@@ -63,7 +61,6 @@ from mer.io.job_words import (
     RING,
     SCRATCH,
     SERIAL,
-    SPARES,
     SQ_MASK,
     SQ_TAIL,
     SQES,
@@ -84,7 +81,7 @@ _ENTER = 426
 _YIELD, _CLOCK, _PPOLL = {"x86_64": (24, 228, 271), "aarch64": (124, 113, 73)}.get(platform.machine(), (-1, -1, -1))
 _MONOTONIC = 1
 _POLLIN = 1
-_OP_READ, _ASIDE = 22, 1 << 4
+_OP_READ = 22
 _SQE_BYTES, _CQE_BYTES = 64, 16
 _POLLS = 20  # between two yields
 _YIELD_NS = 3_000_000  # for so long a wait polls; then it sleeps
@@ -140,28 +137,21 @@ def log_read(control, layer, expert, begun_ns):  # type: ignore[no-untyped-def]
     if number == MAX_LOGGED:
         return 0
     kind = load_i64(expert_words(control, layer, expert), KIND)
-    left = load_i64(control, N_SPARES) + 8 * kind
-    spare = load_i64(left, 0) - 1
-    victim, aside = -1, 0
-    if spare >= 0:
-        store_i64(left, spare)
-        place = 2 * (MAX_SPARES * kind + spare)
-        base, aside = load_i64(load_i64(control, SPARES), place), load_i64(load_i64(control, SPARES), place + 1)
-    else:
-        victim = _victim(control, layer, kind)
-        if victim < 0:
-            return 0
-        words = load_i64(control, EXPERTS) + 8 * EXPERT_WORDS * victim
-        address = load_i64(control, ADDRESSES) + 24 * victim
-        base = load_i64(address, 0) - load_i64(words, PART + BEGIN) - load_i64(words, PART + LEAD)
-        for matrix in range(3):
-            store_i64(address + 8 * matrix, 0)
+    if load_i64(load_i64(control, FREE), kind) != 0:
+        return 0
+    victim = _victim(control, layer, kind)
+    if victim < 0:
+        return 0
+    words = load_i64(control, EXPERTS) + 8 * EXPERT_WORDS * victim
+    address = load_i64(control, ADDRESSES) + 24 * victim
+    base = load_i64(address, 0) - load_i64(words, PART + BEGIN) - load_i64(words, PART + LEAD)
+    for matrix in range(3):
+        store_i64(address + 8 * matrix, 0)
     entry = load_i64(control, LOG) + 8 * LOG_WORDS * number
     store_i64(entry + 8 * LAYER, layer)
     store_i64(entry + 8 * EXPERT, expert)
     store_i64(entry + 8 * BASE, base)
     store_i64(entry + 8 * VICTIM, victim)
-    store_i64(entry + 8 * ASIDE, aside)
     store_i64(entry + 8 * ARRANGED, 0)
     store_i64(entry + 8 * BEGUN_NS, begun_ns)
     store_i64(entry + 8 * ENDED_NS, 0)
@@ -177,9 +167,8 @@ def _prepare(control, read, tail):  # type: ignore[no-untyped-def]
     entry = load_i64(control, LOG) + 8 * LOG_WORDS * (read // 3)
     words = expert_words(control, load_i64(entry, LAYER), load_i64(entry, EXPERT))
     part = words + 8 * (PART + PART_WORDS * (read % 3))
-    aside = _ASIDE if load_i64(entry, ASIDE) != 0 else 0
     sqe = load_i64(control, SQES) + _SQE_BYTES * (tail & load_i64(control, SQ_MASK))
-    store_i32(sqe, 0, np.int32(_OP_READ | aside << 8))
+    store_i32(sqe, 0, np.int32(_OP_READ))
     store_i32(sqe, 1, np.int32(load_i64(part, FILE)))
     store_i64(sqe + 8, load_i64(part, START))
     store_i64(sqe + 16, load_i64(entry, BASE) + load_i64(part, BEGIN))

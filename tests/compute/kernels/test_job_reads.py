@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from collections.abc import Sequence
 from typing import Any, cast
 
 import attrs
@@ -87,6 +88,16 @@ class Rig:
     def make_resident(self, layer: int, expert: int, slot: int) -> None:
         self.reads.addresses[layer, expert] = self.arena.address(slot) + 300 + np.array([0, 4096, 9000])
 
+    def lend(self, kept: Sequence[tuple[int, int]]) -> None:
+        """Lend all slots but those kept; none is free."""
+        assert self.reads.lend([False] * len(self.reads.free), kept)
+
+    def lend_slots(self, slot: int, n: int) -> None:
+        """Lend the slots from one on: those of the first n experts of layer 4, who leave in this order."""
+        for number in range(n):
+            self.make_resident(4, number, slot + number)
+        self.lend([])
+
 
 class Wait:
     """The rows of a wait for some experts of layer 3, and of the two steps that work on them."""
@@ -144,7 +155,7 @@ def test_the_resident_leaves_that_the_policy_would_choose(seed: int) -> None:
         policy.use(visit % N_LAYERS, rng.permutation(N_EXPERTS)[:3].tolist())
     layer = 29 % N_LAYERS  # the one used last
     stays = set(sorted(resident)[::6])
-    assert reads.lend([[], []], sorted(stays)[::2])
+    it.lend(sorted(stays)[::2])
     for other, expert in sorted(stays)[1::2]:
         keep(reads.address, other, expert)
     missing = [expert for expert in range(N_EXPERTS) if (layer, expert) not in resident]
@@ -161,36 +172,48 @@ def test_the_resident_leaves_that_the_policy_would_choose(seed: int) -> None:
     assert reads.control[N_LOGGED] > 0
 
 
-def test_spare_slots_come_first_and_none_is_given_twice() -> None:
+def test_the_log_says_what_has_left_for_what() -> None:
     it = rig()
-    it.make_resident(2, 3, 9)
-    assert it.reads.lend([[(4, True), (17, False)]], [])
-    found = [log_read(it.reads.address, 1, expert, 10 * expert) for expert in range(4)]
-    assert found == [it.arena.address(17), it.arena.address(4), it.arena.address(9), 0]
+    it.lend_slots(9, 2)
+    assert [log_read(it.reads.address, 1, expert, 10 * expert) for expert in range(3)] == [
+        it.arena.address(9),
+        it.arena.address(10),
+        0,
+    ]
     given = it.reads.take_back()
     assert [(read.expert, read.slot, read.victim, read.begun_s) for read in given] == [
-        (0, 17, None, 0.0),
-        (1, 4, None, 1e-8),
-        (2, 9, (2, 3), 2e-8),
+        (0, 9, (4, 0), 0.0),
+        (1, 10, (4, 1), 1e-8),
     ]
-    assert not any(read.landed for read in given)
+    assert not any(read.landed or read.arranged for read in given)
     assert {token for read in given for token in read.tokens} == {None}
     for read in given:
         part = it.reads.experts[1, read.expert, 1:].reshape(3, 6)
         assert list(read.addresses) == [it.arena.address(read.slot) + int(words[4] + words[5]) for words in part]
 
 
+def test_as_long_as_a_class_has_free_slots_nobody_leaves_for_its_experts() -> None:
+    kinds = np.zeros((N_LAYERS, N_EXPERTS), np.int64)
+    kinds[:, 1::2] = 1
+    it = rig(kinds=kinds)
+    for expert in range(4):
+        it.make_resident(4, expert, expert + 40 * (expert % 2))
+    assert it.reads.lend([True, False], [])
+    assert log_read(it.reads.address, 0, 0, 0) == 0
+    assert log_read(it.reads.address, 0, 1, 0) == it.arena.address(41)
+
+
 def test_experts_that_are_fresh_stay() -> None:
     it = rig()
     it.reads.addresses[:] = -1
-    assert it.reads.lend([[]], [])
+    it.lend([])
     assert log_read(it.reads.address, 0, 0, 0) == 0
     assert (it.reads.addresses == -1).all()
 
 
 def test_a_job_reads_no_more_than_can_be_logged() -> None:
     it = rig()
-    assert it.reads.lend([[(1, False)]], [])
+    it.lend_slots(0, 1)
     it.reads.control[N_LOGGED] = MAX_LOGGED
     assert log_read(it.reads.address, 0, 0, 0) == 0
 
@@ -199,18 +222,16 @@ def test_what_the_kernel_does_not_take_is_left_to_the_reader() -> None:
     """The ring's tail is as before, and a wait gives up."""
     it = rig()
     it.ring.words[0] = 41
-    assert it.reads.lend([[(0, True), (1, False)]], [])
+    it.lend_slots(0, 2)
     for expert in (5, 6):
         assert log_read(it.reads.address, 3, expert, 0)
     submit(it.reads.address)
     assert it.ring.words[0] == 41
     assert (it.reads.control[NEXT], it.reads.control[IN_FLIGHT]) == (0, 0)
-    opcode, flags = it.ring.sqes[41 & 15, :2].tolist()
-    assert (opcode, flags) == (22, 0), "slot 1 has pages"
-    assert it.ring.sqes[44 & 15, 1] == 16, "slot 0 has none"
+    assert it.ring.sqes[41 & 15, :2].tolist() == [22, 0]
     part, sqe = it.reads.experts[3, 5, 1:].reshape(3, 6)[1], it.ring.sqes[42 & 15]
     assert sqe[4:8].view(np.int32).tolist() == [33]
-    assert sqe[8:24].view(np.int64).tolist() == [part[1], it.arena.address(1) + part[4]]
+    assert sqe[8:24].view(np.int64).tolist() == [part[1], it.arena.address(0) + part[4]]
     assert sqe[24:32].view(np.int32).tolist() == [part[2], 0]
     assert sqe[32:40].view(np.int64)[0] == TOKEN_BIT + 4 * it.reads.control[SERIAL] + 1
     assert Wait(it, 2).run()[:2] == (END, 4)
@@ -229,7 +250,7 @@ def test_a_wait_ends_with_what_is_there_or_the_first_read_that_is_not_whole(
 ) -> None:
     it = rig()
     it.ring.words[1:3] = first_index
-    assert it.reads.lend([[(0, False), (1, False)]], [])
+    it.lend_slots(0, 2)
     serial = int(it.reads.control[SERIAL])
     for expert in (5, 6):
         assert log_read(it.reads.address, 3, expert, 1000)
@@ -258,7 +279,7 @@ def test_a_wait_ends_with_what_is_there_or_the_first_read_that_is_not_whole(
 def test_experts_have_their_turn_as_they_land_and_in_order() -> None:
     """The second of four lands last: first the first, then nothing until the second, then all; at last one fails."""
     it = rig()
-    assert it.reads.lend([[(slot, False) for slot in range(6)]], [])
+    it.lend_slots(0, 6)
     assert log_read(it.reads.address, 2, 0, 1)  # of the layer before
     for expert in range(5):
         assert log_read(it.reads.address, 3, expert, 1)
@@ -277,15 +298,16 @@ def test_experts_have_their_turn_as_they_land_and_in_order() -> None:
     assert [read.arranged for read in it.reads.take_back()] == [False, True, True, True, True, False]
 
 
-def test_serials_are_never_used_twice_and_keep_what_the_last_job_kept_from_staying() -> None:
+def test_serials_are_never_used_twice_and_keep_nothing_from_leaving_for_the_next_job() -> None:
     it = rig()
     serials = []
     for turn in range(3):
         it.make_resident(0, 1, 7)
-        assert it.reads.lend([[(0, False)]], [(0, 1)] if turn == 0 else [])
+        it.make_resident(0, 2, 8)
+        it.lend([(0, 1)] if turn == 0 else [])
         serials.append(int(it.reads.control[SERIAL]))
-        assert log_read(it.reads.address, 4, 0, 0) == it.arena.address(0)
-        assert log_read(it.reads.address, 4, 1, 0) == (0 if turn == 0 else it.arena.address(7))
+        assert log_read(it.reads.address, 4, 0, 0) == it.arena.address(8 if turn == 0 else 7)
+        assert log_read(it.reads.address, 4, 1, 0) == (0 if turn == 0 else it.arena.address(8))
         assert all(result == PENDING for result in it.reads.log[0, RESULT:].tolist())
         it.reads.take_back()
     assert np.diff(serials).min() >= 2
