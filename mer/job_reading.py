@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mer.compute.worker import Tier
 from mer.io.arena import Arena
-from mer.io.chunks import DEFAULT_CHUNK_BYTES
 from mer.io.job_reads import JobReads, small_enough
 from mer.io.open_reader import OpenReader
 from mer.io.ring_reader import RingReader
@@ -28,8 +27,8 @@ def open_job_reads(
         return None, f"off: only io_uring can be lent ({opened.reason})"
     if ranks is None:
         return None, f"off: the policy {cache.statistics().policy} has to be asked who leaves"
-    if not small_enough(model.experts, plan.classes.alignment, DEFAULT_CHUNK_BYTES):
-        return None, f"off: a matrix of an expert is larger than {format_bytes(DEFAULT_CHUNK_BYTES)}"
+    if not small_enough(model.experts, plan.classes.alignment, reader.chunk_bytes):
+        return None, f"off: a matrix of an expert is larger than {format_bytes(reader.chunk_bytes)}"
     if reader.mirrored:
         return None, "off: mirrors share what there is to read"
     assert cache.addresses is not None

@@ -12,6 +12,7 @@ import trio
 
 import mer
 from mer.io.fetch import Fetcher
+from mer.io.job_words import GIVE_UP_NS
 from mer.io.ring import Ring
 from tests._lib.tiny_models import Type, tiny_model
 
@@ -59,7 +60,7 @@ def test_tokens_are_those_of_reads_by_the_reader(tmp_path: Path, kind: Type, slo
         assert by_jobs.settings.job_reads == "on"
         assert by_jobs.worker.jobs < by_threads.worker.jobs
         assert by_jobs.cache.lookups == by_threads.cache.lookups
-        assert by_jobs.cache.misses > 0
+        assert by_jobs.cache.misses >= by_jobs.fetcher.by_jobs > by_jobs.fetcher.handed_over
         assert by_jobs.fetcher.started == by_jobs.fetcher.landed == by_jobs.cache.misses
         assert by_jobs.fetcher.reads_landed == 3 * by_jobs.fetcher.landed
         assert by_jobs.pool.free + by_jobs.pool.ready == slots
@@ -134,27 +135,101 @@ def test_a_file_that_ends_early_is_an_error_of_those_that_need_it(tmp_path: Path
     trio.run(main)
 
 
-def test_reads_that_a_job_gives_up_are_heard_of_by_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every job is told to stop as it begins, or half of its reads are forgotten: tokens and accounts are the same."""
-    path = model(tmp_path)
-    real = Fetcher.lend
-    rng = np.random.default_rng(0)
+def impatient(monkeypatch: pytest.MonkeyPatch, share: float = 1.0) -> None:
+    """Let a share of the jobs wait for no read that has not ended when they come to it."""
+    real, rng = Fetcher.lend, np.random.default_rng(0)
 
-    def doubtful(self: Fetcher, *arguments: Any) -> Any:
+    def lend(self: Fetcher, *arguments: Any) -> Any:
         reads = real(self, *arguments)
-        if reads is not None and rng.random() < 0.5:
-            reads.stop()
-        elif reads is not None and rng.random() < 0.5:
-            reads.control[9] = 1  # one read at a time, so that most wait for others
+        if reads is not None:
+            reads.control[GIVE_UP_NS] = 0 if rng.random() < share else 1 << 40
         return reads
+
+    monkeypatch.setattr(Fetcher, "lend", lend)
+    monkeypatch.setattr("mer.io.fetch._LOANS_TO_SKIP", 0)
+
+
+@pytest.mark.parametrize("io_threads", [1, 2, 8])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_reads_that_a_job_does_not_wait_for_are_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, io_threads: int
+) -> None:
+    path = model(tmp_path)
 
     async def main() -> None:
         want, _ = await generate(path, PROMPTS, slots=12, io_engine="threads")
-        with monkeypatch.context() as patch:
-            patch.setattr(Fetcher, "lend", doubtful)
-            got, statistics = await generate(path, PROMPTS, slots=12, io_engine="io_uring")
+        impatient(monkeypatch)
+        got, statistics = await generate(
+            path, PROMPTS, slots=12, io_engine="io_uring", threads=threads, io_threads=io_threads
+        )
         assert got == want
-        assert statistics.fetcher.started == statistics.fetcher.landed == statistics.cache.misses
+        fetcher = statistics.fetcher
+        assert fetcher.handed_over > 10
+        assert fetcher.started == fetcher.landed == statistics.cache.misses >= fetcher.by_jobs >= fetcher.handed_over
         assert statistics.pool.free + statistics.pool.ready == 12
+        assert statistics.reader.started == statistics.reader.landed
+        assert statistics.reader.bytes_read == fetcher.bytes_read + statistics.dense_bytes_read
+
+    trio.run(main)
+
+
+def test_after_a_slow_read_jobs_read_nothing_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        impatient(monkeypatch)
+        monkeypatch.setattr("mer.io.fetch._LOANS_TO_SKIP", 10**9)
+        _, statistics = await generate(model(tmp_path), PROMPTS, slots=12, io_engine="io_uring")
+        assert 0 < statistics.fetcher.by_jobs == statistics.fetcher.handed_over < 0.1 * statistics.fetcher.started
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_at_once_with_cancellations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Everyone who stays gets what they get alone, and all accounts balance."""
+    path = model(tmp_path)
+    rng = np.random.default_rng(seed)
+    slots = int(rng.integers(6, 30))
+
+    async def main() -> None:
+        want, _ = await generate(path, PROMPTS, slots=slots, io_engine="threads")
+        impatient(monkeypatch, 0.2)
+        async with mer.open_engine(
+            path,
+            memory="1GiB",
+            slots=slots,
+            io_engine="io_uring",
+            prefetch="auto" if seed % 2 else "off",
+            threads=1 + seed // 2,
+        ) as engine:
+            done = []
+
+            async def call(number: int, patience: int) -> None:
+                prompt = PROMPTS[number % 3]
+                with trio.CancelScope() as scope:
+                    async with engine.stream(prompt, max_tokens=N_TOKENS, ignore_eos=True) as stream:
+                        tokens = []
+                        async for event in stream:
+                            if isinstance(event, mer.TokenEvent):
+                                tokens.append(event.token)
+                            if len(tokens) > patience:
+                                scope.cancel()
+                if not scope.cancelled_caught:
+                    assert tuple(tokens) == want[number % 3]
+                    done.append(number)
+
+            for _ in range(3):
+                async with trio.open_nursery() as nursery:
+                    for number in range(6):
+                        nursery.start_soon(call, number, 100 if rng.random() < 0.5 else int(rng.integers(0, N_TOKENS)))
+            with trio.fail_after(60):
+                while (pool := engine.statistics().pool).free + pool.ready < slots:
+                    await trio.lowlevel.checkpoint()
+            statistics = engine.statistics()
+            assert done
+            assert statistics.fetcher.by_jobs > 0
+            assert statistics.pool.ready == statistics.cache.resident
+            fetcher = statistics.fetcher
+            assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.abandoned
+            assert fetcher.reads_started == fetcher.reads_landed + fetcher.reads_cancelled
 
     trio.run(main)

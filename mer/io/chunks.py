@@ -135,7 +135,9 @@ class ChunkQueue:
         self._number += 1
         self._works[operation] = work
         self._lines[operation.priority].append(work)
-        return self._begin(self._cut(work), 0, now_s)
+        chunk = self._cut(work)
+        assert chunk.end == operation.length
+        return self._begin(chunk, 0, now_s)
 
     def promote(self, operation: ReadOperation, priority: Priority, now_s: float) -> None:
         """Move an operation that has not ended to a higher priority, among those started before and after it."""

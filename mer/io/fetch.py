@@ -31,6 +31,7 @@ ExpertKey: TypeAlias = tuple[int, int]
 DEFAULT_READ_DEADLINE_S: Final = 30.0
 _ROUNDING_S: Final = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once
 _LATE_S: Final = 1.0  # a look that comes so late: the process was stopped, or the event loop held up
+_LOANS_TO_SKIP: Final = 64  # after reads that a job has not waited for: the disk is slow, and the way to it no matter
 _DOWN: Final = 2  # index of the down projection: gate and up come before it in the order of parts
 
 
@@ -179,6 +180,7 @@ class Fetcher:
         self._on_done = on_done
         self._deadline_s = read_deadline_s
         self._job_reads = job_reads
+        self._loans_to_skip = 0
         self._in_flight: dict[ExpertKey, Fetch] = {}
         self._outstanding: dict[ReadOperation, tuple[Fetch, int]] = {}  # started and not landed
         self._written_off: set[ReadOperation] = set()  # of them
@@ -294,6 +296,9 @@ class Fetcher:
         reads = self._job_reads
         if reads is None or self._in_flight or not all(breaker.closed for breaker in self._breakers):
             return None
+        if self._loans_to_skip:
+            self._loans_to_skip -= 1
+            return None
         return reads if reads.lend([self._pool.has_free(kind) for kind in range(self._pool.n_kinds)], kept) else None
 
     def take_back(self, on_evicted: Callable[[ExpertKey], None]) -> list[JobRead]:
@@ -312,13 +317,18 @@ class Fetcher:
         for begun_s, together in itertools.groupby((read for read in begun if read.landed), lambda read: read.begun_s):
             self._account(begun_s, list(together))
         open_reads = [read for read in begun if not read.landed]
+        self._counts.by_jobs += len(begun)
+        self._counts.handed_over += len(open_reads)
+        if any(read.late for read in open_reads):
+            self._loans_to_skip = _LOANS_TO_SKIP
         fetches = [self._prepare(read.layer, read.expert, read.slot, Priority.DEMAND) for read in open_reads]
         for read, fetch in zip(open_reads, fetches, strict=True):
             given = [part for part in range(3) if read.tokens[part] is not None]
             for part in given:
                 token = read.tokens[part]
                 assert token is not None
-                fetch._reads[part] = self._job_reads.lender.adopt(fetch._reads[part], token, read.results[part])
+                operation, lender = fetch._reads[part], self._job_reads.lender
+                fetch._reads[part] = lender.adopt(operation, token, read.results[part], read.begun_s)
             self._note_started(fetch, given)
         for read, fetch in zip(open_reads, fetches, strict=True):
             self._start_reads(fetch, [part for part in range(3) if read.tokens[part] is None])
@@ -328,8 +338,9 @@ class Fetcher:
     def _account(self, begun_s: float, landed: Sequence[JobRead]) -> None:
         """Count what a job has read together."""
         assert self._job_reads is not None
-        lengths = []
-        for read in landed:
+        lengths, ended_s = [], []
+        for read in sorted(landed, key=lambda read: read.ended_s):
+            ended_s += [read.ended_s] * 3
             for part in self._experts[read.layer][read.expert].parts:
                 lengths.append(aligned_hull(part.offset, part.n_bytes, self._alignment)[1])
                 self._breakers[part.file].succeeded()
@@ -340,7 +351,7 @@ class Fetcher:
         self._counts.reads_started += len(lengths)
         self._counts.reads_landed += len(lengths)
         self._counts.bytes_read += sum(lengths)
-        self._job_reads.lender.account(lengths, begun_s, max(read.ended_s for read in landed))
+        self._job_reads.lender.account(lengths, begun_s, ended_s)
 
     def hold(self, fetch: Fetch) -> None:
         """Keep the slot of a fetch from being released, should it fail or be abandoned, until `let_go`.

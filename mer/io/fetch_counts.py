@@ -29,6 +29,8 @@ class FetcherStatistics:
     """
 
     started: int  # fetches
+    by_jobs: int  # of them: begun by jobs that read by themselves
+    handed_over: int  # of these: that jobs have not waited for, or of which a read has failed
     landed: int
     failed: int
     abandoned: int
@@ -77,3 +79,5 @@ class ReadCounts:
     retried: int = 0
     deadline_failures: int = 0
     refused: int = 0
+    by_jobs: int = 0
+    handed_over: int = 0

@@ -50,6 +50,7 @@ class FileReader(abc.ABC):
         engine: how it gets the kernel to read: "threads" or "io_uring".
         default_depth: reads of each drive that are under way at once, where nothing else is asked for.
         depth: the number in force.
+        chunk_bytes: the largest read.
 
     Args:
         paths: the files, numbered by their position.
@@ -90,7 +91,7 @@ class FileReader(abc.ABC):
         self._paths = tuple(os.fspath(path) for path in paths)
         self._mirrors = tuple(tuple(mirror) for mirror in mirrors)
         self._expected = expected
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self._token = token
         self.depth = self.default_depth if n_threads is None else n_threads
         self._queue = ChunkQueue(

@@ -7,7 +7,7 @@ reader's side of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import attrs
 import numpy as np
@@ -24,6 +24,7 @@ from mer.io.job_words import (
     EXPERT_WORDS,
     EXPERTS,
     FREE,
+    GIVE_UP_NS,
     IN_FLIGHT,
     LEAD,
     LOG,
@@ -48,7 +49,10 @@ from mer.io.job_words import (
     WEIGHTS,
 )
 from mer.io.operation import Reader, ReadOperation
+from mer.io.ranks import Ranks
 from mer.io.ring import RingAddresses
+
+_GIVE_UP_NS: Final = 50_000_000
 
 
 @attrs.frozen(kw_only=True)
@@ -66,6 +70,7 @@ class JobRead:
         results: of gate, up and down: bytes read or a negative error number, None if that is not known yet.
         tokens: of the reads in the ring; None for those that the kernel does not have yet.
         landed: whether all of the expert is in memory.
+        late: whether it has begun and the job has not waited for it, though none of its reads has failed.
         arranged: whether the job has computed with it, so that it is not fresh any more.
     """
 
@@ -79,21 +84,8 @@ class JobRead:
     results: tuple[int | None, ...]
     tokens: tuple[int | None, ...]
     landed: bool
+    late: bool
     arranged: bool
-
-
-@attrs.frozen(eq=False)
-class Ranks:
-    """What residents are worth: of those that may leave, the one that is worth least does.
-
-    A resident is worth `values[layer, expert] * weights[layer] * patience[place]`, where the place of the layer that
-    needs the room is 0, that of the layer visited before it 1, and so on; among equals the one of the lowest place
-    leaves, and of these the lowest number.
-    """
-
-    values: npt.NDArray[np.float64]  # [L, E]
-    weights: npt.NDArray[np.float64]  # [L]
-    patience: npt.NDArray[np.float64]  # [L]
 
 
 class Lender(Reader, Protocol):
@@ -113,20 +105,21 @@ class Lender(Reader, Protocol):
     def take_back(self) -> None:
         """Take over the ring again; `adopt` must follow for every read that the job has begun and not heard of."""
 
-    def adopt(self, operation: ReadOperation, token: int, result: int | None) -> ReadOperation:
+    def adopt(self, operation: ReadOperation, token: int, result: int | None, begun_s: float) -> ReadOperation:
         """Go on with a read that a job has begun, as if it had been started here.
 
         Args:
             operation: the read, of one chunk.
             token: what the job has called it.
             result: bytes read or a negative error number; None if the kernel is still at it.
+            begun_s: when the job has begun it.
 
         Returns:
             The operation that will land in its place, with its `on_landed`; as a rule itself.
         """
 
-    def account(self, lengths: Sequence[int], begun_s: float, ended_s: float) -> None:
-        """Count reads of so many bytes that a job has begun together, and that have landed."""
+    def account(self, lengths: Sequence[int], begun_s: float, ended_s: Sequence[float]) -> None:
+        """Count reads of so many bytes that a job has begun together, and that have landed, in this order."""
 
 
 class JobReads:
@@ -186,7 +179,7 @@ class JobReads:
             assert table.flags.c_contiguous
             assert table.itemsize == 8
             self.control[word] = table.ctypes.data
-        self.control[[N_LAYERS, N_EXPERTS, SERIAL]] = *self.used.shape, 1
+        self.control[[N_LAYERS, N_EXPERTS, SERIAL, GIVE_UP_NS]] = *self.used.shape, 1, _GIVE_UP_NS
         self.address = int(self.control.ctypes.data)
 
     @property
@@ -234,7 +227,9 @@ class JobReads:
         """Return what an entry of the log says."""
         layer, expert, base, victim, arranged, begun_ns, ended_ns, *results = words
         parts = self.experts[layer, expert, PART:].reshape(3, PART_WORDS)
-        token = TOKEN_BIT + 4 * (serial + number)
+        token, first_read = TOKEN_BIT + 4 * (serial + number), 3 * number
+        whole = [result >= least for result, least in zip(results, parts[:, NEEDED].tolist(), strict=True)]
+        failed = any(result != PENDING and not one for result, one in zip(results, whole, strict=True))
         gate, up, down = (base + parts[:, BEGIN] + parts[:, LEAD]).tolist()
         return JobRead(
             layer=layer,
@@ -245,8 +240,9 @@ class JobReads:
             begun_s=begun_ns / 1e9,
             ended_s=ended_ns / 1e9,
             results=tuple(None if result == PENDING else result for result in results),
-            tokens=tuple(token + part if 3 * number + part < n_given else None for part in range(3)),
-            landed=all(result >= least for result, least in zip(results, parts[:, NEEDED].tolist(), strict=True)),
+            tokens=tuple(token + part if first_read + part < n_given else None for part in range(3)),
+            landed=all(whole),
+            late=first_read < n_given and not all(whole) and not failed,
             arranged=bool(arranged),
         )
 

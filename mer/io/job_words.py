@@ -36,8 +36,9 @@ SERIAL: Final = 21  # of the log's first entry; serials are never used twice
 NEXT: Final = 22  # the first read, 3 * entry + part, that the kernel does not have yet
 IN_FLIGHT: Final = 23  # reads that it has
 WAITED_NS: Final = 24  # time that the job had nothing to do but to wait
-SCRATCH: Final = 25  # three words for system calls
-CONTROL_WORDS: Final = 28
+GIVE_UP_NS: Final = 25  # how long after its reads of a layer began a job waits for them
+SCRATCH: Final = 26  # three words for system calls
+CONTROL_WORDS: Final = 29
 # an expert: the class of its slot, and for each matrix what is read and where to
 KIND: Final = 0
 PART: Final = 1  # the first matrix's words begin here

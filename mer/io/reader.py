@@ -54,7 +54,7 @@ class ThreadReader(FileReader):
             for operation in operations:
                 self._meter.start(now_s)
                 told = self._note(self._queue.add(operation, self._paths[operation.file], now_s)) or told
-                n_chunks += -(-operation.length // self._chunk_bytes)
+                n_chunks += -(-operation.length // self.chunk_bytes)
             for idle in self._idle:
                 idle.notify(n_chunks)
         self._tell(told)

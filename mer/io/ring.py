@@ -155,7 +155,7 @@ class Ring:
 
     def lend(self) -> RingAddresses:
         """Leave the rings to somebody else until `resume`; the eventfd tells of nothing meanwhile."""
-        _WORD.pack_into(self._rings, self._cq_flags, _EVENTFD_DISABLED)
+        self._notify(_EVENTFD_DISABLED)
         rings, sqes = _address(self._rings), _address(self._sqes)
         return RingAddresses(
             fileno=self._fd,
@@ -169,16 +169,20 @@ class Ring:
         )
 
     def resume(self) -> None:
-        """Take over the rings again, and what has completed and was not looked at."""
+        """Take over the rings again; `adopt` what was begun meanwhile and not heard of."""
         self._tail = _WORD.unpack_from(self._rings, self._sq_tail)[0]
-        _WORD.pack_into(self._rings, self._cq_flags, 0)
-        if _WORD.unpack_from(self._rings, self._cq_head) != _WORD.unpack_from(self._rings, self._cq_tail):
-            os.eventfd_write(self._event, 1)
+        self._notify(0)
 
-    def redeliver(self, token: int, result: int) -> None:
-        """Let `completed` tell of a read that somebody else has heard of."""
-        self._known.append((token, result))
-        os.eventfd_write(self._event, 1)
+    def adopt(self, token: int, result: int | None) -> None:
+        """Let `completed` tell of a read that somebody else has begun, and has heard of if there is a result."""
+        if result is not None:
+            self._known.append((token, result))
+        os.eventfd_write(self._event, 1)  # it may have completed before `resume`
+
+    def _notify(self, flags: int) -> None:
+        """Let the eventfd tell of completions or not, if the kernel can: before 5.8 it always does."""
+        if self._cq_flags:
+            _WORD.pack_into(self._rings, self._cq_flags, flags)
 
     def reset(self) -> None:
         """Make the eventfd unreadable until something completes; to be called before `completed`."""

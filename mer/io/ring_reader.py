@@ -129,26 +129,24 @@ class RingReader(FileReader):
         self._ring.resume()
         self._fill(time.monotonic())
 
-    def adopt(self, operation: ReadOperation, token: int, result: int | None) -> ReadOperation:
+    def adopt(self, operation: ReadOperation, token: int, result: int | None, begun_s: float) -> ReadOperation:
         """Go on with a read that a job has begun; see `Lender.adopt`."""
         assert self._ring is not None
-        now_s = time.monotonic()
-        self._meter.start(now_s)
-        self._reading[token] = _Reading(self._queue.add_begun(operation, self._paths[operation.file], now_s))
+        self._meter.start(begun_s)
+        self._reading[token] = _Reading(self._queue.add_begun(operation, self._paths[operation.file], begun_s))
         self._busy[0] += 1
-        if result is not None:
-            self._ring.redeliver(token, result)
+        self._ring.adopt(token, result)
         return operation
 
-    def account(self, lengths: Sequence[int], begun_s: float, ended_s: float) -> None:
+    def account(self, lengths: Sequence[int], begun_s: float, ended_s: Sequence[float]) -> None:
         """Count reads that a job has made; see `Lender.account`."""
         copy = self._queue.copies[0]
         for _ in lengths:
             self._meter.start(begun_s)
             copy.begin(begun_s)
-        for length in lengths:
-            self._meter.land(length, Priority.DEMAND, begun_s, begun_s, ended_s)
-            copy.succeed(length, begun_s, ended_s)
+        for length, end_s in zip(lengths, ended_s, strict=True):
+            self._meter.land(length, Priority.DEMAND, begun_s, begun_s, end_s)
+            copy.succeed(length, begun_s, end_s)
 
     def statistics(self) -> ReaderStatistics:
         """Return a snapshot of what was read so far."""

@@ -8,8 +8,8 @@ import attrs
 import numpy as np
 
 from mer.compute.worker import Int64Array, LoadedExpert
-from mer.io.job_reads import Ranks
 from mer.io.priority import Priority
+from mer.io.ranks import Ranks
 from mer.sched.policy import ExpertKey, Policy
 
 

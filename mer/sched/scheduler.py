@@ -158,7 +158,7 @@ class Scheduler:
                 cancelled.append(sequence)
         for sequence in cancelled:
             self._let_go(sequence)
-        if any(sequence.cancelled for sequence in self._running):
+        if all(sequence.cancelled for sequence in self._running):
             self._store.stop_reads()
         self._wake_up()
         self._store.wake()

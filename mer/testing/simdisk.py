@@ -236,7 +236,7 @@ class SimDisk:
         assert self._lent
         self._lent = False
 
-    def adopt(self, operation: ReadOperation, token: int, result: int | None) -> ReadOperation:
+    def adopt(self, operation: ReadOperation, token: int, result: int | None, begun_s: float) -> ReadOperation:
         """Go on with a read that a job has begun; see `Lender.adopt`."""
         begun = self._job_reads[token]
         begun.on_landed = operation.on_landed
@@ -245,7 +245,7 @@ class SimDisk:
             self._changed.set()
         return begun
 
-    def account(self, lengths: Sequence[int], begun_s: float, ended_s: float) -> None:
+    def account(self, lengths: Sequence[int], begun_s: float, ended_s: Sequence[float]) -> None:
         """Do nothing: reads of jobs are counted as all others are."""
 
     # --- faults ---

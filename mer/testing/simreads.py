@@ -6,7 +6,6 @@ import errno
 from collections.abc import Sequence
 from functools import partial
 from math import inf
-from typing import Final
 
 import trio
 
@@ -17,8 +16,10 @@ from mer.io.job_words import (
     ARRANGED,
     BASE,
     BEGIN,
+    BEGUN_NS,
     ENDED_NS,
     EXPERT,
+    GIVE_UP_NS,
     IN_FLIGHT,
     KIND,
     LAYER,
@@ -40,8 +41,6 @@ from mer.io.job_words import (
 )
 from mer.io.operation import ReadOperation
 from mer.testing.simdisk import SimDisk
-
-GIVE_UP_S: Final = 0.05  # as long as a job waits for its reads
 
 
 class SimReads:
@@ -66,9 +65,10 @@ class SimReads:
         """Begin to read a layer's missing experts; return where they will be, or None if the job is to end here."""
         if self._control[STOP]:
             return None
+        begun_ns = round(trio.current_time() * 1e9)
         found = []
         for expert in missing:
-            base = self._log(layer, expert)
+            base = self._log(layer, expert, begun_ns)
             if base is None:
                 return None
             gate, up, down = (base + begin + lead for _, _, _, _, begin, lead in self._parts(layer, expert))
@@ -84,7 +84,7 @@ class SimReads:
             arranged from here on.
         """
         first, began_s = int(self._control[N_LOGGED]) - n_waiting, trio.current_time()
-        with trio.move_on_after(GIVE_UP_S):
+        with trio.move_on_at((int(self._reads.log[first, BEGUN_NS]) + int(self._control[GIVE_UP_NS])) / 1e9):
             await self._landed_or_failed(first)
         self._control[WAITED_NS] += round((trio.current_time() - began_s) * 1e9)
         n = 0
@@ -103,7 +103,7 @@ class SimReads:
         words: list[list[int]] = self._reads.experts[layer, expert, PART:].reshape(3, PART_WORDS).tolist()
         return words
 
-    def _log(self, layer: int, expert: int) -> int | None:
+    def _log(self, layer: int, expert: int, begun_ns: int) -> int | None:
         """Find a slot for an expert and note that it is to be read there; return where it begins."""
         reads, control = self._reads, self._control
         number, kind = int(control[N_LOGGED]), int(reads.experts[layer, expert, KIND])
@@ -116,7 +116,6 @@ class SimReads:
             return None
         base = int(reads.addresses[(*found, 0)]) - int(reads.experts[(*found, PART + LEAD)])
         reads.addresses[found] = 0
-        begun_ns = round(trio.current_time() * 1e9)
         victim = found[0] * len(reads.used[0]) + found[1]
         reads.log[number] = layer, expert, base, victim, 0, begun_ns, 0, PENDING, PENDING, PENDING
         control[N_LOGGED] = number + 1

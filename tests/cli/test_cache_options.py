@@ -62,11 +62,15 @@ def test_an_answer_whose_heat_cannot_be_saved_is_there_all_the_same(
 
 
 def test_record_profile_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run's trace, replayed with its policy and slots, hits as the run did; its heat is that of the trace."""
+    """A run's trace, replayed with its policy and slots, hits as the run did; its heat is that of the trace.
+
+    If no job reads by itself: those go by what the policy knew before the token.
+    """
     trace, heat = tmp_path / "t", tmp_path / "h.json"
 
     def run_json(*arguments: str) -> dict[str, Any]:
-        assert run_app([*RUN, "Once upon a time", *arguments, "--prefetch", "off", "--json"]) == Exit.OK
+        settings = ("--prefetch", "off", "--io-engine", "threads", "--json")
+        assert run_app([*RUN, "Once upon a time", *arguments, *settings]) == Exit.OK
         return json.loads(capsys.readouterr().out)
 
     first = run_json("--trace", str(trace), "--save-heat", str(heat))

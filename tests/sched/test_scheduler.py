@@ -14,6 +14,7 @@ from mer.errors import ComputeError, EngineClosed, MerError, NumericsError, Read
 from mer.sched.events import Completion, PrefillEvent, TokenEvent
 from mer.sched.sequence import CHANNEL_EVENTS
 from mer.testing.cancel import Subject, cancel_at_every_step
+from mer.testing.invariants import check_now, watch
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simengine import SimEngine, open_sim_engine
 from mer.testing.simworker import JobCost, SimModel
@@ -429,6 +430,27 @@ async def test_a_failed_job_fails_its_batch_and_spoils_no_expert(autojump_clock:
         assert [type(error) for error in errors] == [ComputeError, ComputeError]
         await generate(sim, (5, 6))
         await generate(sim, (7,))
+        await sim.check_quiet()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("job", range(8, 48, 4))
+async def test_a_failed_job_that_reads_by_itself_spoils_no_expert(
+    autojump_clock: MockClock, job: int, seed: int
+) -> None:
+    async with open_sim_engine(
+        model=SimModel(n_layers=4, n_experts=6, seed=seed), n_slots=9, failures=frozenset({job}), job_reads=True
+    ) as sim:
+        errors: list[MerError] = []
+        with watch(lambda: check_now(sim)):
+            for prompt in ((5, 6), (7,), (8, 9)):
+                try:
+                    await sim.engine.generate(prompt, max_tokens=12, ignore_eos=True)
+                except MerError as error:
+                    errors.append(error)
+            await generate(sim, (5, 6))
+        assert [type(error) for error in errors] == [ComputeError]
+        assert sim.fetcher.statistics().by_jobs > 0
         await sim.check_quiet()
 
 

@@ -40,6 +40,7 @@ from mer.io.job_words import (
     EXPERTS,
     FILE,
     FREE,
+    GIVE_UP_NS,
     IN_FLIGHT,
     KIND,
     LAYER,
@@ -86,7 +87,6 @@ _SQE_BYTES, _CQE_BYTES = 64, 16
 _POLLS = 20  # between two yields
 _YIELD_NS = 3_000_000  # for so long a wait polls; then it sleeps
 _NAP_NS = 1_000_000
-GIVE_UP_NS = 50_000_000  # a wait that lasts so long is left to whoever has sent the job
 
 
 @njit
@@ -291,12 +291,14 @@ def await_reads(row: int, thread: int, _n_threads: int) -> None:
     control = load_i64(row, ARG0)
     first, n, ready = load_i64(row, FIRST), load_i64(row, N_MISSING), load_i64(row, N_HANDED)
     begun_ns = now_ns(control)
+    reads_ns = load_i64(load_i64(control, LOG) + 8 * LOG_WORDS * first, BEGUN_NS)
+    last_ns = reads_ns + load_i64(control, GIVE_UP_NS)
     waited_ns = 0
     whole = True
     while True:
         n_read = _reap(control)
         whole = n_read >= 0
-        if not whole or _landed(control, first + ready) or waited_ns > GIVE_UP_NS:
+        if not whole or _landed(control, first + ready) or begun_ns + waited_ns > last_ns:
             break
         if n_read > 0:
             submit(control)

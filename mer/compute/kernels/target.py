@@ -17,6 +17,7 @@ from pathlib import Path
 from llvmlite import binding
 
 from mer.errors import ConfigError
+from mer.io import job_words
 from mer.paths import cache_folder
 from mer.version import VERSION
 
@@ -70,9 +71,14 @@ def _choose_form() -> Form:
     return form
 
 
+def sources() -> list[Path]:
+    """Return the files that the compiled code depends on: all kernels, and the constants that they import."""
+    return [*sorted(Path(__file__).parent.glob("*.py")), Path(job_words.__file__)]
+
+
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
 

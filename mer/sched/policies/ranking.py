@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mer.io.job_reads import Ranks
+from mer.io.ranks import Ranks
 from mer.sched.keys import ExpertKey
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,16 +13,31 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mer.compute.kernels.job_reads import END, FIRST, await_reads, keep, log_read, next_turn, submit
+from mer.compute.kernels.dispatch import dispatch
+from mer.compute.kernels.job_reads import END, FIRST, await_reads, begin_reads, keep, log_read, next_turn, submit
 from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS
 from mer.compute.program import Program
 from mer.io.arena import Arena
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
 from mer.io.ggml import GGMLType
-from mer.io.job_reads import JobReads, Ranks
-from mer.io.job_words import IN_FLIGHT, MAX_LOGGED, N_LOGGED, NEXT, PENDING, RESULT, SERIAL, TOKEN_BIT, VICTIM
+from mer.io.job_reads import JobReads
+from mer.io.job_words import (
+    BEGUN_NS,
+    GIVE_UP_NS,
+    IN_FLIGHT,
+    MAX_LOGGED,
+    N_LOGGED,
+    NEXT,
+    PENDING,
+    RESULT,
+    SERIAL,
+    TOKEN_BIT,
+    VICTIM,
+)
+from mer.io.ranks import Ranks
 from mer.io.ring import RingAddresses
 from mer.sched.policies.lfru import LFRU
+from mer.testing.simreads import SimReads
 
 N_LAYERS, N_EXPERTS = 5, 7
 
@@ -162,12 +178,19 @@ def test_the_resident_leaves_that_the_policy_would_choose(seed: int) -> None:
     for expert in missing:
         kind = int(kinds[layer, expert])
         want = policy.victim(layer, lambda key: key not in stays, kind=kind)
-        base = it.reads.addresses[want][0] - 300 if want is not None else 0
-        assert log_read(reads.address, layer, expert, 1) == base
         if want is None:
+            assert log_read(reads.address, layer, expert, 1) == 0
             continue
+        before = reads.addresses[want].copy()
+        base = int(before[0]) - 300
+        assert log_read(reads.address, layer, expert, 1) == base
         assert divmod(int(reads.log[int(reads.control[N_LOGGED]) - 1, VICTIM]), N_EXPERTS) == want
-        assert (it.reads.addresses[want] == 0).all()
+        logged = reads.log[int(reads.control[N_LOGGED]) - 1].tolist()
+        reads.control[N_LOGGED] -= 1
+        reads.addresses[want] = before
+        assert SimReads(reads, cast(Any, None), it.arena)._log(layer, expert, 1) == base
+        assert reads.log[int(reads.control[N_LOGGED]) - 1, :5].tolist() == logged[:5]
+        assert (reads.addresses[want] == 0).all()
         policy.remove(want)
     assert reads.control[N_LOGGED] > 0
 
@@ -234,8 +257,10 @@ def test_what_the_kernel_does_not_take_is_left_to_the_reader() -> None:
     assert sqe[8:24].view(np.int64).tolist() == [part[1], it.arena.address(0) + part[4]]
     assert sqe[24:32].view(np.int32).tolist() == [part[2], 0]
     assert sqe[32:40].view(np.int64)[0] == TOKEN_BIT + 4 * it.reads.control[SERIAL] + 1
+    it.reads.log[0, BEGUN_NS] = time.monotonic_ns()
+    it.reads.control[GIVE_UP_NS] = 5_000_000
     assert Wait(it, 2).run()[:2] == (END, 4)
-    assert it.reads.waited_s >= 0.05
+    assert it.reads.waited_s > 0
 
 
 def complete(it: Rig, read: int, result: int) -> None:
@@ -296,6 +321,48 @@ def test_experts_have_their_turn_as_they_land_and_in_order() -> None:
     complete(it, 16, needed - 1)
     assert wait.run()[:2] == (END, 4)
     assert [read.arranged for read in it.reads.take_back()] == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("obstacle", ["fresh", "stop", "no loan", None])
+def test_dispatch_reads_what_is_missing_unless_something_stands_against_it(obstacle: str | None) -> None:
+    """One token on experts 1, 2 and 6 of layer 1, of which 2 is missing, or there and fresh."""
+    it = rig()
+    it.lend_slots(20, 2)
+    for expert in (1, 2, 6):
+        it.make_resident(1, expert, expert)
+    it.reads.addresses[1, 2] = -1 if obstacle == "fresh" else 0
+    if obstacle == "stop":
+        it.reads.stop()
+    ids, areas = np.array([6, 1, 2], np.int32), np.zeros((6, 64), np.int64)
+    ends, table, missing, places, order, log = (int(area.ctypes.data) for area in areas)
+    words, program, steps = np.zeros(3, np.int64), Program(), 2
+    stop = int(words.ctypes.data)
+    program.add(
+        dispatch, int(ids.ctypes.data), 3, 3, N_EXPERTS, int(it.reads.addresses[1].ctypes.data), ends, table, missing,
+        steps, places, order, log, stop, 1, stop + 8, stop + 16, 0 if obstacle == "no loan" else it.reads.address,
+    )  # fmt: skip
+    for _ in range(8):
+        program.add(begin_reads, 7, 7)
+    program.rows[1:, COUNTER] = 55
+    function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(dispatch.address)
+    for thread in (1, 0):
+        function(program.address, thread, 2)
+    assert areas[5].view(np.int32)[:3].tolist() == [6, 1, 2], "the ids are copied"
+    if obstacle is not None:
+        assert words.tolist()[:2] == [2, END]
+        assert it.reads.control[N_LOGGED] == 0
+        return
+    assert words.tolist() == [0, 0, 0]
+    assert it.reads.control[N_LOGGED] == 1
+    entries = areas[1].reshape(8, 8)[:2].tolist()
+    addresses = it.reads.addresses[1]
+    assert entries == [[*addresses[1].tolist(), 1, 0, 0, 0, 0], [*addresses[6].tolist(), 1, 2, 2, 0, 0]]
+    read = it.reads.take_back()[0]
+    assert (read.layer, read.expert, read.victim, read.slot) == (1, 2, (4, 0), 20)
+    assert areas[2].reshape(8, 8)[0].tolist() == [*read.addresses, 1, 1, 1, 3, 0], "it is fresh"
+    assert program.rows[2:4, [COUNTER, ARG0, ARG0 + 1]].tolist() == [[0, table, 2]] * 2
+    assert program.rows[4, FIRST : FIRST + 3].tolist() == [0, 1, 0]
+    assert it.reads.used[1].tolist() == [0, *[it.reads.control[SERIAL]] * 2, 0, 0, 0, it.reads.control[SERIAL]]
 
 
 def test_serials_are_never_used_twice_and_keep_nothing_from_leaving_for_the_next_job() -> None:
