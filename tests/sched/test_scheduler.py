@@ -434,7 +434,7 @@ async def test_a_failed_job_fails_its_batch_and_spoils_no_expert(autojump_clock:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("job", range(8, 48, 4))
+@pytest.mark.parametrize("job", range(8, 48, 6))
 async def test_a_failed_job_that_reads_by_itself_spoils_no_expert(
     autojump_clock: MockClock, job: int, seed: int
 ) -> None:
