@@ -123,21 +123,21 @@ class ChunkQueue:
 
     def add(self, operation: ReadOperation, path: str, now_s: float) -> list[Work]:
         """Put an operation in line; return what has ended, which it does at once if no thread is left to read it."""
-        work = Work(operation, path, self._number, now_s, now_s)
-        self._number += 1
-        self._works[operation] = work
-        self._lines[operation.priority].append(work)
+        self._line_up(operation, path, now_s)
         return [] if any(copy.working for copy in self.copies) else self._give_up_all(_ALL_HANG)
 
     def add_begun(self, operation: ReadOperation, path: str, now_s: float) -> Chunk:
         """Take over an operation of one chunk that is being read from the first copy already; return the chunk."""
+        chunk = self._cut(self._line_up(operation, path, now_s))
+        assert chunk.end == operation.length
+        return self._begin(chunk, 0, now_s)
+
+    def _line_up(self, operation: ReadOperation, path: str, now_s: float) -> Work:
         work = Work(operation, path, self._number, now_s, now_s)
         self._number += 1
         self._works[operation] = work
         self._lines[operation.priority].append(work)
-        chunk = self._cut(work)
-        assert chunk.end == operation.length
-        return self._begin(chunk, 0, now_s)
+        return work
 
     def promote(self, operation: ReadOperation, priority: Priority, now_s: float) -> None:
         """Move an operation that has not ended to a higher priority, among those started before and after it."""

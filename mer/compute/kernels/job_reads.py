@@ -5,8 +5,6 @@ The layouts of the ring are those of <linux/io_uring.h>.
 
 from __future__ import annotations
 
-import platform
-
 import numpy as np
 
 from mer.compute.kernels.entry import ENTRY_WORDS
@@ -23,6 +21,7 @@ from mer.compute.kernels.ir import (
 )
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, step
+from mer.compute.kernels.system_calls import CLOCK_GETTIME, IO_URING_ENTER, PPOLL, SCHED_YIELD
 from mer.io.job_words import (
     ADDRESSES,
     ARRANGED,
@@ -77,9 +76,6 @@ from mer.io.job_words import (
 FIRST, N_MISSING, N_HANDED = ARG0 + 6, ARG0 + 7, ARG0 + 8  # words of the row of `await_reads`
 END = 1 << 40  # for a barrier's word: the program's rows are left out, all that are left
 
-# Linux system call numbers
-_ENTER = 426
-_YIELD, _CLOCK, _PPOLL = {"x86_64": (24, 228, 271), "aarch64": (124, 113, 73)}.get(platform.machine(), (-1, -1, -1))
 _MONOTONIC = 1
 _POLLIN = 1
 _OP_READ = 22
@@ -93,7 +89,7 @@ _NAP_NS = 1_000_000
 def now_ns(control):  # type: ignore[no-untyped-def]
     """Return CLOCK_MONOTONIC in nanoseconds."""
     time = control + 8 * SCRATCH
-    syscall6(_CLOCK, _MONOTONIC, time, 0, 0, 0, 0)
+    syscall6(CLOCK_GETTIME, _MONOTONIC, time, 0, 0, 0, 0)
     return load_i64(time, 0) * 1_000_000_000 + load_i64(time, 1)
 
 
@@ -192,7 +188,7 @@ def submit(control):  # type: ignore[no-untyped-def]
     atomic_store(tail_address, tail + last - read)
     errors = 0
     while read < last:
-        taken = syscall6(_ENTER, ring, last - read, 0, 0, 0, 0)
+        taken = syscall6(IO_URING_ENTER, ring, last - read, 0, 0, 0, 0)
         if taken > 0:
             read += taken
             in_flight += taken
@@ -246,7 +242,7 @@ def _nap(control):  # type: ignore[no-untyped-def]
     store_i32(waited_for, 1, np.int32(_POLLIN))
     store_i64(time, 0)
     store_i64(time + 8, _NAP_NS)
-    syscall6(_PPOLL, waited_for, 1, time, 0, 8, 0)
+    syscall6(PPOLL, waited_for, 1, time, 0, 8, 0)
 
 
 @njit
@@ -305,7 +301,7 @@ def await_reads(row: int, thread: int, _n_threads: int) -> None:
         if waited_ns < _YIELD_NS:
             for _ in range(_POLLS):
                 pause()
-            syscall6(_YIELD, 0, 0, 0, 0, 0, 0)
+            syscall6(SCHED_YIELD, 0, 0, 0, 0, 0, 0)
         else:
             _nap(control)
         waited_ns = now_ns(control) - begun_ns

@@ -10,8 +10,6 @@ The control block's words lie on cache lines of their own; the offsets below are
 
 from __future__ import annotations
 
-import platform
-
 from numba import types
 
 from mer.compute.kernels.ir import (
@@ -26,7 +24,7 @@ from mer.compute.kernels.ir import (
 )
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import BARRIER, FUNCTION, ROW_WORDS, nogil_function
-from mer.errors import ConfigError
+from mer.compute.kernels.system_calls import FUTEX, SCHED_YIELD, WRITE
 
 CONTROL_BYTES = 512
 GENERATION = 0  # bumped to start a program or to stop; idle threads sleep on it
@@ -38,11 +36,6 @@ LENGTH = 264  # int64 number of rows
 FINISHED = 272  # int64 eventfd to write to when a program has finished
 ONE = 280  # int64 1, what is written
 
-_MACHINE = platform.machine()
-# Linux system call numbers
-_FUTEX, _WRITE, _YIELD = {"x86_64": (202, 1, 24), "aarch64": (98, 64, 124)}.get(_MACHINE, (-1, -1, -1))
-if _FUTEX < 0:
-    raise ConfigError(f"mer computes on x86_64 and aarch64 processors, not on {_MACHINE}")
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, process-private
 # A thread that waits polls for a microsecond, yields, and so on for some 0.3 ms; then it sleeps. On a virtual machine,
 # waking up from that takes some 50 us, longer than most barriers and than the time between two jobs.
@@ -61,16 +54,16 @@ def _wait_change(address, seen):  # type: ignore[no-untyped-def]
             if atomic_load(address) != seen:
                 return
             pause()
-        syscall6(_YIELD, 0, 0, 0, 0, 0, 0)
+        syscall6(SCHED_YIELD, 0, 0, 0, 0, 0, 0)
     while atomic_load(address) == seen:
-        syscall6(_FUTEX, address, _WAIT, seen, 0, 0, 0)
+        syscall6(FUTEX, address, _WAIT, seen, 0, 0, 0)
 
 
 @njit
 def _publish(address):  # type: ignore[no-untyped-def]
     """Bump the int32 at `address` and wake every thread that sleeps on it."""
     atomic_add(address, 1)
-    syscall6(_FUTEX, address, _WAKE, 0x7FFFFFFF, 0, 0, 0)
+    syscall6(FUTEX, address, _WAKE, 0x7FFFFFFF, 0, 0, 0)
 
 
 @njit
@@ -109,7 +102,7 @@ def follow(control, thread, n_threads):  # type: ignore[no-untyped-def]
         _run_rows(control, load_i64(control + PROGRAM, 0), load_i64(control + LENGTH, 0), thread, n_threads)
         if atomic_add(control + ARRIVED, 1) == n_threads - 1:
             atomic_store(control + ARRIVED, 0)
-            syscall6(_WRITE, load_i64(control + FINISHED, 0), control + ONE, 8, 0, 0, 0)
+            syscall6(WRITE, load_i64(control + FINISHED, 0), control + ONE, 8, 0, 0, 0)
 
 
 @nogil_function(types.void(types.int64, types.int64, types.int64))
