@@ -47,6 +47,14 @@ async def generate(path: Path, prompts: list[list[int]], **changed: Any) -> tupl
         return [tuple(one.tokens) for one in done], engine.statistics()
 
 
+async def slots_given_back(engine: mer.Engine, slots: int) -> None:
+    """Wait until nothing is being computed or read any more."""
+    with trio.fail_after(60):
+        await trio.lowlevel.checkpoint()
+        while (pool := engine.statistics().pool).free + pool.ready < slots:
+            await trio.lowlevel.checkpoint()
+
+
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0, Type.F16, Type.F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("slots", [3, 20])
 def test_tokens_are_those_of_reads_by_the_reader(tmp_path: Path, kind: Type, slots: int) -> None:
@@ -124,9 +132,7 @@ def test_a_file_that_ends_early_is_an_error_of_those_that_need_it(tmp_path: Path
             os.truncate(path, n_bytes // 3)
             with pytest.raises(mer.ReadError, match="file truncated"):
                 await engine.generate(PROMPTS[2], max_tokens=N_TOKENS, ignore_eos=True)
-            with trio.fail_after(60):
-                while (pool := engine.statistics().pool).free + pool.ready < 12:
-                    await trio.lowlevel.checkpoint()
+            await slots_given_back(engine, 12)
             statistics = engine.statistics()
             assert statistics.pool.ready == statistics.cache.resident
             assert statistics.fetcher.failed > 0
@@ -221,9 +227,7 @@ def test_many_at_once_with_cancellations(tmp_path: Path, monkeypatch: pytest.Mon
                 async with trio.open_nursery() as nursery:
                     for number in range(6):
                         nursery.start_soon(call, number, 100 if rng.random() < 0.5 else int(rng.integers(0, N_TOKENS)))
-            with trio.fail_after(60):
-                while (pool := engine.statistics().pool).free + pool.ready < slots:
-                    await trio.lowlevel.checkpoint()
+            await slots_given_back(engine, slots)
             statistics = engine.statistics()
             assert done
             assert statistics.fetcher.by_jobs > 0
