@@ -41,7 +41,7 @@ def model(folder: Path, kind: Type = Type.Q4_0) -> Path:
 
 async def generate(path: Path, prompts: list[list[int]], **changed: Any) -> tuple[list[tuple[int, ...]], Any]:
     """Return the tokens of all prompts, one after the other, and the statistics."""
-    settings: dict[str, Any] = {"memory": "1GiB", "prefetch": "off", "prefix_reuse": False, "threads": 2} | changed
+    settings: dict[str, Any] = {"memory": "8GiB", "prefetch": "off", "prefix_reuse": False, "threads": 2} | changed
     async with mer.open_engine(path, **settings) as engine:
         done = [await engine.generate(prompt, max_tokens=N_TOKENS, ignore_eos=True) for prompt in prompts]
         return [tuple(one.tokens) for one in done], engine.statistics()
@@ -125,7 +125,7 @@ def test_a_file_that_ends_early_is_an_error_of_those_that_need_it(tmp_path: Path
 
     async def main() -> None:
         async with mer.open_engine(
-            path, memory="1GiB", slots=12, io_engine="io_uring", prefetch="off", prefix_reuse=False, threads=2
+            path, memory="8GiB", slots=12, io_engine="io_uring", prefetch="off", prefix_reuse=False, threads=2
         ) as engine:
             first = await engine.generate(PROMPTS[0], max_tokens=4, ignore_eos=True)
             assert len(first.tokens) == 4
@@ -201,7 +201,7 @@ def test_many_at_once_with_cancellations(tmp_path: Path, monkeypatch: pytest.Mon
         impatient(monkeypatch, 0.2)
         async with mer.open_engine(
             path,
-            memory="1GiB",
+            memory="8GiB",
             slots=slots,
             io_engine="io_uring",
             prefetch="auto" if seed % 2 else "off",
