@@ -30,8 +30,9 @@ class TritonKernels(TorchKernels):
         x = x.contiguous()
         out = torch.empty((len(x), matrix.rows), dtype=torch.float32, device=x.device)
         kernels.matvec[_grid(matrix, len(x))](
-            matrix.raw.data_ptr(), x, out, matrix.rows, matrix.cols, matrix.raw.shape[1], int(matrix.type), kernels.R
-        )
+            matrix.raw.data_ptr(), x, out, matrix.rows, matrix.cols, matrix.raw.shape[1], int(matrix.type), kernels.R,
+            num_warps=kernels.WARPS,
+        )  # fmt: skip
         return out
 
     def experts(self, works: Sequence[Work], h: Tensor, y: Tensor) -> None:
@@ -69,9 +70,11 @@ class TritonKernels(TorchKernels):
         inner = torch.empty((n, gate.rows), dtype=torch.float32, device=h.device)
         kernels.gate_up[_grid(gate, n)](
             work, h, inner, gate.rows, gate.cols, gate.raw.shape[1], up.raw.shape[1], int(gate.type), int(up.type),
-            kernels.R,
+            kernels.R, num_warps=kernels.WARPS,
         )  # fmt: skip
-        kernels.down[_grid(down, n)](work, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), kernels.R)
+        kernels.down[_grid(down, n)](
+            work, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), kernels.R, num_warps=kernels.WARPS
+        )
 
 
 def _grid(matrix: DeviceMatrix, n: int) -> tuple[int, int]:

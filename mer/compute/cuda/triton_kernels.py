@@ -1,8 +1,10 @@
 """Fused dequantize-and-multiply in Triton, for a few rows: weights are read once, in the file's bytes.
 
 A program computes R rows of a matrix for one row of activations and walks all blocks along K, in float32 throughout.
-Its sums have one order, whatever is computed beside it. `_dot` has a branch for each weight type; the branch is chosen
-as a kernel is compiled. Block layouts are those of ggml (ggml-org/ggml, src/ggml-common.h).
+Each thread keeps sums of its own until the end; they have one order, whatever is computed beside it. Instructions bind
+as much as memory does, so that weights are loaded in words of 16 bits and not converted, see `_field`. `_dot` has a
+branch for each weight type; the branch is chosen as a kernel is compiled. Rows behind the last are computed as the
+first is, and not stored. Block layouts are those of ggml (ggml-org/ggml, src/ggml-common.h).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 
 R = 8  # rows of a matrix that a program computes
+WARPS = 1  # of a program: each thread has its share of all rows, and loads an activation once for these
 F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, MXFP4 = (tl.constexpr(kind) for kind in (0, 1, 2, 8, 12, 14, 30, 39))
 KINDS = frozenset({0, 1, 2, 8, 12, 14, 30, 39})  # ggml's ids of the types that have a branch
 _BLOCKS = tl.constexpr(8)  # blocks of 32 weights in one step
@@ -24,137 +27,169 @@ def _halves(pointer, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _signed(values):  # type: ignore[no-untyped-def]
-    """Return bytes as the signed numbers that they stand for, as float32."""
-    return values.to(tl.int8, bitcast=True).to(tl.float32)
+def _words(pointer, mask):  # type: ignore[no-untyped-def]
+    """Return the little-endian 16-bit words at byte pointers as int32, 0 where masked."""
+    return tl.load(pointer.to(tl.pointer_type(tl.uint16)), mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _field(words, MASK: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the bits of a mask, where they stand, less ZERO, as float32.
+
+    Exact below 2^23, where the mantissa of 2^23 has room for them: one logical operation and one subtraction, where a
+    conversion from integers takes as long as four.
+    """
+    return ((words & MASK) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
 
 
 @triton.jit
 def _e2m1(codes):  # type: ignore[no-untyped-def]
     """Return what the nibbles of MXFP4 stand for, doubled."""
-    code = (codes & 7).to(tl.int32)
-    size = tl.where(code < 4, code, tl.where(code < 6, 2 * code - 4, 4 * code - 16)).to(tl.float32)
-    return tl.where((codes & 8) != 0, -size, size)
+    code = codes.to(tl.int32)
+    size = tl.where((code & 6) == 0, code & 1, (2 | code & 1) << ((code >> 1) & 3) >> 1)
+    return tl.where((code & 8) != 0, -_field(size, 15, 0), _field(size, 15, 0))
 
 
 @triton.jit
-def _dot_nibbles(rows, mask, x, n_blocks, KIND: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Q4_0 and MXFP4: byte j of a block's 16 holds weight j below and weight 16 + j above."""
-    block_bytes: tl.constexpr = 18 if KIND == Q4_0 else 17
-    head: tl.constexpr = 2 if KIND == Q4_0 else 1
-    acc = tl.zeros((R,), tl.float32)
+def _four(words, x, j, mask):  # type: ignore[no-untyped-def]
+    """Return, less 8 times their activations, the products of words' nibbles with activations at x and x + 16.
+
+    Words hold bytes 2 j and 2 j + 1; lower nibbles are of weights 2 j and 2 j + 1, upper ones of those 16 behind.
+    What a nibble's place in the word multiplies it by, its activation is divided by, which is exact.
+    """
+    a = tl.load(x + 2 * j, mask=mask, other=0.0)
+    b = tl.load(x + 2 * j + 1, mask=mask, other=0.0) * 0.00390625
+    c = tl.load(x + 2 * j + 16, mask=mask, other=0.0) * 0.0625
+    d = tl.load(x + 2 * j + 17, mask=mask, other=0.0) * 0.000244140625
+    lower = _field(words, 0xF, 8) * a[None] + _field(words, 0xF00, 2048) * b[None]
+    return lower + _field(words, 0xF0, 128) * c[None] + _field(words, 0xF000, 32768) * d[None]
+
+
+@triton.jit
+def _dot_q4_0(rows, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Byte j of a block's 16 holds weight j below and weight 16 + j above."""
+    acc = tl.zeros((R, _BLOCKS, 8), tl.float32)
+    j = tl.arange(0, 8)
+    for first in range(0, n_blocks, _BLOCKS):
+        b = first + tl.arange(0, _BLOCKS)
+        there = b < n_blocks
+        block = rows[:, None] + b[None, :] * 18
+        words = _words(block[:, :, None] + 2 + 2 * j[None, None, :], there[None, :, None])
+        dot = _four(words, x + b[:, None] * 32, j[None, :], there[:, None])
+        acc += dot * _halves(block, there[None, :])[:, :, None]
+    return tl.sum(tl.sum(acc, 2), 1)
+
+
+@triton.jit
+def _dot_mxfp4(rows, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Byte j of a block's 16, behind its exponent, holds weight j below and weight 16 + j above."""
+    acc = tl.zeros((R, _BLOCKS, 16), tl.float32)
     j = tl.arange(0, 16)
     for first in range(0, n_blocks, _BLOCKS):
         b = first + tl.arange(0, _BLOCKS)
         there = b < n_blocks
-        both = mask[:, None] & there[None, :]
-        block = rows[:, None] + b[None, :] * block_bytes
-        q = tl.load(block[:, :, None] + head + j[None, None, :], mask=both[:, :, None], other=0)
+        block = rows[:, None] + b[None, :] * 17
+        q = tl.load(block[:, :, None] + 1 + j[None, None, :], mask=there[None, :, None], other=0)
         at = x + b[:, None] * 32 + j[None, :]
         low = tl.load(at, mask=there[:, None], other=0.0)
         high = tl.load(at + 16, mask=there[:, None], other=0.0)
-        if KIND == Q4_0:
-            scale = _halves(block, both)
-            products = ((q & 15).to(tl.float32) - 8) * low[None] + ((q >> 4).to(tl.float32) - 8) * high[None]
-        else:
-            exponent = tl.load(block, mask=both, other=0).to(tl.float32)
-            scale = tl.exp2(exponent - 128)
-            products = _e2m1(q & 15) * low[None] + _e2m1(q >> 4) * high[None]
-        acc += tl.sum(tl.sum(products, 2) * scale, 1)
-    return acc
+        scale = tl.exp2(tl.load(block, mask=there[None, :], other=0).to(tl.float32) - 128)
+        acc += (_e2m1(q & 15) * low[None] + _e2m1(q >> 4) * high[None]) * scale[:, :, None]
+    return tl.sum(tl.sum(acc, 2), 1)
 
 
 @triton.jit
-def _dot_q8_0(rows, mask, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
-    acc = tl.zeros((R,), tl.float32)
-    j = tl.arange(0, 32)
+def _dot_q8_0(rows, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    acc = tl.zeros((R, _BLOCKS, 16), tl.float32)
+    j = tl.arange(0, 16)
     for first in range(0, n_blocks, _BLOCKS):
         b = first + tl.arange(0, _BLOCKS)
         there = b < n_blocks
-        both = mask[:, None] & there[None, :]
         block = rows[:, None] + b[None, :] * 34
-        q = tl.load(block[:, :, None] + 2 + j[None, None, :], mask=both[:, :, None], other=0)
-        values = tl.load(x + b[:, None] * 32 + j[None, :], mask=there[:, None], other=0.0)
-        acc += tl.sum(tl.sum(_signed(q) * values[None], 2) * _halves(block, both), 1)
-    return acc
+        words = _words(block[:, :, None] + 2 + 2 * j[None, None, :], there[None, :, None]) ^ 0x8080
+        at = x + b[:, None] * 32 + 2 * j[None, :]
+        even = tl.load(at, mask=there[:, None], other=0.0)
+        odd = tl.load(at + 1, mask=there[:, None], other=0.0) * 0.00390625
+        dot = _field(words, 0xFF, 128) * even[None] + _field(words, 0xFF00, 32768) * odd[None]
+        acc += dot * _halves(block, there[None, :])[:, :, None]
+    return tl.sum(tl.sum(acc, 2), 1)
 
 
 @triton.jit
-def _six_bits(block, mask, SUB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return scale and minimum of a sub-block of Q4_K, of 6 bits each, which lie in bytes 4 to 15."""
-    if SUB < 4:
-        factor = tl.load(block + 4 + SUB, mask=mask, other=0) & 63
-        lift = tl.load(block + 8 + SUB, mask=mask, other=0) & 63
-    else:
-        shared = tl.load(block + 8 + SUB, mask=mask, other=0)
-        factor = (shared & 15) | (tl.load(block + SUB, mask=mask, other=0) >> 6 << 4)
-        lift = (shared >> 4) | (tl.load(block + 4 + SUB, mask=mask, other=0) >> 6 << 4)
-    return factor.to(tl.float32), lift.to(tl.float32)
+def _six_bits(block, g, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return scale and minimum of sub-block 2 g, or with HIGH 2 g + 1, of Q4_K: of 6 bits each, in bytes 4 to 15."""
+    sub = 2 * g + HIGH
+    near = tl.load(block + 4 + sub % 4).to(tl.int32)
+    far = tl.load(block + 8 + sub % 4).to(tl.int32)
+    shared = tl.load(block + 12 + sub % 4).to(tl.int32)
+    factor = tl.where(g < 2, near & 63, (shared & 15) | (near >> 6 << 4))
+    lift = tl.where(g < 2, far & 63, (shared >> 4) | (far >> 6 << 4))
+    return _field(factor, 63, 0), _field(lift, 63, 0)
 
 
 @triton.jit
-def _sub_q4_k(block, mask, nibbles, x, SUB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return scale * (nibbles @ x) and minimum * sum(x) of a sub-block, both without the block's own scales."""
-    factor, lift = _six_bits(block, mask, SUB)
-    values = tl.load(x + 32 * SUB + tl.arange(0, 32))
-    dot = tl.sum(nibbles.to(tl.float32) * values[None, :], 1)
-    return factor * dot, lift * tl.sum(values, 0)
-
-
-@triton.jit
-def _dot_q4_k(rows, mask, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot_q4_k(rows, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
     """A super-block is 4 runs of 32 bytes: sub-block 2 g in the lower nibbles of run g, 2 g + 1 in the upper ones."""
-    acc = tl.zeros((R,), tl.float32)
-    j = tl.arange(0, 32)
+    acc = tl.zeros((R, 4, 16), tl.float32)
+    g, j = tl.arange(0, 4), tl.arange(0, 16)
+    everywhere = tl.full((1, 1), 1, tl.int1)
     for b in range(n_blocks):
-        block, at = rows + b * 144, x + b * 256
-        scale, minimum = _halves(block, mask), _halves(block + 2, mask)
-        for g in tl.static_range(4):
-            q = tl.load(block[:, None] + 16 + 32 * g + j[None, :], mask=mask[:, None], other=0)
-            low, low_minimum = _sub_q4_k(block, mask, q & 15, at, 2 * g)
-            high, high_minimum = _sub_q4_k(block, mask, q >> 4, at, 2 * g + 1)
-            acc += scale * (low + high) - minimum * (low_minimum + high_minimum)
-    return acc
+        block = rows + b * 144
+        scale, minimum = _halves(block, True), _halves(block + 2, True)
+        words = _words(block[:, None, None] + 16 + 32 * g[None, :, None] + 2 * j[None, None, :], everywhere[None])
+        at = x + b * 256 + 64 * g[:, None] + 2 * j[None, :]
+        a, a2 = tl.load(at), tl.load(at + 1)
+        c, c2 = tl.load(at + 32), tl.load(at + 33)
+        low = _field(words, 0xF, 0) * a[None] + _field(words, 0xF00, 0) * (a2 * 0.00390625)[None]
+        high = _field(words, 0xF0, 0) * (c * 0.0625)[None] + _field(words, 0xF000, 0) * (c2 * 0.000244140625)[None]
+        factor, lift = _six_bits(block[:, None], g[None, :], 0)
+        high_factor, high_lift = _six_bits(block[:, None], g[None, :], 1)
+        dots = factor[:, :, None] * low + high_factor[:, :, None] * high
+        lifts = lift[:, :, None] * (a + a2)[None] + high_lift[:, :, None] * (c + c2)[None]
+        acc += scale[:, None, None] * dots - minimum[:, None, None] * lifts
+    return tl.sum(tl.sum(acc, 2), 1)
 
 
 @triton.jit
-def _run_q6_k(block, mask, high, x, HALF: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what 32 weights of a half add, without the block's own scale."""
-    j = tl.arange(0, 32)
-    low = tl.load(block[:, None] + 64 * HALF + 32 * (RUN % 2) + j[None, :], mask=mask[:, None], other=0)
-    q = ((low >> (4 * (RUN // 2))) & 15) | (((high >> (2 * RUN)) & 3) << 4)
-    factor = tl.load(block[:, None] + 192 + 8 * HALF + 2 * RUN + (j // 16)[None, :], mask=mask[:, None], other=0)
-    values = tl.load(x + 128 * HALF + 32 * RUN + j)
-    return tl.sum(_signed(factor) * (q.to(tl.float32) - 32) * values[None, :], 1)
+def _run_q6_k(block, low, high, x, h, j, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return what two weights of run RUN of each half add, without the block's own scale."""
+    bits = ((low >> (4 * (RUN // 2))) & 0x0F0F) | (((high >> (2 * RUN)) & 0x0303) << 4)
+    at = x + 128 * h[:, None] + 32 * RUN + 2 * j[None, :]
+    even, odd = tl.load(at), tl.load(at + 1) * 0.00390625
+    dot = _field(bits, 0x3F, 32) * even[None] + _field(bits, 0x3F00, 8192) * odd[None]
+    factor = tl.load(block[:, None, None] + 192 + 8 * h[None, :, None] + 2 * RUN + (j // 8)[None, None, :])
+    return dot * _field(factor.to(tl.int32) ^ 0x80, 0xFF, 128)
 
 
 @triton.jit
-def _dot_q6_k(rows, mask, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot_q6_k(rows, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
     """Two halves of 128 weights; each has 64 bytes of lower bits, 32 of upper ones, and 8 sub-scales."""
-    acc = tl.zeros((R,), tl.float32)
-    j = tl.arange(0, 32)
+    acc = tl.zeros((R, 2, 16), tl.float32)
+    h, j = tl.arange(0, 2), tl.arange(0, 16)
+    everywhere = tl.full((1, 1, 1), 1, tl.int1)
     for b in range(n_blocks):
         block, at = rows + b * 210, x + b * 256
-        scale = _halves(block + 208, mask)
-        for half in tl.static_range(2):
-            high = tl.load(block[:, None] + 128 + 32 * half + j[None, :], mask=mask[:, None], other=0)
-            for run in tl.static_range(4):
-                acc += scale * _run_q6_k(block, mask, high, at, half, run)
-    return acc
+        lower = block[:, None, None] + 64 * h[None, :, None] + 2 * j[None, None, :]
+        first, second = _words(lower, everywhere), _words(lower + 32, everywhere)
+        high = _words(block[:, None, None] + 128 + 32 * h[None, :, None] + 2 * j[None, None, :], everywhere)
+        sums = _run_q6_k(block, first, high, at, h, j, 0) + _run_q6_k(block, second, high, at, h, j, 1)
+        sums += _run_q6_k(block, first, high, at, h, j, 2) + _run_q6_k(block, second, high, at, h, j, 3)
+        acc += sums * _halves(block + 208, True)[:, None, None]
+    return tl.sum(tl.sum(acc, 2), 1)
 
 
 @triton.jit
-def _dot_plain(rows, mask, x, cols, KIND: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot_plain(rows, x, cols, KIND: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
     number: tl.constexpr = tl.float32 if KIND == F32 else tl.float16 if KIND == F16 else tl.bfloat16
     size: tl.constexpr = 4 if KIND == F32 else 2
-    acc = tl.zeros((R,), tl.float32)
+    acc = tl.zeros((R, _PLAIN), tl.float32)
     for first in range(0, cols, _PLAIN):
         j = first + tl.arange(0, _PLAIN)
         there = j < cols
         at = (rows[:, None] + size * j[None, :]).to(tl.pointer_type(number))
-        weights = tl.load(at, mask=mask[:, None] & there[None, :], other=0.0).to(tl.float32)
-        acc += tl.sum(weights * tl.load(x + j, mask=there, other=0.0)[None, :], 1)
-    return acc
+        weights = tl.load(at, mask=there[None, :], other=0.0).to(tl.float32)
+        acc += weights * tl.load(x + j, mask=there, other=0.0)[None, :]
+    return tl.sum(acc, 1)
 
 
 @triton.jit
@@ -163,16 +198,18 @@ def _dot(address, row, n_rows, x, cols, row_bytes, KIND: tl.constexpr, R: tl.con
     mask = row < n_rows
     base = address.to(tl.int64).to(tl.pointer_type(tl.uint8))
     rows = base + tl.where(mask, row, 0).to(tl.int64) * row_bytes
-    if KIND == Q4_0 or KIND == MXFP4:  # noqa: SIM109 (Triton compares constants, and looks none up)
-        return _dot_nibbles(rows, mask, x, cols // 32, KIND, R)
+    if KIND == Q4_0:
+        return _dot_q4_0(rows, x, cols // 32, R)
+    elif KIND == MXFP4:
+        return _dot_mxfp4(rows, x, cols // 32, R)
     elif KIND == Q8_0:
-        return _dot_q8_0(rows, mask, x, cols // 32, R)
+        return _dot_q8_0(rows, x, cols // 32, R)
     elif KIND == Q4_K:
-        return _dot_q4_k(rows, mask, x, cols // 256, R)
+        return _dot_q4_k(rows, x, cols // 256, R)
     elif KIND == Q6_K:
-        return _dot_q6_k(rows, mask, x, cols // 256, R)
+        return _dot_q6_k(rows, x, cols // 256, R)
     else:
-        return _dot_plain(rows, mask, x, cols, KIND, R)
+        return _dot_plain(rows, x, cols, KIND, R)
 
 
 @triton.jit

@@ -135,7 +135,8 @@ def check_compile() -> None:
     signature = {"work": "*i64", "x": "*fp32", "inner": "*fp32"} | numbers | constants
     for kind in sorted(KINDS):
         source = ASTSource(triton_kernels.gate_up, signature, {"GATE": kind, "UP": kind, "R": triton_kernels.R})
-        assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+        options = {"num_warps": triton_kernels.WARPS}
+        assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
 
 
 CHECKS = {"matvec": check_matvec, "experts": check_experts, "chosen": check_chosen, "compile": check_compile}
