@@ -338,11 +338,12 @@ class Fetcher:
     def _account(self, begun_s: float, landed: Sequence[JobRead]) -> None:
         """Count what a job has read together."""
         assert self._job_reads is not None
-        lengths, ended_s = [], []
+        lengths: list[int] = []
+        ended_s: list[float] = []
         for read in sorted(landed, key=lambda read: read.ended_s):
             ended_s += [read.ended_s] * 3
+            lengths += read.lengths
             for part in self._experts[read.layer][read.expert].parts:
-                lengths.append(aligned_hull(part.offset, part.n_bytes, self._alignment)[1])
                 self._breakers[part.file].succeeded()
             self._touched[read.slot] = 1
             self._pool.landed(read.slot)

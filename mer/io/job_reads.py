@@ -27,6 +27,7 @@ from mer.io.job_words import (
     GIVE_UP_NS,
     IN_FLIGHT,
     LEAD,
+    LENGTH,
     LOG,
     LOG_WORDS,
     MAX_LOGGED,
@@ -65,6 +66,7 @@ class JobRead:
         victim: layer and number of the expert that had the slot.
         slot: where to.
         addresses: where gate, up and down begin in memory.
+        lengths: bytes of the reads of gate, up and down.
         begun_s: when, on the clock of `time.monotonic`.
         ended_s: when the last matrix was there; 0 if one is not.
         results: of gate, up and down: bytes read or a negative error number, None if that is not known yet.
@@ -79,6 +81,7 @@ class JobRead:
     victim: tuple[int, int]
     slot: int
     addresses: tuple[int, int, int]
+    lengths: tuple[int, ...]
     begun_s: float
     ended_s: float
     results: tuple[int | None, ...]
@@ -93,11 +96,14 @@ class Lender(Reader, Protocol):
 
     depth: int
 
-    def lend(self) -> RingAddresses | None:
-        """Leave the ring to a job until `take_back`, if nothing is being read or waits for it; else return None.
+    def lend(self) -> bool:
+        """Leave the ring to a job until `take_back`, if nothing is being read or waits for it; return whether it is.
 
         What is started meanwhile waits.
         """
+
+    def ring_addresses(self) -> RingAddresses:
+        """Return where the ring is, as long as the reader is open."""
 
     def filenos(self) -> tuple[int, ...]:
         """Return the descriptors of the files."""
@@ -180,6 +186,11 @@ class JobReads:
             assert table.itemsize == 8
             self.control[word] = table.ctypes.data
         self.control[[N_LAYERS, N_EXPERTS, SERIAL, GIVE_UP_NS]] = *self.used.shape, 1, _GIVE_UP_NS
+        ring = lender.ring_addresses()
+        self.control[RING : CQES + 1] = (
+            ring.fileno, ring.sq_tail, ring.sq_mask, ring.sqes, ring.cq_head, ring.cq_tail, ring.cq_mask, ring.cqes,
+        )  # fmt: skip
+        self.control[DEPTH] = lender.depth
         self.address = int(self.control.ctypes.data)
 
     @property
@@ -194,16 +205,11 @@ class JobReads:
             free: of each class, whether it has free slots.
             kept: layer and number of residents that must not leave.
         """
-        ring = self.lender.lend()
-        if ring is None:
+        if not self.lender.lend():
             return False
         control = self.control
         control[SERIAL] += control[N_LOGGED] + 1
         control[[STOP, N_LOGGED, NEXT, IN_FLIGHT, WAITED_NS]] = 0
-        control[RING : CQES + 1] = (
-            ring.fileno, ring.sq_tail, ring.sq_mask, ring.sqes, ring.cq_head, ring.cq_tail, ring.cq_mask, ring.cqes,
-        )  # fmt: skip
-        control[DEPTH] = self.lender.depth
         self.free[:] = free
         serial = control[SERIAL]
         for key in kept:
@@ -237,6 +243,7 @@ class JobReads:
             victim=divmod(victim, len(self.used[0])),
             slot=self._arena.slot_at(base),
             addresses=(gate, up, down),
+            lengths=tuple(parts[:, LENGTH].tolist()),
             begun_s=begun_ns / 1e9,
             ended_s=ended_ns / 1e9,
             results=tuple(None if result == PENDING else result for result in results),

@@ -153,9 +153,12 @@ class Ring:
         _WORD.pack_into(self._rings, self._cq_head, head)
         return done
 
-    def lend(self) -> RingAddresses:
+    def lend(self) -> None:
         """Leave the rings to somebody else until `resume`; the eventfd tells of nothing meanwhile."""
         self._notify(_EVENTFD_DISABLED)
+
+    def addresses(self) -> RingAddresses:
+        """Return where the rings are, for whoever they are lent to; they stay there until the ring is closed."""
         rings, sqes = _address(self._rings), _address(self._sqes)
         return RingAddresses(
             fileno=self._fd,

@@ -105,13 +105,19 @@ class RingReader(FileReader):
         """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
         return self._queue.stalled_s(operation, time.monotonic())
 
-    def lend(self) -> RingAddresses | None:
-        """Leave the ring to a job; see `Lender.lend`. None too if there are mirrors, which share reads."""
+    def lend(self) -> bool:
+        """Leave the ring to a job; see `Lender.lend`. Not if there are mirrors either, which share reads."""
         if not self._open or self._lent or self._reading or self._queue.operations or self.mirrored:
-            return None
+            return False
         assert self._ring is not None
         self._lent = True
-        return self._ring.lend()
+        self._ring.lend()
+        return True
+
+    def ring_addresses(self) -> RingAddresses:
+        """Return where the ring is; known once the reader is open."""
+        assert self._ring is not None
+        return self._ring.addresses()
 
     @property
     def mirrored(self) -> bool:

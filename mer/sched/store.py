@@ -60,11 +60,7 @@ class ExpertStore:
     """
 
     def __init__(
-        self,
-        cache: ExpertCache,
-        pool: BufferPool,
-        kind_of: Callable[[int, int], int],
-        tier: Tier | None = None,
+        self, cache: ExpertCache, pool: BufferPool, kind_of: Callable[[int, int], int], tier: Tier | None = None
     ) -> None:
         self.keeps_all = False
         self._job_reads: JobReads | None = None  # while a job has it

@@ -214,11 +214,15 @@ class SimDisk:
 
     # --- the Lender protocol ---
 
-    def lend(self) -> RingAddresses | None:
-        """Leave the disk to a job; see `Lender.lend`. Nothing is at the addresses: `start_for_job` is there instead."""
+    def lend(self) -> bool:
+        """Leave the disk to a job; see `Lender.lend`."""
         if self._closed or self._lent or self.in_flight or self._adopted or self.mirrors:
-            return None
+            return False
         self._lent = True
+        return True
+
+    def ring_addresses(self) -> RingAddresses:
+        """Return addresses at which nothing is: there is `start_for_job` instead."""
         return RingAddresses(fileno=-1, sq_tail=0, sq_mask=0, sqes=0, cq_head=0, cq_tail=0, cq_mask=0, cqes=0)
 
     def filenos(self) -> tuple[int, ...]:

@@ -206,9 +206,9 @@ def _reap(control):  # type: ignore[no-untyped-def]
     """Note what has been read and return how many reads that were, or -1 if one of them is not whole."""
     head_address, mask = load_i64(control, CQ_HEAD), load_i64(control, CQ_MASK)
     head, tail = atomic_load(head_address), atomic_load(load_i64(control, CQ_TAIL))
-    n, whole = 0, True
-    while head != tail:
-        cqe = load_i64(control, CQES) + _CQE_BYTES * (head & mask)
+    n, whole = (tail - head) & 0xFFFFFFFF, True  # the indices wrap around
+    for place in range(n):
+        cqe = load_i64(control, CQES) + _CQE_BYTES * ((head + place) & mask)
         number = load_i64(cqe, 0) - TOKEN_BIT - 4 * load_i64(control, SERIAL)
         result = load_i32(cqe, 2)
         entry = load_i64(control, LOG) + 8 * LOG_WORDS * (number // 4)
@@ -221,17 +221,9 @@ def _reap(control):  # type: ignore[no-untyped-def]
             missing = missing or load_i64(entry, RESULT + part) == PENDING
         if not missing:
             store_i64(entry + 8 * ENDED_NS, now_ns(control))
-        head = _next(head)
-        n += 1
-    atomic_store(head_address, head)
+    atomic_store(head_address, tail)
     store_i64(control + 8 * IN_FLIGHT, load_i64(control, IN_FLIGHT) - n)
     return n if whole else -1
-
-
-@njit
-def _next(index):  # type: ignore[no-untyped-def]
-    """Return what follows an index of the ring, an int32 that wraps around."""
-    return -(1 << 31) if index == (1 << 31) - 1 else index + 1
 
 
 @njit
