@@ -13,6 +13,7 @@ import attrs
 from attrs.validators import optional
 
 from mer.errors import ConfigError, RequestError
+from mer.system import usable_cpus
 from mer.units import parse_bytes
 
 
@@ -151,8 +152,8 @@ class EngineConfig:
 
 
 def default_threads() -> int:
-    """Return the number of processors this process may run on."""
-    return max(1, len(os.sched_getaffinity(0)))
+    """Return how many processors this process may use, by its affinity and by the quotas of its control groups."""
+    return usable_cpus()
 
 
 def _fraction(_instance: Any, attribute: attrs.Attribute[Any], value: float) -> None:

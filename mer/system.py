@@ -1,16 +1,15 @@
-"""What the operating system says of memory: limits, what is free, and what this process uses."""
+"""What the operating system says of memory and processors: limits, what is free, and what this process uses."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from mer.cgroups import CGROUPS, PROC, Group, groups_upwards, whole_number
+
 RESERVE_BYTES = 512 << 20  # left to the rest of the machine when the budget is chosen by default
-_UNLIMITED = 1 << 60  # cgroup v1 reports no limit as a huge number
-
-
-PROC = Path("/proc")
-CGROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # version 1 reports no limit as a huge number
 
 
 def _kib(text: str, key: str) -> int:
@@ -32,49 +31,82 @@ def peak_rss_bytes(proc: Path = PROC) -> int:
 def cgroup_limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Return the smallest memory limit of this process's control groups (v1 or v2), or None if there is none.
 
-    A limit above the process's own group binds it too. In a container the group may lie elsewhere than its name says:
-    what is not there is passed over, and the mounted root is asked in any case. References: proc_pid_cgroup(5), and
-    the kernel's documents on control groups, v1 "memory" and v2.
+    Above `memory.high` the kernel slows a group down to a crawl, so that this is as much a limit as `memory.max`.
 
     Args:
         proc: where procfs is mounted.
         cgroups: where the control groups are mounted.
     """
-    try:
-        membership = (proc / "self/cgroup").read_text()
-    except FileNotFoundError:  # a kernel without control groups
-        return None
-    limits = []
-    for line in membership.splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            root, name = cgroups, "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = cgroups / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        folder = root / group.lstrip("/")
-        for candidate in (folder, *folder.parents):
-            try:
-                text = (candidate / name).read_text().strip()
-            except OSError:
-                continue
-            if text.isdigit() and int(text) < _UNLIMITED:
-                limits.append(int(text))
-            if candidate == root:
-                break
-    return min(limits, default=None)
+    limits = [_limit_bytes(group) for group in groups_upwards("memory", proc, cgroups)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit_bytes(group: Group) -> int | None:
+    """Return what a group's memory is limited to, by itself or, as far as version 1 says so, by groups above it."""
+    if group.unified:
+        limits = [group.number("memory.max"), group.number("memory.high")]
+    else:
+        limits = [group.number("memory.limit_in_bytes"), _stat(group, "hierarchical_memory_limit")]
+    return min((limit for limit in limits if limit is not None and limit < _UNLIMITED), default=None)
+
+
+def _stat(group: Group, key: str) -> int | None:
+    """Return one number of a group's `memory.stat`."""
+    match = re.search(rf"^{key} (\d+)$", group.text("memory.stat"), re.MULTILINE)
+    return int(match[1]) if match else None
+
+
+def _bytes_of_others(group: Group, own_bytes: int) -> int:
+    """Return the memory that others in a group hold: its use, less what the kernel would reclaim first and our own."""
+    if group.unified:
+        used, inactive = group.number("memory.current"), _stat(group, "inactive_file")
+    else:  # "total": with the groups in it, which version 2 means anyway
+        used, inactive = group.number("memory.usage_in_bytes"), _stat(group, "total_inactive_file")
+    return max(0, (used or 0) - (inactive or 0) - own_bytes)
 
 
 def default_budget(proc: Path = PROC, cgroups: Path = CGROUPS) -> tuple[int, str]:
-    """Return the memory budget to use when none is given, and where it comes from.
+    """Return the memory budget to use when none is given, in bytes, and where it comes from.
 
-    The control group's limit, if there is one that is below the memory at hand; else what is available (MemAvailable)
-    and what this process holds already, less a reserve for the rest of the machine.
+    What is available (MemAvailable) and what this process holds already, less a reserve for the rest of the machine;
+    or, if that is less, a control group's limit, less what others in the group use and a reserve.
     """
-    available = _kib((proc / "meminfo").read_text(), "MemAvailable") + private_bytes(proc)
-    reserve = min(RESERVE_BYTES, available // 8)
-    limit = cgroup_limit_bytes(proc, cgroups)
-    if limit is not None and limit < available:
-        return limit - min(RESERVE_BYTES, limit // 8), "the control group's limit less a reserve"
-    return available - reserve, "the memory available less a reserve"
+    own = private_bytes(proc)
+    available = _kib((proc / "meminfo").read_text(), "MemAvailable") + own
+    budgets = [(available - _reserve(available), "the memory available less a reserve")]
+    for group in groups_upwards("memory", proc, cgroups):
+        limit = _limit_bytes(group)
+        if limit is not None:
+            others = _bytes_of_others(group, own)
+            less = "less a reserve and what others in it use" if others else "less a reserve"
+            budgets.append((max(0, limit - _reserve(limit) - others), f"the control group's limit {less}"))
+    return min(budgets)
+
+
+def _reserve(n_bytes: int) -> int:
+    return min(RESERVE_BYTES, n_bytes // 8)
+
+
+def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Return how many threads of this process can run all the time: at least 1.
+
+    No more than the processors that it may run on (sched_setaffinity, cpusets), and than the quota of each of its
+    control groups allows (`cpu.max`, or `cpu.cfs_quota_us` per `cpu.cfs_period_us`). A part of a processor counts as
+    a whole one.
+
+    Args:
+        proc: where procfs is mounted.
+        cgroups: where the control groups are mounted.
+    """
+    quotas = [_quota(group) for group in groups_upwards("cpu", proc, cgroups)]
+    return max(1, min([len(os.sched_getaffinity(0)), *(quota for quota in quotas if quota is not None)]))
+
+
+def _quota(group: Group) -> int | None:
+    """Return how many processors a group's quota is worth, rounded up; None if it has no quota."""
+    if group.unified:
+        text, _, per = group.text("cpu.max").partition(" ")
+        quota, period = whole_number(text), whole_number(per)
+    else:
+        quota, period = group.number("cpu.cfs_quota_us"), group.number("cpu.cfs_period_us")
+    return None if quota is None or not period else -(-quota // period)
