@@ -68,6 +68,7 @@ class TokenStream(trio.abc.ReceiveChannel[Event]):
             trio.EndOfChannel: the generation has finished.
             ReadError: bytes that it needed could not be read.
             NumericsError: the model computed NaN or infinity.
+            GenerationError: drawing a token, or making text of it, failed.
             EngineClosed: the engine was closed.
         """
         try:
@@ -116,7 +117,8 @@ class Engine:
         self._statistics = statistics
         self._stop = stop
         self._template: ChatTemplate | None = None
-        self._longest_token_bytes = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1)
+        longest = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1)
+        self._longest_token_bytes = max(1, longest)  # 0 where every token is a control token
         self._closed = ""  # or why
 
     @property
@@ -183,6 +185,7 @@ class Engine:
             TemplateError: the file has no chat template, or it cannot render these messages.
             ReadError: bytes that the generation needed could not be read.
             NumericsError: the model computed NaN or infinity.
+            GenerationError: drawing a token, or making text of it, failed.
             EngineClosed: the engine is closed.
         """
         arguments = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "ignore_eos": ignore_eos}
@@ -356,6 +359,8 @@ class Engine:
                 f"the context (the model allows {self.spec.context_length})"
             )
         ends = self._tokenizer.eos_ids
+        if ignore_eos and len(ends) == self._tokenizer.vocab_size:
+            raise RequestError("every token of the model's vocabulary ends a text; ignore_eos leaves none to draw")
         send, receive = trio.open_memory_channel[Event](CHANNEL_EVENTS)
         generation = Generation(
             prompt=tuple(ids),

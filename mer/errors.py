@@ -207,5 +207,9 @@ class DeviceError(ComputeError):
         super().__init__(message)
 
 
+class GenerationError(MerError):
+    """Drawing a token of one generation, or making text of it, failed; other generations go on."""
+
+
 class EngineClosed(MerError):
     """The engine is closed, or can no longer serve requests."""

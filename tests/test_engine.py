@@ -15,6 +15,7 @@ import trio
 import mer
 from mer.io.files import ModelFile
 from mer.sched.events import PrefillEvent, TokenEvent
+from mer.sched.sampling import Sampler
 from mer.testing.cancel import MOST_STEPS, Subject
 from tests._lib.tiny_models import TinyModel, tiny_model
 
@@ -234,6 +235,49 @@ async def test_damaged_experts_fail_those_they_compute_and_nobody_else(tmp_path:
     failed = {number for number, result in got.items() if isinstance(result, mer.NumericsError)}
     assert 0 < len(failed) < len(prompts)
     assert all(got[number] == want[number] for number in set(got) - failed)
+
+
+async def test_a_sampler_that_raises_fails_its_own_generation(
+    engine: mer.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Sampler.draw
+
+    def bad_draw(sampler: Sampler, logits: np.ndarray) -> int:
+        if sampler.sampling.seed == 13:
+            raise IndexError("index 5 is out of bounds")
+        return draw(sampler, logits)
+
+    monkeypatch.setattr(Sampler, "draw", bad_draw)
+
+    async def unlucky() -> None:
+        with pytest.raises(mer.GenerationError, match="after 0 tokens: IndexError: index 5 is out of bounds") as caught:
+            await engine.generate("the cat", sampling=mer.Sampling(seed=13))
+        assert isinstance(caught.value.__cause__, IndexError)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(unlucky)
+        done = await engine.generate("the cat", max_tokens=8)
+    assert len(done.tokens) == 8
+    assert (await engine.generate("the cat", max_tokens=8)).tokens == done.tokens
+
+
+async def test_a_vocabulary_of_ends_only_can_be_asked_but_not_to_ignore_them(tmp_path: Path) -> None:
+    tokens, ends = ["<unk>", "</s>", "<|im_end|>"], {"eos": 1, "eot": 2, "eom": 0}
+    metadata = {f"tokenizer.ggml.{name}_token_id": token for name, token in ends.items()} | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 3,
+        "tokenizer.ggml.token_type": [2, 3, 3],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    path = tmp_path / "ends.gguf"
+    tiny_model(path, vocab_size=3, metadata=metadata)
+    async with mer.open_engine(path, memory=MEMORY, threads=1) as engine:
+        for sampling in (mer.Sampling(), mer.Sampling(temperature=1.0, seed=1)):
+            with pytest.raises(mer.RequestError, match=r"every token .* ends a text"):
+                await engine.generate([0], max_tokens=3, ignore_eos=True, sampling=sampling)
+            done = await engine.generate([0], max_tokens=3, sampling=sampling)
+            assert (len(done.tokens), done.text, done.finish_reason) == (1, "", "stop")
+        assert engine.encode("no token spells this") == [0]
 
 
 async def test_nan_in_a_dense_weight_fails_everybody(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.config import Sampling
+from mer.errors import RequestError
 
 
 class Sampler:
@@ -28,11 +29,17 @@ class Sampler:
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
 
     def draw(self, logits: npt.NDArray[np.float32]) -> int:
-        """Return the next token for finite logits [V]; ties of the greedy choice go to the lower number."""
+        """Return the next token for finite logits [V]; ties of the greedy choice go to the lower number.
+
+        Raises:
+            RequestError: every token is banned.
+        """
         s = self.sampling
         if self._banned.size:
             logits = logits.copy()
             logits[self._banned] = -np.inf
+            if not np.isfinite(logits).any():
+                raise RequestError(f"all {len(logits)} tokens of the vocabulary are banned; none is left to draw")
         if s.temperature == 0:
             return int(np.argmax(logits))
         order = np.argsort(-logits, kind="stable")

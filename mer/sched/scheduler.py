@@ -365,6 +365,6 @@ class Scheduler:
                 sequence.fail(NumericsError("the model gave NaN or infinity: the weights are damaged"))
             elif wants_token:
                 sequence.advance(logits, now_s, bytes_read)
-                self._counters.completion_tokens += 1
+                self._counters.completion_tokens += sequence.error is None
             if sequence.error is None:
                 self._share(sequence)

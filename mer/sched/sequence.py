@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mer.errors import MerError
+from mer.errors import GenerationError, MerError
 from mer.sched.events import Completion, Event, FinishReason, PrefillEvent, Timings, TokenEvent, Usage
 from mer.sched.kv import Lease
 from mer.sched.sampling import Sampler
@@ -135,7 +135,18 @@ class Sequence:
         return self.kv_tokens == len(self.prompt)
 
     def advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:
-        """Draw the next token from finite logits [V] and send it; the sequence may end with it."""
+        """Draw the next token from finite logits [V] and send it; the sequence may end with it, or fail alone."""
+        try:
+            self._advance(logits, now_s, bytes_read)
+        except MerError as error:
+            self.fail(error)
+        except Exception as error:  # whatever one sequence's sampler or text raises, the others go on
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            failure = GenerationError(f"the generation failed after {len(self.tokens)} tokens: {what}")
+            failure.__cause__ = error
+            self.fail(failure)
+
+    def _advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:
         token = self.sampler.draw(logits)
         self.status = Status.DECODE
         if not self.tokens:

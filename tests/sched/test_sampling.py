@@ -142,3 +142,11 @@ def test_what_is_out_of_range_is_refused_by_name(field: str, values: list[object
     for value in values:
         with pytest.raises(RequestError, match=field):
             Sampling(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.0, seed=1), Sampling(temperature=1.0, top_k=2)]
+)
+def test_a_vocabulary_that_is_banned_as_a_whole_is_an_error_and_no_token(sampling: Sampling) -> None:
+    with pytest.raises(RequestError, match="all 3 tokens"):
+        Sampler(sampling, {0, 1, 2}).draw(np.zeros(3, np.float32))

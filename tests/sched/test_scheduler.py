@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count
 
+import numpy as np
 import pytest
 import trio
+from numpy.typing import NDArray
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from mer.config import Sampling
 from mer.engine import TokenStream
-from mer.errors import ComputeError, EngineClosed, MerError, NumericsError, ReadError
+from mer.errors import ComputeError, EngineClosed, GenerationError, MerError, NumericsError, ReadError
 from mer.sched.events import Completion, PrefillEvent, TokenEvent
+from mer.sched.sampling import Sampler
 from mer.sched.sequence import CHANNEL_EVENTS
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.invariants import check_now, watch
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simengine import SimEngine, open_sim_engine
 from mer.testing.simworker import JobCost, SimModel
+from mer.text.stop import StopMatcher
 
 BIG = SimModel(n_layers=3, n_experts=8, top_k=2)
+SEED_13 = Sampling(seed=13)
 
 
 def prompts() -> Iterator[tuple[int, ...]]:
@@ -476,6 +482,54 @@ async def test_numbers_that_are_not_finite_fail_their_own_sequence(
         assert [type(error) for error in errors] == [NumericsError]
         await generate(sim, good)
         await sim.check_quiet()
+
+
+@pytest.mark.parametrize("raised", [IndexError("5 is out of bounds"), MemoryError(), ReadError("a", 0, 1, "gone")])
+@pytest.mark.parametrize("when", ["draw", "push", "flush"])
+async def test_what_one_sampler_or_text_raises_fails_its_sequence_alone(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, when: str, raised: Exception
+) -> None:
+    draw, calls = Sampler.draw, count()
+
+    def bad_draw(sampler: Sampler, logits: NDArray[np.float32]) -> int:
+        if sampler.sampling.seed == 13 and (when == "draw" and next(calls) == 2):
+            raise raised
+        return draw(sampler, logits)
+
+    def bad_push(matcher: StopMatcher, text: str) -> tuple[str, bool]:
+        if "unlucky" in matcher._stops and when == "push" and next(calls) == 2:
+            raise raised
+        return text, False
+
+    def bad_flush(matcher: StopMatcher) -> str:
+        if "unlucky" in matcher._stops and when == "flush":
+            raise raised
+        return ""
+
+    monkeypatch.setattr(Sampler, "draw", bad_draw)
+    monkeypatch.setattr(StopMatcher, "push", bad_push)
+    monkeypatch.setattr(StopMatcher, "flush", bad_flush)
+    caught: list[MerError] = []
+
+    async def unlucky(sim: SimEngine) -> None:
+        with pytest.raises(MerError) as error:
+            await sim.engine.generate((6, 7), max_tokens=5, ignore_eos=True, sampling=SEED_13, stop=["unlucky"])
+        caught.append(error.value)
+
+    with trio.fail_after(3600):
+        async with open_sim_engine(model=BIG) as sim:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(generate, sim, (3, 4, 5), 12)
+                nursery.start_soon(unlucky, sim)
+                nursery.start_soon(generate, sim, (6, 7), 12)
+            assert [type(error) for error in caught] == [ReadError if isinstance(raised, MerError) else GenerationError]
+            if not isinstance(raised, MerError):
+                assert caught[0].__cause__ is raised
+                drawn = {"draw": 2, "push": 3, "flush": 5}[when]
+                assert f"after {drawn} tokens: {type(raised).__name__}" in str(caught[0])
+            assert sim.scheduler.statistics().failed == 1
+            await generate(sim, (6, 7))
+            await sim.check_quiet()
 
 
 # --- the end ---
