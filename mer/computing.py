@@ -32,6 +32,9 @@ class Worker(ComputeWorker, Protocol):
     def close(self) -> None:
         """Stop the threads."""
 
+    def disown(self) -> None:
+        """Compute nothing more, in a forked child: threads and memory are the parent's."""
+
 
 @attrs.frozen(kw_only=True)
 class Computing:

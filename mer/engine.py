@@ -12,6 +12,7 @@ import trio
 
 from mer.config import Sampling
 from mer.errors import ContextOverflow, EngineClosed, RequestError
+from mer.home import Home
 from mer.io.gguf import GGUFFile
 from mer.model.spec import ModelSpec
 from mer.plan import MemoryPlan, Model
@@ -55,8 +56,9 @@ class TokenStream(trio.abc.ReceiveChannel[Event]):
     """The events of one generation; ends after the last token, or raises what ended the generation."""
 
     def __init__(
-        self, generation: Generation, channel: trio.MemoryReceiveChannel[Event], wake: Callable[[], None]
+        self, home: Home, generation: Generation, channel: trio.MemoryReceiveChannel[Event], wake: Callable[[], None]
     ) -> None:
+        self._home = home
         self._generation = generation
         self._channel = channel
         self._wake = wake
@@ -70,7 +72,9 @@ class TokenStream(trio.abc.ReceiveChannel[Event]):
             NumericsError: the model computed NaN or infinity.
             GenerationError: drawing a token, or making text of it, failed.
             EngineClosed: the engine was closed.
+            ForeignCall: the call comes from outside the engine's trio run or process.
         """
+        self._home.check_task()
         try:
             event = await self._channel.receive()
         except trio.EndOfChannel:
@@ -87,18 +91,30 @@ class TokenStream(trio.abc.ReceiveChannel[Event]):
         await trio.lowlevel.checkpoint()
 
     def cancel(self) -> None:
-        """Cancel the generation, if it has not ended; synchronous."""
+        """Cancel the generation, if it has not ended; synchronous, and without effect in a forked child.
+
+        Raises:
+            ForeignCall: the call comes from outside the engine's trio run.
+        """
+        if self._home.forked:
+            return
+        self._home.check()
         self._generation.cancelled = True
         self._channel.close()
         self._wake()
 
 
 class Engine:
-    """Generates text; made by `open_engine` or `run_engine`. Its methods may be called by any number of tasks."""
+    """Generates text; made by `open_engine` or `run_engine`. Its methods may be called by any number of tasks.
+
+    These must be tasks of the trio run that opened the engine, in the same process: other calls of `generate`,
+    `stream`, `save_prefix`, `load_prefix` and `close` raise ForeignCall before anything is touched.
+    """
 
     def __init__(
         self,
         *,
+        home: Home,
         model: Model,
         plan: MemoryPlan,
         tokenizer: Tokenizer,
@@ -108,6 +124,7 @@ class Engine:
         statistics: Callable[[], Statistics],
         stop: trio.CancelScope,
     ) -> None:
+        self._home = home
         self._model = model
         self._plan = plan
         self._tokenizer = tokenizer
@@ -150,8 +167,14 @@ class Engine:
         return self._heat.profile()
 
     def close(self) -> None:
-        """Stop the engine: generations under way raise EngineClosed. Closing twice is allowed."""
-        self._closed = self._closed or "the engine is closed"
+        """Stop the engine: generations under way raise EngineClosed. Closing twice is allowed.
+
+        In a forked child this ends the child's copy of the engine's tasks, and the parent's engine goes on.
+        """
+        if not self._closed:
+            if not self._home.forked:
+                self._home.check()
+            self._closed = "the engine is closed"
         self._stop.cancel()
 
     def fail(self, reason: str) -> None:
@@ -187,6 +210,7 @@ class Engine:
             NumericsError: the model computed NaN or infinity.
             GenerationError: drawing a token, or making text of it, failed.
             EngineClosed: the engine is closed.
+            ForeignCall: the call comes from outside the engine's trio run or process.
         """
         arguments = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "ignore_eos": ignore_eos}
         async with self.stream(prompt, **arguments) as events:  # type: ignore[arg-type]
@@ -215,14 +239,21 @@ class Engine:
         read, it is next in line, computes its prompt and its tokens so far again, and goes on where it was: neither
         the tokens nor the events are other than without the pause.
         """
+        self._check()
         prompt = await self._encode_long(prompt)
         generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
-        events = TokenStream(generation, channel, self._scheduler.wake)
+        events = TokenStream(self._home, generation, channel, self._scheduler.wake)
         try:
             await self._scheduler.submit(generation)
             yield events
         finally:
             events.cancel()
+
+    def _check(self) -> None:
+        """Refuse a call that the engine cannot serve, before anything is touched."""
+        if self._closed:
+            raise EngineClosed(self._closed)
+        self._home.check_task()
 
     async def _encode_long(self, prompt: Prompt) -> Prompt:
         """Return the tokens of a long text, which take seconds for megabytes and are therefore made in a thread."""
@@ -249,9 +280,9 @@ class Engine:
             ReadError: bytes that the computation needed could not be read.
             NumericsError: the model computed NaN or infinity.
             EngineClosed: the engine is closed.
+            ForeignCall: the call comes from outside the engine's trio run or process.
         """
-        if self._closed:
-            raise EngineClosed(self._closed)
+        self._check()
         ids = self.encode(await self._encode_long(prompt))
         tokens = ids[: self._prefixes.whole(len(ids))]
         if not tokens:
@@ -270,7 +301,7 @@ class Engine:
         """Compute a prompt and return its KV blocks, which the caller gives back."""
         generation, channel = self._prepare(ids, 1, None, (), True)
         generation.keeps_lease = True
-        events = TokenStream(generation, channel, self._scheduler.wake)
+        events = TokenStream(self._home, generation, channel, self._scheduler.wake)
         lease = None
         try:
             await self._scheduler.submit(generation)
@@ -296,9 +327,9 @@ class Engine:
             ConfigError: the engine was opened with `prefix_reuse=False`.
             OSError: the file cannot be read.
             EngineClosed: the engine is closed.
+            ForeignCall: the call comes from outside the engine's trio run or process.
         """
-        if self._closed:
-            raise EngineClosed(self._closed)
+        self._check()
         return await self._prefixes.load(path)
 
     def encode(self, prompt: Prompt) -> list[int]:

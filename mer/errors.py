@@ -32,6 +32,10 @@ class RequestError(MerError, ValueError):
     """A generation request is malformed: prompt, sampling parameters, stop strings or limits."""
 
 
+class ForeignCall(RequestError):
+    """An engine was called outside the trio run, or the process, that it was opened in; it goes on unharmed."""
+
+
 class ContextOverflow(RequestError):
     """A prompt and its `max_tokens` need more KV positions than the engine has."""
 

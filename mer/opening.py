@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from types import TracebackType
 
 import trio
@@ -14,6 +14,7 @@ from mer.compute.kernels.kv_layout import KV_TILE
 from mer.computing import Computing, Worker, open_computing
 from mer.config import Activations, EngineConfig, Hybrid, IoEngine, KVType, PrefetchSetting, Progress
 from mer.engine import Engine
+from mer.home import Home, OwnProcessStack, apart_from_children
 from mer.in_force import settings_in_force
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
@@ -109,7 +110,9 @@ async def open_engine(
         ReadError: bytes could not be read.
         ProfileError: the heat profile is malformed or of another model.
         TraceError: the trace exists and is malformed or of another model.
+        ForeignCall: the call does not come from a task of trio's.
     """
+    Home()  # refuses anything but a task of trio's before anything is read
     config = EngineConfig(
         path=path,
         memory=memory,
@@ -150,10 +153,11 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     does.
     """
     begun_s = time.perf_counter()
+    home = Home()
     model = load_model(config)
     plan = plan_memory(model, config)
     tokenizer = Tokenizer.from_gguf(model.gguf)
-    with ExitStack() as stack:
+    with OwnProcessStack() as stack:
         residency = await open_residency(config, model, plan)
         if residency.recorder is not None:
             stack.callback(residency.recorder.close)
@@ -232,10 +236,16 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 trace=None if residency.recorder is None else residency.recorder.statistics(),
             )
 
+        def disown() -> None:
+            reader.disown()
+            worker.disown()
+
         worker.start_threads()
         with _Unwrapped():
             async with trio.open_nursery() as nursery:
+                stack.enter_context(apart_from_children(disown))
                 engine = Engine(
+                    home=home,
                     model=model,
                     plan=plan,
                     tokenizer=tokenizer,
@@ -250,6 +260,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                     statistics=statistics,
                     stop=nursery.cancel_scope,
                 )
+                stack.callback(engine.close)  # however it ends
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(_compute, worker, engine)
                 if residency.recorder is not None:

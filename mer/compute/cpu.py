@@ -132,6 +132,10 @@ class CPUWorker:
         self._forward = None
         self._program = Program()
 
+    def disown(self) -> None:
+        """Compute nothing more, in a forked child: threads and memory are the parent's."""
+        self._forward = None
+
     async def run(self) -> None:
         """Serve jobs in order until the job channel is closed or the task is cancelled."""
         with self._results:

@@ -104,6 +104,7 @@ class FileReader(abc.ABC):
         self._ended: list[Work] = []  # operations whose end the trio thread is about to hear of
         self._told = False  # whether it is
         self._open = False  # written in the trio thread
+        self._disowned = False
         self._meter = ReadMeter()
 
     def __enter__(self) -> Self:
@@ -151,6 +152,10 @@ class FileReader(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Refuse further reads and give up those that have not begun; returns at once. Closing twice is allowed."""
+
+    def disown(self) -> None:
+        """Leave everything as it is, for good, in a forked child: files, ring and threads are the parent's."""
+        self._disowned, self._open = True, False
 
     @abc.abstractmethod
     def start(self, *operations: ReadOperation) -> None:

@@ -32,10 +32,18 @@ class ThreadReader(FileReader):
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], **settings: Any) -> None:
         super().__init__(paths, **settings)
-        self._lock = threading.Lock()  # guards the queue and what has ended
-        self._idle = [threading.Condition(self._lock) for _ in self._queue.copies]  # where each drive's threads wait
+        self._make_locks()
         self._alive = 0  # threads
         self._thread_number = count()
+
+    def _make_locks(self) -> None:
+        self._lock = threading.Lock()  # guards the queue and what has ended
+        self._idle = [threading.Condition(self._lock) for _ in self._queue.copies]  # where each drive's threads wait
+
+    def disown(self) -> None:
+        """Leave everything as it is in a forked child; see `FileReader.disown`."""
+        super().disown()
+        self._make_locks()  # a thread that is not here may have held the old one
 
     def close(self) -> None:
         """Refuse further reads and let the threads end; returns at once. Closing twice is allowed."""
@@ -48,6 +56,8 @@ class ThreadReader(FileReader):
 
     def start(self, *operations: ReadOperation) -> None:
         """Begin reads; see `Reader.start`."""
+        if self._disowned:
+            return
         self._check(operations)
         now_s, n_chunks, told = time.monotonic(), 0, False
         with self._lock:

@@ -76,6 +76,8 @@ class RingReader(FileReader):
 
     def start(self, *operations: ReadOperation) -> None:
         """Begin reads; see `Reader.start`."""
+        if self._disowned:
+            return
         self._check(operations)
         now_s = time.monotonic()
         for operation in operations:
@@ -130,6 +132,8 @@ class RingReader(FileReader):
 
     def take_back(self) -> None:
         """Take over the ring again; see `Lender.take_back`."""
+        if self._disowned:
+            return
         assert self._ring is not None
         self._lent = False
         self._ring.resume()
@@ -192,6 +196,8 @@ class RingReader(FileReader):
 
     def _collect(self, ring: Ring) -> None:
         """Account for what has completed and hand over what comes next."""
+        if self._disowned:
+            return
         ring.reset()
         if self._lent:
             return  # what has completed is the job's
@@ -232,7 +238,7 @@ class RingReader(FileReader):
     def _fill(self, now_s: float) -> None:
         """Hand reads to the kernel until each drive sees as many as it is to."""
         assert self._ring is not None
-        if self._lent:
+        if self._lent or self._disowned:
             return
         ask_again_s = math.inf
         for number, copy in enumerate(self._queue.copies):

@@ -14,6 +14,7 @@ import trio
 
 from mer.config import Sampling
 from mer.engine import Engine
+from mer.home import Home
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
@@ -346,6 +347,7 @@ async def open_sim_engine(
 
         known = SimpleNamespace(spec=SimpleNamespace(vocab_size=model.vocab_size, context_length=context))
         engine = Engine(
+            home=Home(),
             model=cast(Any, known),
             plan=cast(Any, SimpleNamespace(context=context)),
             tokenizer=cast(Any, SimTokenizer()),

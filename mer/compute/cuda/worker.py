@@ -155,6 +155,9 @@ class CUDAWorker:
             self._experts = self._passes = None
             self._device.close()
 
+    def disown(self) -> None:
+        """Let a forked child be: its copy of the thread does not run, so that no job of its gets to the device."""
+
     async def run(self) -> None:
         """Serve jobs in order until the job channel is closed, the task is cancelled or the device fails for good."""
         with self._results:
