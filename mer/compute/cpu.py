@@ -7,10 +7,25 @@ import threading
 import time
 
 import attrs
+import numpy as np
 import trio
 
 from mer.compute.forward import Forward
-from mer.compute.kernels.runtime import CONTROL_BYTES, FINISHED, follow, start, stop
+from mer.compute.kernels.runtime import (
+    CROWDED_NS,
+    FINISHED,
+    JOINED,
+    LINE_BYTES,
+    LINES,
+    MAX_THREADS,
+    PROGRAMS,
+    TEAM,
+    control_bytes,
+    follow,
+    prepare,
+    start,
+    stop,
+)
 from mer.compute.kernels.target import FORM
 from mer.compute.program import Memory, Program
 from mer.compute.worker import (
@@ -36,11 +51,17 @@ _INLINE_TOKENS = 16  # a larger batch is taken over in a thread of trio's, so th
 
 
 class Team:
-    """Threads that run programs together, each of them every row."""
+    """Threads that run programs together.
+
+    Raises:
+        ConfigError: there are more threads than a program can have.
+    """
 
     def __init__(self, n_threads: int) -> None:
+        if n_threads > MAX_THREADS:
+            raise ConfigError(f"{n_threads} compute threads; at most {MAX_THREADS} can run a program together")
         self.n_threads = n_threads
-        self._control = Memory(CONTROL_BYTES)
+        self._control = Memory(control_bytes(n_threads))
         self._threads: list[threading.Thread] = []
         self._finished = -1  # eventfd
         self._running = False
@@ -53,6 +74,7 @@ class Team:
         """
         control = self._control.address
         self._finished = os.eventfd(0, os.EFD_CLOEXEC)
+        prepare(control, self.n_threads)
         self._control.view(control + FINISHED, 8).view("q")[0] = self._finished
         try:
             for number in range(self.n_threads):
@@ -65,10 +87,33 @@ class Team:
                 "use fewer threads or raise the limit on processes (ulimit -u)"
             ) from error
 
-    def start(self, program: Program) -> None:
-        """Let the threads run a program; it must stay as it is until `wait` or `block`, one of which must follow."""
+    def start(self, program: Program, n_threads: int | None = None) -> None:
+        """Let the threads run a program; it must stay as it is until `wait` or `block`, one of which must follow.
+
+        Args:
+            program: the program, of at least one row.
+            n_threads: how many of the threads take part; by default all.
+        """
         self._running = True
-        start(self._control.address, program.address, program.length)
+        start(self._control.address, program.address, program.length, n_threads or self.n_threads)
+
+    def active(self) -> tuple[int, str]:
+        """Return how many threads took part in the last program, and why so many."""
+        read = self._word
+        team, programs = read(TEAM), read(PROGRAMS)
+        if programs == 0:
+            return 0, "nothing has been computed yet"
+        joined = sum(read(LINES + LINE_BYTES * number + JOINED) == programs for number in range(self.n_threads))
+        if joined < team and read(CROWDED_NS) > time.monotonic_ns():
+            return joined, "others have the cores"
+        if joined < team:
+            return joined, "the others came too late for the last job"
+        if team < self.n_threads:
+            return joined, f"a batch this small has no work for all {self.n_threads}"
+        return joined, "all of them"
+
+    def _word(self, offset: int) -> int:
+        return int(self._control.view(self._control.address + offset, 8).view(np.int64)[0])
 
     async def wait(self) -> None:
         """Wait until the program has finished; if cancelled, it goes on."""
@@ -162,8 +207,14 @@ class CPUWorker:
 
     def statistics(self) -> WorkerStatistics:
         """Return a snapshot of the counters."""
+        active_threads, active_reason = self._team.active()
         return WorkerStatistics(
-            name="cpu", kernels=FORM.value, n_threads=self._team.n_threads, **attrs.asdict(self._counters)
+            name="cpu",
+            kernels=FORM.value,
+            n_threads=self._team.n_threads,
+            active_threads=active_threads,
+            active_reason=active_reason,
+            **attrs.asdict(self._counters),
         )
 
     async def _start(self, job: Job) -> None:
@@ -194,7 +245,7 @@ class CPUWorker:
                 case ReadBlocks():
                     pass
         if program.length:
-            self._team.start(program)
+            self._team.start(program, forward.threads)
 
     def _write_blocks(self, blocks: tuple[int, ...], data: tuple[Uint8Array, ...]) -> None:
         for block, content in zip(blocks, data, strict=True):

@@ -33,6 +33,10 @@ from mer.model.spec import ModelSpec, RopeStyle
 _NO_ROWS = np.zeros(0, np.int32)
 _NO_ROWS.flags.writeable = False
 _FEW_ROWS = 32
+_PHASES = 20  # of a layer
+# A thread that finds fewer bytes of weights in a phase comes for nothing: one core hands the other what they share in
+# some 0.5 us, in which it reads about as much.
+_THREAD_BYTES = 16 << 10
 _KEPT_SHAPES = 8  # numbers of tokens for which the steps of a layer's attention and of the output head are kept
 
 
@@ -51,6 +55,8 @@ class Forward:
         self.scratch = Scratch(spec, limits, weights.types | matrix_types((), experts), experts)
         self._kv_block_bytes = kv_block_bytes(spec, limits.kv_type)
         self._kv_kind = KV_KINDS[limits.kv_type]
+        token_bytes = weights.used_bytes(tied_head=spec.tied_head) + experts.total_bytes * spec.top_k // spec.n_experts
+        self._threads_per_row = token_bytes / (_PHASES * spec.n_layers * _THREAD_BYTES)
         self._batch: Batch | None = None
         self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
         self._predicts = False  # whether the last Attend did
@@ -69,6 +75,11 @@ class Forward:
     def resident_rows(self) -> int:
         """See `ComputeWorker`."""
         return self._limits.resident_rows(self._spec) if self._routed_experts.alike else 0
+
+    @property
+    def threads(self) -> int:
+        """How many threads the batch under way has work for; more would wait longer than they compute."""
+        return max(1, min(self._limits.threads, int(self._threads_per_row * len(self.batch.tokens))))
 
     @property
     def batch(self) -> Batch:
@@ -163,16 +174,16 @@ class Forward:
             (layer, a["h"], a["router"], (a["expert_ids"], a["expert_weights"], a["damaged"])),
             (layer + 1, a["next_h"], a["next_router"], (a["predicted_ids"], a["predicted_weights"], 0)),
         ][: 1 + predict]
-        for turn, (at, h, _, _) in enumerate(targets):
-            self._norm(program, f"blk.{at}.ffn_norm.weight", a["x"], 0, n, h, turn % threads)
+        for at, h, _, _ in targets:
+            self._norm(program, f"blk.{at}.ffn_norm.weight", a["x"], 0, n, h)
         program.barrier()
         for at, h, logits, _ in targets:
             gate = self._matrix(at, "ffn_gate_inp")
             multiply(program, gate, Activations(n, h, d, {}), logits, router_stride, threads)
         self._routed_experts.prepare_token(program, layer)
         program.barrier()
-        for turn, (_, _, logits, results) in enumerate(targets):
-            program.add(route, logits, router_stride, n, spec.n_experts, spec.top_k, *results, turn % threads)
+        for _, _, logits, results in targets:
+            program.add(route, logits, router_stride, n, spec.n_experts, spec.top_k, *results)
         program.barrier()
 
     def read_block(self, block: int) -> Uint8Array:
@@ -311,10 +322,10 @@ class Forward:
     def _matrix(self, layer: int, name: str) -> Matrix:
         return self._weights.matrix(f"blk.{layer}.{name}.weight")
 
-    def _norm(self, program: Program, name: str, x: int, index: int, n: int, out: int, turn: int = 0) -> None:
+    def _norm(self, program: Program, name: str, x: int, index: int, n: int, out: int) -> None:
         stride = float_stride(self._spec.d_model)
         weight = self._weights.vector(name)
-        program.add(rms_norm, x, stride, index, n, self._spec.d_model, weight, self.scratch.eps, out, stride, turn)
+        program.add(rms_norm, x, stride, index, n, self._spec.d_model, weight, self.scratch.eps, out, stride)
 
 
 def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLType]:

@@ -66,6 +66,11 @@ class DenseWeights:
         """Bytes of memory that the weights take."""
         return len(self._memory.bytes)
 
+    def used_bytes(self, *, tied_head: bool) -> int:
+        """Return the bytes of the matrices that every token is multiplied with."""
+        names = {name for name, t in self._tensors.items() if len(t.shape) == 2}
+        return sum(_bytes_of(self._tensors[name]) for name in names if tied_head or name != "token_embd.weight")
+
     @property
     def types(self) -> set[GGMLType]:
         """Types of the matrices."""

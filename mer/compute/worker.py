@@ -223,7 +223,9 @@ class WorkerStatistics:
 
     name: str  # "cpu"
     kernels: str  # instruction-set form in force
-    n_threads: int
+    n_threads: int  # that may compute
+    active_threads: int  # that took part in the last job
+    active_reason: str  # why it was so many
     jobs: int
     tokens: int  # batch rows begun
     expert_runs: int  # (layer, expert) pairs computed

@@ -230,6 +230,8 @@ class SimWorker:
             name="simulated",
             kernels="none",
             n_threads=1,
+            active_threads=1,
+            active_reason="a simulated one",
             jobs=self._n_jobs,
             tokens=self._n_tokens,
             expert_runs=self._n_runs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,10 +25,11 @@ _STEP = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
 class Callback:
-    """A step that calls a function of Python, on the first of the worker's threads."""
+    """A step that calls a function of Python, on whichever of the worker's threads comes to it first."""
 
     def __init__(self, act: Callable[[], None]) -> None:
-        self._function = _STEP(lambda _row, thread, _n_threads: act() if thread == 0 else None)
+        calls = itertools.count()
+        self._function = _STEP(lambda _row, _thread, _n_threads: act() if next(calls) == 0 else None)
         self.address = ctypes.cast(self._function, ctypes.c_void_p).value
 
 
@@ -36,6 +38,7 @@ class Script:
 
     staged_pairs = 3
     resident_rows = 0
+    threads = 2
 
     def __init__(
         self, act: Callable[[int], None] = lambda layer: None, build: Callable[[int], None] = lambda layer: None

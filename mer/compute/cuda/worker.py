@@ -174,6 +174,8 @@ class CUDAWorker:
             name=self._device.label,
             kernels=self._kernels.form,
             n_threads=1,
+            active_threads=1,
+            active_reason="one gives the device its work",
             jobs=c.jobs,
             tokens=c.tokens,
             expert_runs=c.expert_runs,

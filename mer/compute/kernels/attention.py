@@ -12,12 +12,13 @@ from typing import Final
 
 import numpy as np
 
+from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.ir import atomic_add, load_f32, load_i32, load_i64, store_f32, store_i32, zero_bytes
 from mer.compute.kernels.kv_integers import pack_query
 from mer.compute.kernels.kv_layout import BLOCK, F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, size_of_tile
 from mer.compute.kernels.kv_tile import PASS_BYTES, merge_row, tile_pass
 from mer.compute.kernels.numba_api import literally, njit
-from mer.compute.kernels.step import ARG0, COUNTER, Step, step
+from mer.compute.kernels.step import ARG0, Step, step
 
 SPAN: Final = 8 * KV_TILE  # positions whose results are merged as one
 ROWS: Final = 64  # (token, head) pairs that one pass over the tiles serves, or the heads of a group if they are more
@@ -173,7 +174,7 @@ def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
     part_size = 4 * ((group + 15) // 16 * 16) * (padded + 2)
     parts = counters + (4 * split * g + 63) // 64 * 64
     while True:
-        item = atomic_add(row + 8 * COUNTER, 1)
+        item = claim_unit(row)
         if item >= pieces * n_parts:
             return
         piece, part = item // n_parts, item % n_parts

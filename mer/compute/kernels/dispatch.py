@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, FRESH, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO
 from mer.compute.kernels.ir import load_i32, load_i64, store_i32, store_i64
 from mer.compute.kernels.job_reads import (
@@ -56,12 +57,12 @@ def _read_missing(reads, layer, table, n):  # type: ignore[no-untyped-def]
 
 
 @step
-def dispatch(row: int, thread: int, _n_threads: int) -> None:
+def dispatch(row: int, _thread: int, _n_threads: int) -> None:
     """Sort the (token, choice) pairs by expert, each expert's in their order, and write an entry for each expert used.
 
     Experts that are in memory have theirs in one table, missing ones, which are to be read by the job, in another. The
     steps that work on them follow: `begin_reads`, so many for the first table, `await_reads`, `next_turn`, and as many
-    for the second table. The first thread does it all.
+    for the second table. Whoever comes first does it all.
 
     Arguments: ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, 3] of gate, up and down,
     see `RunResident`), ends (int32 [n_experts], for its own use), table, table of missing experts, steps for a table,
@@ -71,7 +72,7 @@ def dispatch(row: int, thread: int, _n_threads: int) -> None:
     those for the first table that are needed only if an expert is missing, or to 0 if one is), reads (control block,
     or 0).
     """
-    if thread != 0:
+    if claim_unit(row) != 0:
         return
     ids, n_pairs = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
     k, n_experts = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)

@@ -10,9 +10,10 @@ the table, the number of entries, flags, and the units (tiles or rows of the mat
 
 from __future__ import annotations
 
-from mer.compute.kernels.ir import atomic_add, load_i64
+from mer.compute.kernels.claim import claim_unit
+from mer.compute.kernels.ir import load_i64
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, COUNTER, ENTRY
+from mer.compute.kernels.step import ARG0, ENTRY
 
 ENTRY_WORDS = 8
 COUNT, ROW, PAIR, FRESH, ZERO = range(3, 8)  # words of an entry behind its addresses
@@ -44,7 +45,7 @@ def claim(row, n_units):  # type: ignore[no-untyped-def]
     n_entries, matrices = load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2) >> 8 & 0xFF
     chunk = load_i64(row, ARG0 + 3)
     pieces = (n_units + chunk - 1) // chunk
-    item = atomic_add(row + 8 * COUNTER, 1)
+    item = claim_unit(row)
     if item >= n_entries * matrices * pieces:
         return 0, 0, 0, 0
     product, first = item // pieces, item % pieces * chunk

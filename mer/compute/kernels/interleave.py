@@ -16,6 +16,7 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 
+from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.ir import (
     I8,
     I16,
@@ -165,8 +166,8 @@ def interleave_tile(kind, source, target, present, n_blocks, block_bytes, raw, a
 
 
 @njit
-def interleave_rows(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
-    """Body of every interleaving step: turn rows of blocks into tiles, which are split evenly over the threads.
+def interleave_rows(row, thread, kind):  # type: ignore[no-untyped-def]
+    """Body of every interleaving step: turn rows of blocks into tiles, which are claimed.
 
     Arguments: source, target (elsewhere), n_rows, n_blocks, block_bytes, raw (room for 16 rows, for each thread).
     The target holds n_rows rounded up to 16.
@@ -176,8 +177,10 @@ def interleave_rows(row, thread, n_threads, kind):  # type: ignore[no-untyped-de
     n_blocks, block_bytes = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
     tile_bytes, n_tiles = 16 * n_blocks * block_bytes, (n_rows + 15) // 16
     raw = load_i64(row, ARG0 + 5) + thread * tile_bytes
-    last = n_tiles * (thread + 1) // n_threads
-    for tile in range(n_tiles * thread // n_threads, last):
-        here, ahead = source + tile * tile_bytes, source + min(tile + 1, last - 1) * tile_bytes
+    while True:
+        tile = claim_unit(row)
+        if tile >= n_tiles:
+            return
+        here, ahead = source + tile * tile_bytes, source + min(tile + 1, n_tiles - 1) * tile_bytes
         present = min(16, n_rows - 16 * tile)
         interleave_tile(kind, here, target + tile * tile_bytes, present, n_blocks, block_bytes, raw, ahead)

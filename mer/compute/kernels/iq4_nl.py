@@ -52,6 +52,6 @@ def matmul_iq4_nl_a15(row: int, thread: int, _n_threads: int) -> None:
 
 
 @step
-def interleave_iq4_nl(row: int, thread: int, n_threads: int) -> None:
+def interleave_iq4_nl(row: int, thread: int, _n_threads: int) -> None:
     """Tiles of IQ4_NL from rows as in the file; arguments as in `interleave_rows`."""
-    interleave_rows(row, thread, n_threads, KIND)
+    interleave_rows(row, thread, KIND)

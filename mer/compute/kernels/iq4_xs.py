@@ -74,6 +74,6 @@ def matmul_iq4_xs_a15(row: int, thread: int, _n_threads: int) -> None:
 
 
 @step
-def interleave_iq4_xs(row: int, thread: int, n_threads: int) -> None:
+def interleave_iq4_xs(row: int, thread: int, _n_threads: int) -> None:
     """Tiles of IQ4_XS from rows as in the file; arguments as in `interleave_rows`."""
-    interleave_rows(row, thread, n_threads, KIND)
+    interleave_rows(row, thread, KIND)

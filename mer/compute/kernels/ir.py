@@ -8,6 +8,7 @@ as the form's registers (`lanes.py`).
 from __future__ import annotations
 
 import platform
+import time
 from typing import Any
 
 from llvmlite import binding, ir
@@ -156,10 +157,10 @@ def masked_load(b: ir.IRBuilder, address: Any, offset: Any, vector: ir.VectorTyp
 
 @intrinsic
 def atomic_load(_ctx: Any, address: Any) -> Any:
-    """Load the int32 at an address, with acquire ordering."""
+    """Load the int32 at an address, sequentially consistent."""
 
     def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        return b.sext(b.load_atomic(at(b, args[0], 0, I32), "acquire", 4), I64)
+        return b.sext(b.load_atomic(at(b, args[0], 0, I32), "seq_cst", 4), I64)
 
     return types.int64(types.int64), codegen
 
@@ -186,6 +187,27 @@ def atomic_add(_ctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_load_i64(_ctx: Any, address: Any) -> Any:
+    """Load the int64 at an address, sequentially consistent."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        return b.load_atomic(at(b, args[0], 0, I64), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def compare_exchange(_ctx: Any, address: Any, expected: Any, new: Any) -> Any:
+    """Put `new` where the int64 at an address is `expected`, sequentially consistent; return 1 if it was, else 0."""
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        pair = b.cmpxchg(at(b, args[0], 0, I64), args[1], args[2], "seq_cst", "seq_cst")
+        return b.zext(b.extract_value(pair, 1), I64)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def pause(_ctx: Any) -> Any:
     """Tell the processor that this is a spin loop, where it has such an instruction."""
 
@@ -206,6 +228,22 @@ def syscall6(_ctx: Any, number: Any, a: Any, c: Any, d: Any, e: Any, f: Any, g: 
         return b.call(function, args)
 
     return types.int64(*[types.int64] * 7), codegen
+
+
+@intrinsic
+def clock_ns(_ctx: Any, room: Any) -> Any:
+    """Return CLOCK_MONOTONIC in nanoseconds; `room` is the address of 16 bytes to work in.
+
+    By the C library, which asks the kernel's shared page where it can: a system call takes several times as long.
+    """
+
+    def codegen(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        function = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [I32, I64]), "clock_gettime")
+        b.call(function, [ir.Constant(I32, time.CLOCK_MONOTONIC), args[0]])
+        seconds, rest = load(b, args[0], 0, I64, 8), load(b, args[0], 8, I64, 8)
+        return b.add(b.mul(seconds, i64(1_000_000_000)), rest)
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.entry import ENTRY_WORDS
 from mer.compute.kernels.ir import (
     atomic_load,
@@ -20,7 +21,7 @@ from mer.compute.kernels.ir import (
     syscall6,
 )
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, step
+from mer.compute.kernels.step import ARG0, ROW_WORDS, step
 from mer.compute.kernels.system_calls import CLOCK_GETTIME, IO_URING_ENTER, PPOLL, SCHED_YIELD
 from mer.io.job_words import (
     ADDRESSES,
@@ -239,21 +240,20 @@ def _nap(control):  # type: ignore[no-untyped-def]
 
 @njit
 def hand_table(row, distance, steps, table, n):  # type: ignore[no-untyped-def]
-    """Let so many steps at a distance behind a row work on n entries of a table, none of which is begun."""
+    """Let so many steps at a distance behind a row work on n entries of a table."""
     for number in range(steps):
         there = row + 8 * ROW_WORDS * (distance + number)
-        store_i64(there + 8 * COUNTER, 0)
         store_i64(there + 8 * ARG0, table)
         store_i64(there + 8 * (ARG0 + 1), n)
 
 
 @step
-def begin_reads(row: int, thread: int, _n_threads: int) -> None:
-    """Let the kernel begin what `dispatch` has logged; the first thread does it, while others go on.
+def begin_reads(row: int, _thread: int, _n_threads: int) -> None:
+    """Let the kernel begin what `dispatch` has logged; whoever comes first does it, while others go on.
 
     Arguments: control block, or 0 if there is none.
     """
-    if thread == 0 and load_i64(row, ARG0) != 0:
+    if load_i64(row, ARG0) != 0 and claim_unit(row) == 0:
         submit(load_i64(row, ARG0))
 
 
@@ -264,17 +264,17 @@ def _landed(control, number):  # type: ignore[no-untyped-def]
 
 
 @step
-def await_reads(row: int, thread: int, _n_threads: int) -> None:
+def await_reads(row: int, _thread: int, _n_threads: int) -> None:
     """Wait until the next missing expert is in memory, and leave it and those that are there too to the steps behind.
 
-    The first thread does it. If a read fails or takes too long, end the program.
+    Whoever comes first does it. If a read fails or takes too long, end the program.
 
     Arguments: control block, end (int64, set to `END` then), stop (int64, set to the layer's number plus 1 then),
     layer, table of missing experts, number of the steps for a table, which follow behind `next_turn`; and, set by
     `dispatch` for each layer, the number of the table's first expert in the log, how many experts it has, and how many
     of them have had their turn.
     """
-    if thread != 0:
+    if claim_unit(row) != 0:
         return
     control = load_i64(row, ARG0)
     first, n, ready = load_i64(row, FIRST), load_i64(row, N_MISSING), load_i64(row, N_HANDED)
@@ -312,14 +312,14 @@ def await_reads(row: int, thread: int, _n_threads: int) -> None:
 
 
 @step
-def next_turn(row: int, thread: int, _n_threads: int) -> None:
+def next_turn(row: int, _thread: int, _n_threads: int) -> None:
     """Behind `await_reads`, tell whether to come back to it when what it has left to the steps is done.
 
-    The first thread does it, once all threads have come past what it told last.
+    Whoever comes first does it.
 
     Arguments: again (int64, set to the number of steps to go on by at the end of the table's steps).
     """
-    if thread == 0:
+    if claim_unit(row) == 0:
         wait = row - 8 * ROW_WORDS
         done = load_i64(wait, N_HANDED) == load_i64(wait, N_MISSING)
         store_i64(load_i64(row, ARG0), 0 if done else -(load_i64(wait, ARG0 + 5) + 2))

@@ -64,6 +64,6 @@ def matmul_mxfp4_a15(row: int, thread: int, _n_threads: int) -> None:
 
 
 @step
-def interleave_mxfp4(row: int, thread: int, n_threads: int) -> None:
+def interleave_mxfp4(row: int, thread: int, _n_threads: int) -> None:
     """Tiles of MXFP4 from rows as in the file; arguments as in `interleave_rows`."""
-    interleave_rows(row, thread, n_threads, KIND)
+    interleave_rows(row, thread, KIND)

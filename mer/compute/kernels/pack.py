@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mer.compute.kernels.claim import chunk_of, claim_unit
 from mer.compute.kernels.entry import COUNT, PAIR, ROW, entry_of
 from mer.compute.kernels.ir import load_i32, load_i64, store_f32, store_i32
 from mer.compute.kernels.numba_api import njit
@@ -17,6 +18,7 @@ from mer.compute.kernels.step import ARG0, step
 from mer.compute.kernels.vector import amax, quantize16, quantize16_high, quantize16_low, swiglu16
 
 _TINY = np.float32(2.0**-126)  # the reciprocal of a smaller scale may be infinite; such blocks become zero
+_MIN_WEIGHTS = 512  # fewer take less time than claiming them
 
 
 @njit
@@ -33,9 +35,30 @@ def column_tile(t, n):  # type: ignore[no-untyped-def]
     return first, 1
 
 
+@njit
+def _quantize_block(block, size, sums, planes, columns, place, plane, xq, xs, xsum):  # type: ignore[no-untyped-def]
+    """Write one block's scale at `place`, and its values and sums at `plane` and, of two planes, `columns` behind."""
+    per_sum = size // 16 // sums
+    scale = amax(block, size) / np.float32(127 if planes == 1 else 127 * 128)
+    inverse = np.float32(0) if scale < _TINY else np.float32(1) / scale
+    store_f32(xs, place, scale)
+    for s in range(sums):
+        partial, rest = np.int32(0), np.int32(0)
+        for p in range(s * per_sum, (s + 1) * per_sum):
+            here, to = block + 64 * p, xq + plane * size + 16 * p
+            if planes == 1:
+                partial += quantize16(here, inverse, to)
+            else:
+                partial += quantize16_high(here, inverse, to)
+                rest += quantize16_low(here, inverse, to + columns * size)
+        store_i32(xsum, plane * sums + s, partial)
+        if planes == 2:
+            store_i32(xsum, (plane + columns) * sums + s, rest)
+
+
 @step
-def pack(row: int, thread: int, n_threads: int) -> None:
-    """Quantize rows of float32 into packed blocks; the (row, block) pairs of each entry are split over the threads.
+def pack(row: int, _thread: int, n_threads: int) -> None:
+    """Quantize rows of float32 into packed blocks; runs of an entry's (row, block) pairs are claimed.
 
     The rows of an entry are its own of x, and are packed together. With `up`, first x = silu(x) * up in place.
 
@@ -48,33 +71,24 @@ def pack(row: int, thread: int, n_threads: int) -> None:
     up, n_blocks, size = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
     sums, planes = load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 12)
     xq, xs, xsum = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
-    largest = np.float32(127 if planes == 1 else 127 * 128)
-    per_sum = size // 16 // sums
+    unit, before = claim_unit(row), 0
     for number in range(n_entries):
         entry = entry_of(row, table, number)
         n, own, pair = load_i64(entry, COUNT), load_i64(entry, ROW), load_i64(entry, PAIR)
         total = n * n_blocks
-        for item in range(total * thread // n_threads, total * (thread + 1) // n_threads):
-            t, k = item // n_blocks, item % n_blocks
-            source = load_i32(index, pair + t) if index != 0 else own + t
-            block = x + source * x_stride + 4 * size * k
-            if up != 0:
-                swiglu16(block, block + up, size)
-            first, columns = column_tile(t, n)
-            place = (own + first) * n_blocks + k * columns + (t - first)
-            plane = planes * ((own + first) * n_blocks + k * columns) + (t - first)
-            scale = amax(block, size) / largest
-            inverse = np.float32(0) if scale < _TINY else np.float32(1) / scale
-            store_f32(xs, place, scale)
-            for s in range(sums):
-                partial, rest = np.int32(0), np.int32(0)
-                for p in range(s * per_sum, (s + 1) * per_sum):
-                    here, to = block + 64 * p, xq + plane * size + 16 * p
-                    if planes == 1:
-                        partial += quantize16(here, inverse, to)
-                    else:
-                        partial += quantize16_high(here, inverse, to)
-                        rest += quantize16_low(here, inverse, to + columns * size)
-                store_i32(xsum, plane * sums + s, partial)
-                if planes == 2:
-                    store_i32(xsum, (plane + columns) * sums + s, rest)
+        chunk = chunk_of(total, n_threads, _MIN_WEIGHTS // size)
+        runs = (total + chunk - 1) // chunk
+        while unit < before + runs:
+            begin = (unit - before) * chunk
+            for item in range(begin, min(begin + chunk, total)):
+                t, k = item // n_blocks, item % n_blocks
+                source = load_i32(index, pair + t) if index != 0 else own + t
+                block = x + source * x_stride + 4 * size * k
+                if up != 0:
+                    swiglu16(block, block + up, size)
+                first, columns = column_tile(t, n)
+                tile = (own + first) * n_blocks + k * columns
+                place, plane = tile + t - first, planes * tile + t - first
+                _quantize_block(block, size, sums, planes, columns, place, plane, xq, xs, xsum)
+            unit = claim_unit(row)
+        before += runs

@@ -97,6 +97,6 @@ def matmul_q3_k_a15(row: int, thread: int, _n_threads: int) -> None:
 
 
 @step
-def interleave_q3_k(row: int, thread: int, n_threads: int) -> None:
+def interleave_q3_k(row: int, thread: int, _n_threads: int) -> None:
     """Tiles of Q3_K from rows as in the file; arguments as in `interleave_rows`."""
-    interleave_rows(row, thread, n_threads, KIND)
+    interleave_rows(row, thread, KIND)

@@ -59,6 +59,6 @@ def matmul_q4_1_a15(row: int, thread: int, _n_threads: int) -> None:
 
 
 @step
-def interleave_q4_1(row: int, thread: int, n_threads: int) -> None:
+def interleave_q4_1(row: int, thread: int, _n_threads: int) -> None:
     """Tiles of Q4_1 from rows as in the file; arguments as in `interleave_rows`."""
-    interleave_rows(row, thread, n_threads, KIND)
+    interleave_rows(row, thread, KIND)

@@ -50,6 +50,6 @@ def matmul_q5_1_a15(row: int, thread: int, _n_threads: int) -> None:
 
 
 @step
-def interleave_q5_1(row: int, thread: int, n_threads: int) -> None:
+def interleave_q5_1(row: int, thread: int, _n_threads: int) -> None:
     """Tiles of Q5_1 from rows as in the file; arguments as in `interleave_rows`."""
-    interleave_rows(row, thread, n_threads, KIND)
+    interleave_rows(row, thread, KIND)

@@ -11,12 +11,15 @@ import math
 
 import numpy as np
 
+from mer.compute.kernels.claim import chunk_of, claim_unit
 from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64, store_f32
 from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND, size_of_tile
 from mer.compute.kernels.kv_tile import store_half, store_i8
 from mer.compute.kernels.numba_api import literally, njit
 from mer.compute.kernels.step import ARG0, Step, step
 from mer.compute.kernels.vector import amax, rotate, scale_product
+
+_MIN_VALUES = 512  # heads of fewer values take less time than claiming them
 
 
 @njit
@@ -84,13 +87,13 @@ def _store_head(kind, tile, scales, source, c, start, block_step, pair_step, ste
 
 
 @njit
-def _rope_store(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
+def _rope_store(row, n_threads, kind):  # type: ignore[no-untyped-def]
     """Normalize (where the model does) and rotate Q and K, Q into padded heads, and write K and V to the KV cache.
 
     Arguments: q_raw, k_raw (is changed), v_raw, q_raw_stride_bytes, kv_raw_stride_bytes, q (float32 [T, H, C padded to
     16]), n (T), heads (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines,
     sines), q_norm (or 0), k_norm (or 0), eps (address), kv (the layer's tiles in block 0), block_bytes, positions
-    (int32 [T]), sequences (int32 [T]), table (int32), max_blocks.
+    (int32 [T]), sequences (int32 [T]), table (int32), max_blocks. Runs of (row, head) pairs are claimed.
     """
     literally(kind)
     q_raw, k_raw, v_raw = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
@@ -106,52 +109,57 @@ def _rope_store(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
     q_head, padded = (c + 15) // 16 * 64, (c + 31) // 32 * 32
     tile_size = size_of_tile(kind, padded)
     items = n * (h + 2 * g)
-    for item in range(items * thread // n_threads, items * (thread + 1) // n_threads):
-        t, head = item // (h + 2 * g), item % (h + 2 * g)
-        cos = angles + 4 * rope_dim * t
-        sin = cos + 2 * rope_dim
-        if head < h:
-            source = q_raw + t * q_stride + 4 * c * head
-            _place_head(q + q_head * (t * h + head), source, c, q_norm, eps, rope_dim, pair, cos, sin)
-            continue
-        tile = head - h  # K tiles, then V tiles
-        position = load_i32(positions, t)
-        block = load_i32(table, load_i32(sequences, t) * max_blocks + position // 64)
-        target = kv + block * block_bytes + tile * tile_size
-        slot = position % 64
-        scales = target + 64 * padded + 2 * slot
-        if tile < g:
-            source = k_raw + t * kv_stride + 4 * c * tile
-            _place_head(source, source, c, k_norm, eps, rope_dim, pair, cos, sin)
-            side = slot // 32 * 32 * c
-            if kind == Q8_0_KIND:
-                _store_head(kind, target, scales, source, c, side + slot % 32 * 2, 1024, 64, 1)
+    chunk = chunk_of(items, n_threads, max(1, _MIN_VALUES // c))
+    while True:
+        begin = claim_unit(row) * chunk
+        if begin >= items:
+            return
+        for item in range(begin, min(begin + chunk, items)):
+            t, head = item // (h + 2 * g), item % (h + 2 * g)
+            cos = angles + 4 * rope_dim * t
+            sin = cos + 2 * rope_dim
+            if head < h:
+                source = q_raw + t * q_stride + 4 * c * head
+                _place_head(q + q_head * (t * h + head), source, c, q_norm, eps, rope_dim, pair, cos, sin)
+                continue
+            tile = head - h  # K tiles, then V tiles
+            position = load_i32(positions, t)
+            block = load_i32(table, load_i32(sequences, t) * max_blocks + position // 64)
+            target = kv + block * block_bytes + tile * tile_size
+            slot = position % 64
+            scales = target + 64 * padded + 2 * slot
+            if tile < g:
+                source = k_raw + t * kv_stride + 4 * c * tile
+                _place_head(source, source, c, k_norm, eps, rope_dim, pair, cos, sin)
+                side = slot // 32 * 32 * c
+                if kind == Q8_0_KIND:
+                    _store_head(kind, target, scales, source, c, side + slot % 32 * 2, 1024, 64, 1)
+                else:
+                    _store_head(kind, target, scales, source, c, side + slot % 32, 1024, 64, 32)
             else:
-                _store_head(kind, target, scales, source, c, side + slot % 32, 1024, 64, 32)
-        else:
-            source = v_raw + t * kv_stride + 4 * c * (tile - g)
-            if kind == Q8_0_KIND:
-                _store_head(kind, target, scales, source, c, slot // 2 * 64 + slot % 2, 2048, 4, 2)
-            else:
-                _store_head(kind, target, scales, source, c, 32 * slot, 2048, 2, 1)
+                source = v_raw + t * kv_stride + 4 * c * (tile - g)
+                if kind == Q8_0_KIND:
+                    _store_head(kind, target, scales, source, c, slot // 2 * 64 + slot % 2, 2048, 4, 2)
+                else:
+                    _store_head(kind, target, scales, source, c, 32 * slot, 2048, 2, 1)
 
 
 @step
-def rope_store_f32(row: int, thread: int, n_threads: int) -> None:
+def rope_store_f32(row: int, _thread: int, n_threads: int) -> None:
     """RoPE and the write into a KV cache of F32; arguments as in `_rope_store`."""
-    _rope_store(row, thread, n_threads, F32_KIND)
+    _rope_store(row, n_threads, F32_KIND)
 
 
 @step
-def rope_store_f16(row: int, thread: int, n_threads: int) -> None:
+def rope_store_f16(row: int, _thread: int, n_threads: int) -> None:
     """RoPE and the write into a KV cache of F16; arguments as in `_rope_store`."""
-    _rope_store(row, thread, n_threads, F16_KIND)
+    _rope_store(row, n_threads, F16_KIND)
 
 
 @step
-def rope_store_q8_0(row: int, thread: int, n_threads: int) -> None:
+def rope_store_q8_0(row: int, _thread: int, n_threads: int) -> None:
     """RoPE and the write into a KV cache of Q8_0; arguments as in `_rope_store`."""
-    _rope_store(row, thread, n_threads, Q8_0_KIND)
+    _rope_store(row, n_threads, Q8_0_KIND)
 
 
 ROPE_STORE: dict[int, Step] = {F32_KIND: rope_store_f32, F16_KIND: rope_store_f16, Q8_0_KIND: rope_store_q8_0}

@@ -9,6 +9,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.ir import (
     I32,
     I64,
@@ -92,7 +93,7 @@ def _best_below(_ctx: Any, scores: Any, n: Any, below: Any) -> Any:
 
 
 @step
-def route(row: int, thread: int, n_threads: int) -> None:
+def route(row: int, _thread: int, _n_threads: int) -> None:
     """Write the k experts with the largest logits, in descending order, ties to the lower number, and their weights.
 
     Softmax over the chosen k equals the softmax over all experts renormalized over them, so both routings share one
@@ -100,12 +101,15 @@ def route(row: int, thread: int, n_threads: int) -> None:
     `damaged`, if there is one; NaN then ranks as minus infinity, so that the k experts are always different ones.
 
     Arguments: logits (float32), stride_bytes (whole vectors of 16), n, n_experts, k, ids (int32 [n, k]), weights
-    (float32 [n, k]), damaged (int32 [n], or 0), turn (the thread that takes the first row).
+    (float32 [n, k]), damaged (int32 [n], or 0). Rows are claimed.
     """
     logits, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n_experts, k = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
     ids, weights, damaged = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
-    for t in range((thread + n_threads - load_i64(row, ARG0 + 8)) % n_threads, n, n_threads):
+    while True:
+        t = claim_unit(row)
+        if t >= n:
+            return
         scores = logits + t * stride
         if damaged != 0 and not _all_finite(scores, n_experts):
             store_i32(damaged, t, np.int32(1))

@@ -83,7 +83,6 @@ def normalized(
     index: list[int] | None = None,
     pad: float = np.nan,
     n_threads: int = 1,
-    turn: int = 0,
 ) -> F32:
     areas = Areas()
     n, d = len(x) if index is None else len(index), x.shape[1]
@@ -92,7 +91,7 @@ def normalized(
     run_step(
         rms_norm, areas.put_rows(x, pad), 4 * stride, 0 if index is None else areas.put(np.array(index, np.int32)), n,
         d, areas.put_rows(weight[None], 0), areas.put(np.array([eps], np.float32)), address(out), 4 * stride,
-        turn, n_threads=n_threads,
+        n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     return out[:, :d].copy()

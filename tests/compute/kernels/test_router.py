@@ -17,7 +17,7 @@ from tests._lib.steps import F32, Areas, address, run_step
 Ints = npt.NDArray[np.int32]
 
 
-def routed(logits: F32, k: int, n_threads: int = 1, turn: int = 0) -> tuple[Ints, F32, Ints]:
+def routed(logits: F32, k: int, n_threads: int = 1) -> tuple[Ints, F32, Ints]:
     """Return ids [n, k], weights [n, k] and damaged [n]."""
     areas = Areas()
     n, n_experts = logits.shape
@@ -26,7 +26,7 @@ def routed(logits: F32, k: int, n_threads: int = 1, turn: int = 0) -> tuple[Ints
     stride = 4 * (-(-n_experts // 16) * 16)
     run_step(
         route, areas.put_rows(logits), stride, n, n_experts, k, address(ids), address(weights), address(damaged),
-        turn, n_threads=n_threads,
+        n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     return ids.copy(), weights.copy(), damaged.copy()
@@ -39,7 +39,7 @@ def test_any_finite_logits(data: st.DataObject, routing: Routing, n_threads: int
     k = data.draw(st.integers(1, n_experts), "k")
     values = st.sampled_from([-3.0, 0.0, 0.5, 2.0, 40.0]) | st.floats(-50, 50, width=32)  # ties are likely
     logits = data.draw(hnp.arrays(np.float32, (5, n_experts), elements=values), "logits")
-    ids, weights, damaged = routed(logits, k, n_threads, turn=data.draw(st.integers(0, n_threads - 1), "turn"))
+    ids, weights, damaged = routed(logits, k, n_threads)
     want_ids, want_weights = reference.route(logits.astype(np.float64), k, routing)
     assert np.array_equal(ids, want_ids)
     assert np.allclose(weights, want_weights, rtol=3e-7, atol=1e-45)

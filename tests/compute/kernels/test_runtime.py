@@ -1,4 +1,4 @@
-"""Programs on real threads: every step runs on every thread, and nothing passes a barrier early."""
+"""Programs on real threads: every unit is done once, no phase begins early, and nobody waits for who does not come."""
 
 from __future__ import annotations
 
@@ -10,90 +10,125 @@ import numpy as np
 import pytest
 
 from mer.compute.cpu import Team
-from mer.compute.kernels.ir import atomic_add, load_i32, load_i64, store_i32
-from mer.compute.kernels.runtime import run_alone
-from mer.compute.kernels.step import ARG0, COUNTER, ENTRY, ROW_WORDS, step
+from mer.compute.kernels.claim import claim_unit
+from mer.compute.kernels.ir import atomic_add, atomic_load, load_i32, load_i64, pause, store_i32, store_i64
+from mer.compute.kernels.runtime import MAX_THREADS, run_alone
+from mer.compute.kernels.step import ARG0, BARRIER, ENTRY, ROW_WORDS, step
 from mer.compute.program import Memory, Program
+from mer.errors import ConfigError
 
 THREADS = [1, 2, 3, 4]
 
 
 @step
 def count(row: int, _thread: int, _n_threads: int) -> None:
-    """Add one to the int32 at an address."""
-    atomic_add(load_i64(row, ARG0), 1)
-
-
-@step
-def claim(row: int, _thread: int, _n_threads: int) -> None:
-    """Count each of n items once, with the row's work counter. Arguments: int32 counts, n."""
+    """Count each of n items once. Arguments: int32 counts, n."""
     counts, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
     while True:
-        item = atomic_add(row + 8 * COUNTER, 1)
+        item = claim_unit(row)
         if item >= n:
             return
         atomic_add(counts + 4 * item, 1)
 
 
 @step
-def publish(row: int, thread: int, _n_threads: int) -> None:
-    """Write this thread's number of the round. Arguments: int32 slots, round."""
-    store_i32(load_i64(row, ARG0), thread, np.int32(load_i64(row, ARG0 + 1)))
+def publish(row: int, _thread: int, _n_threads: int) -> None:
+    """Write the number of the round to n slots. Arguments: int32 slots, n, round."""
+    slots, n, number = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    while True:
+        item = claim_unit(row)
+        if item >= n:
+            return
+        store_i32(slots, item, np.int32(number))
 
 
 @step
-def compare(row: int, _thread: int, n_threads: int) -> None:
-    """Count the threads whose slot is not of this round. Arguments: int32 slots, round, int32 failures."""
-    slots, number, failures = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    for other in range(n_threads):
-        if load_i32(slots, other) != number:
-            atomic_add(failures, 1)
+def compare(row: int, _thread: int, _n_threads: int) -> None:
+    """Let n units look at n slots for the number of the round. Arguments: int32 slots, n, round, int32 failures."""
+    slots, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
+    number, failures = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
+    while True:
+        if claim_unit(row) >= n:
+            return
+        for slot in range(n):
+            if load_i32(slots, slot) != number:
+                atomic_add(failures, 1)
 
 
-class Threads:
-    """A team of threads that runs programs one after another."""
+@step
+def hold_first(row: int, _thread: int, _n_threads: int) -> None:
+    """Count n units done; the first is held until all others are. Arguments: int32 number done, n."""
+    done, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
+    while True:
+        item = claim_unit(row)
+        if item >= n:
+            return
+        if item == 0:
+            while atomic_load(done) < n - 1:
+                pause()
+        atomic_add(done, 1)
 
-    def __init__(self, n_threads: int) -> None:
-        self.team = Team(n_threads)
 
-    def run(self, program: Program) -> None:
-        program.rows[: program.length, COUNTER] = 0
-        self.team.start(program)
-        self.team.block()
+@step
+def sign(row: int, thread: int, _n_threads: int) -> None:
+    """Let whoever takes one of n units write that it was there. Arguments: int32 for each thread, n."""
+    signatures, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
+    while claim_unit(row) < n:
+        store_i32(signatures, thread, np.int32(1))
+
+
+@step
+def countdown(row: int, _thread: int, _n_threads: int) -> None:
+    """Take one from an int64 and write -1 to another as long as it is not zero, else 0. Arguments: both addresses."""
+    if claim_unit(row) == 0:
+        left = load_i64(load_i64(row, ARG0), 0) - 1
+        store_i64(load_i64(row, ARG0), left)
+        store_i64(load_i64(row, ARG0 + 1), -2 if left > 0 else 0)
+
+
+STEPS = (count, publish, compare, hold_first, sign, countdown)
 
 
 @contextmanager
-def team(n_threads: int) -> Iterator[Threads]:
-    for each in (count, claim, publish, compare):
+def team(n_threads: int) -> Iterator[Team]:
+    for each in STEPS:
         each.compile()
-    it = Threads(n_threads)
-    it.team.open()
+    it = Team(n_threads)
+    it.open()
     try:
         yield it
     finally:
-        it.team.close()
+        it.close()
+
+
+def run(it: Team, program: Program, n_threads: int | None = None) -> None:
+    it.start(program, n_threads)
+    it.block()
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
-def test_every_step_runs_once_on_every_thread(n_threads: int) -> None:
-    memory = Memory(64)
-    counter = memory.ints(memory.cut(4), 1)
+def test_every_unit_of_every_row_is_done_once(n_threads: int) -> None:
+    memory = Memory(4 * 100)
+    counts = memory.ints(memory.address, 100)
     program = Program()
     with team(n_threads) as it:
         for length in (1, 2, 63, 64, 65, 300):  # a program grows beyond its first 64 rows
             program.clear()
             for number in range(length):
-                program.add(count, int(counter.ctypes.data))
+                program.add(count, memory.address, 1 + number % 100)
                 if number % 3 == 0:
                     program.barrier()
             assert program.length == length
-            counter[0] = 0
-            it.run(program)
-            assert counter[0] == length * n_threads
+            for _ in range(2):  # what was claimed before is there to claim again
+                counts[:] = 0
+                run(it, program)
+                want = np.bincount(np.concatenate([np.arange(1 + number % 100) for number in range(length)]))
+                assert np.array_equal(counts[: len(want)], want)
+                assert not counts[len(want) :].any()
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
-def test_nobody_passes_a_barrier_before_all_have_reached_it(n_threads: int) -> None:
+def test_no_phase_begins_before_the_one_before_is_done(n_threads: int) -> None:
     memory = Memory(4096)
     slots, failures = memory.cut(4 * 16), memory.cut(4)
     program = Program()
@@ -101,39 +136,103 @@ def test_nobody_passes_a_barrier_before_all_have_reached_it(n_threads: int) -> N
         for repeat in range(20):
             program.clear()
             for number in range(100):
-                program.add(publish, slots, 1000 * repeat + number)
+                program.add(publish, slots, 16, 1000 * repeat + number)
                 program.barrier()
-                program.add(compare, slots, 1000 * repeat + number, failures)
+                program.add(compare, slots, 16, 1000 * repeat + number, failures)
                 program.barrier()
-            it.run(program)
+            run(it, program)
     assert memory.ints(failures, 1)[0] == 0
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
-def test_the_end_of_a_program_is_a_barrier(n_threads: int) -> None:
+def test_a_program_has_finished_when_all_of_it_is_done(n_threads: int) -> None:
     memory = Memory(4096)
     slots = memory.cut(4 * 16)
     program = Program()
     with team(n_threads) as it:
         for number in range(1, 300):
             program.clear()
-            program.add(publish, slots, number)
-            it.run(program)
-            assert (memory.ints(slots, n_threads) == number).all()
+            program.add(publish, slots, 16, number)
+            run(it, program)
+            assert (memory.ints(slots, 16) == number).all()
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_a_thread_that_is_held_up_holds_up_only_the_unit_it_has(n_threads: int) -> None:
+    memory = Memory(64)
+    program = Program()
+    program.add(hold_first, memory.address, 1000)
+    program.barrier()
+    program.add(count, memory.address + 4, 1)
+    with team(n_threads) as it:
+        run(it, program)
+    assert memory.ints(memory.address, 2).tolist() == [1000, 1]
+
+
+def test_nobody_waits_for_a_thread_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def start_but_one(function: object, control: int, number: int, n_threads: int, *, name: str) -> threading.Thread:
+        started.append(number)
+        if number == 1:
+            target, arguments = (lambda: None), ()
+        else:
+            target, arguments = function, (control, number, n_threads)  # type: ignore[assignment]
+        thread = threading.Thread(target=target, args=arguments, name=name)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr("mer.compute.cpu.start_thread", start_but_one)
+    memory = Memory(4 * 10)
+    program = Program()
+    for _ in range(100):
+        program.add(count, memory.address, 10)
+        program.barrier()
+    with team(3) as it:
+        run(it, program)
+    assert started == [0, 1, 2]
+    assert (memory.ints(memory.address, 10) == 100).all()
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_only_as_many_threads_as_a_program_is_given_take_part(n_threads: int) -> None:
+    memory = Memory(4096)
+    done, signatures = memory.cut(4), memory.cut(4 * 4)
+    program = Program()
+    with team(4) as it:
+        for size in (n_threads, 4, n_threads):  # those who were left out come back, and go again
+            program.clear()
+            memory.bytes[:] = 0
+            for _ in range(200):
+                program.add(sign, signatures, 40)
+                program.barrier()
+            if size > 1:
+                program.add(hold_first, done, 2)  # takes two threads
+            run(it, program, size)
+            assert not memory.ints(signatures, 4)[size:].any()
+            assert memory.ints(signatures, 4)[:size].any()
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
-def test_items_are_claimed_exactly_once(n_threads: int) -> None:
-    memory = Memory(4 * 5000)
-    counts = memory.cut(4 * 5000)
+def test_a_barriers_word_leaves_rows_out_or_runs_them_again(n_threads: int) -> None:
+    memory = Memory(4096)
+    left, again, far, counts = memory.cut(8), memory.cut(8), memory.cut(8), memory.cut(4 * 8)
     program = Program()
+    program.add(count, counts, 1)
+    program.barrier()
+    program.add(count, counts + 4, 5)
+    program.add(countdown, left, again)
+    program.barrier(again)
+    program.add(count, counts + 4 * 6, 1)
+    program.barrier(far)
+    program.add(count, counts + 4 * 7, 1)
     with team(n_threads) as it:
-        for _ in range(3):
-            program.clear()
-            program.add(claim, counts, 5000)
-            program.add(claim, counts, 5000)
-            it.run(program)
-    assert (memory.ints(counts, 5000) == 6).all()
+        for rounds, skip, last in ((1, 0, 1), (7, 1, 0), (3, 1 << 40, 0)):
+            memory.bytes[:] = 0
+            memory.view(left, 8).view(np.int64)[0] = rounds
+            memory.view(far, 8).view(np.int64)[0] = skip
+            run(it, program)
+            assert memory.ints(counts, 8).tolist() == [1, *[rounds] * 5, 1, last]
 
 
 @pytest.mark.parametrize("n_threads", THREADS)
@@ -145,8 +244,8 @@ def test_threads_end_when_closed(n_threads: int) -> None:
         assert len(alive()) == n_threads
         program = Program()
         memory = Memory(64)
-        program.add(count, memory.address)
-        it.run(program)
+        program.add(count, memory.address, 1)
+        run(it, program)
     assert alive() == []
     with team(n_threads):
         pass
@@ -158,30 +257,39 @@ def test_closing_waits_for_the_program_that_runs() -> None:
     counts = memory.cut(4096)
     program = Program()
     for _ in range(500):
-        program.add(claim, counts, 1000)
+        program.add(count, counts, 1000)
         program.barrier()
     with team(2) as it:
-        it.team.start(program)
+        it.start(program)
     assert (memory.ints(counts, 1000) == 500).all()
+
+
+def test_more_threads_than_the_state_can_count_are_refused() -> None:
+    with pytest.raises(ConfigError, match=f"4096 compute threads; at most {MAX_THREADS}"):
+        Team(MAX_THREADS + 1)
 
 
 def test_a_program_runs_on_the_calling_thread_alone() -> None:
     memory = Memory(64)
+    left, again = memory.cut(8), memory.cut(8)
+    memory.view(left, 8).view(np.int64)[0] = 3
+    counts = memory.cut(8)
     program = Program()
-    for _ in range(3):
-        program.add(count, memory.address)
-        program.barrier()
+    program.add(count, counts, 1)
+    program.add(countdown, left, again)
+    program.barrier(again)
+    program.add(count, counts + 4, 1)
     run_alone(program.address, program.length)
-    assert memory.ints(memory.address, 1)[0] == 3
+    assert memory.ints(counts, 2).tolist() == [3, 1]
 
 
 def test_a_barrier_belongs_to_the_step_before_it_and_a_cleared_program_has_none() -> None:
     program = Program()
     program.barrier()
     program.add(count, 1)
-    assert program.rows[0, 1] == 0
+    assert program.rows[0, BARRIER] == 0
     program.barrier()
-    assert program.rows[0, 1] == 1
+    assert program.rows[0, BARRIER] == 1
     program.clear()
     program.add(count, 2)
     assert program.rows[0].tolist()[:4] == [count.address, 0, 0, 2]
@@ -196,17 +304,18 @@ def test_steps_of_another_program_run_as_if_they_had_been_added(n_threads: int) 
     slots, failures, counts = memory.cut(64), memory.cut(4), memory.cut(4 * 100)
     part, program = Program(), Program()
     for _ in range(40):
-        part.add(publish, slots, 7)
+        part.add(publish, slots, 16, 7)
         part.barrier()
-        part.add(compare, slots, 7, failures)
-        part.add(claim, counts, 100)
+        part.add(compare, slots, 16, 7, failures)
+        part.add(count, counts, 100)
+        part.barrier()
     with team(n_threads) as it:
         for repeat in range(1, 4):
             program.clear()
-            program.add(publish, slots, 1)
+            program.add(publish, slots, 16, 1)
             program.barrier()
             for _ in range(2):
                 program.extend(part.rows[: part.length])
-            it.run(program)
+            run(it, program)
             assert (memory.ints(counts, 100) == 80 * repeat).all()
     assert memory.ints(failures, 1)[0] == 0
