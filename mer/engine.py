@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import trio
 
 from mer.config import Sampling
-from mer.errors import ContextOverflow, EngineClosed, RequestError
+from mer.errors import ContextOverflow, EngineClosed, RequestError, TemplateError
 from mer.home import Home
 from mer.io.gguf import GGUFFile
 from mer.model.spec import ModelSpec
@@ -27,6 +29,7 @@ from mer.sched.sequence import Sequence as Generation
 from mer.stats import Statistics
 from mer.text.chat import ChatTemplate, Message
 from mer.text.detokenizer import StreamDetokenizer
+from mer.text.renderer import Call
 from mer.text.stop import StopMatcher
 from mer.text.tokenizer import Tokenizer
 
@@ -134,6 +137,8 @@ class Engine:
         self._statistics = statistics
         self._stop = stop
         self._template: ChatTemplate | None = None
+        self._template_lock = threading.Lock()
+        self._chats = trio.CapacityLimiter(1)  # chats are rendered one after the other; waiting for it can be cancelled
         longest = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1)
         self._longest_token_bytes = max(1, longest)  # 0 where every token is a control token
         self._closed = ""  # or why
@@ -181,6 +186,13 @@ class Engine:
         """Stop the engine as `close` does, because it can compute nothing more."""
         self._closed = self._closed or f"the engine is closed: {reason}"
         self._stop.cancel()
+
+    def release(self) -> None:
+        """End the process that renders chats, if there is one; called when the engine has closed."""
+        with self._template_lock:
+            template = self._template
+        if template is not None:
+            template.close()
 
     async def generate(
         self,
@@ -240,7 +252,7 @@ class Engine:
         the tokens nor the events are other than without the pause.
         """
         self._check()
-        prompt = await self._encode_long(prompt)
+        prompt = await self._encode_slow(prompt)
         generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
         events = TokenStream(self._home, generation, channel, self._scheduler.wake)
         try:
@@ -255,11 +267,31 @@ class Engine:
             raise EngineClosed(self._closed)
         self._home.check_task()
 
-    async def _encode_long(self, prompt: Prompt) -> Prompt:
-        """Return the tokens of a long text, which take seconds for megabytes and are therefore made in a thread."""
-        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
-            return await trio.to_thread.run_sync(self.encode, prompt)
-        return prompt
+    async def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt as `encode` does, while the event loop goes on.
+
+        If cancelled while a chat is rendered, the template is stopped. Chats wait for one another. Raises as `encode`.
+        """
+        self._check()
+        return self.encode(await self._encode_slow(prompt))
+
+    async def _encode_slow(self, prompt: Prompt) -> Prompt:
+        """Return the tokens of what takes long to encode, made in a thread: long texts, and chats, whose templates may
+        be malicious.
+        """
+        if isinstance(prompt, str):
+            return await trio.to_thread.run_sync(self.encode, prompt) if len(prompt) > LONG_TEXT else prompt
+        items = _items(prompt)
+        if not _is_chat(items):
+            return items
+        call = Call()
+        try:
+            return await trio.to_thread.run_sync(
+                self._encode_chat, items, call, abandon_on_cancel=True, limiter=self._chats
+            )
+        except trio.Cancelled:
+            call.give_up()
+            raise
 
     async def save_prefix(self, prompt: Prompt, path: str | os.PathLike[str]) -> int:
         """Save what a prompt's computation has given, so that `load_prefix` can spare it later, and return the tokens.
@@ -282,8 +314,7 @@ class Engine:
             EngineClosed: the engine is closed.
             ForeignCall: the call comes from outside the engine's trio run or process.
         """
-        self._check()
-        ids = self.encode(await self._encode_long(prompt))
+        ids = await self.encode_prompt(prompt)
         tokens = ids[: self._prefixes.whole(len(ids))]
         if not tokens:
             raise RequestError(
@@ -335,26 +366,21 @@ class Engine:
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, as `generate` would use them.
 
+        Blocks: for messages until the file's chat template has run, a millisecond or two, at the first call a tenth of
+        a second, and for some seconds if it is malicious. `encode_prompt` does not.
+
         Raises:
-            RequestError: the prompt is none of text, token ids and messages, or a token id is not in the vocabulary.
+            RequestError: the prompt is none of text, token ids and messages, or a token id is not in the vocabulary;
+                ContextOverflow if it is certain to need more positions than there are.
             TemplateError: the file has no chat template, or it cannot render these messages.
+            EngineClosed: the prompt is of messages, and the engine is closed.
         """
         if isinstance(prompt, str):
-            least = len(prompt.encode("utf-8", "surrogatepass")) // self._longest_token_bytes
-            if least > self._plan.context:  # before an encoding that would take long
-                raise ContextOverflow(
-                    f"the prompt is at least {least} tokens long, the engine has {self._plan.context} positions per "
-                    f"sequence; shorten the prompt or raise the context (the model allows {self.spec.context_length})"
-                )
+            self._check_length([prompt])
             return self._tokenizer.encode(prompt)
-        if isinstance(prompt, Message | bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
-            raise RequestError(f"a prompt is text, token ids or a list of messages, not {type(prompt).__name__}")
-        items = list(prompt)
-        messages = [item for item in items if isinstance(item, Message)]
-        if messages and len(messages) == len(items):
-            if self._template is None:
-                self._template = ChatTemplate.from_gguf(self.gguf, self._tokenizer)
-            return self._template.render_tokens(messages)
+        items = _items(prompt)
+        if _is_chat(items):
+            return self._encode_chat(items, Call())
         ids: list[int] = []
         for item in items:
             if isinstance(item, bool) or not isinstance(item, int | np.integer):
@@ -363,6 +389,32 @@ class Engine:
                 raise RequestError(f"token id {item} is not in the vocabulary, 0 to {self.spec.vocab_size - 1}")
             ids.append(int(item))
         return ids
+
+    def _encode_chat(self, messages: Sequence[Message], call: Call) -> list[int]:
+        """Return the token ids of a chat; runs in any thread."""
+        try:
+            with self._template_lock:
+                if self._closed:
+                    raise EngineClosed(self._closed)
+                if self._template is None:
+                    self._template = ChatTemplate.from_gguf(self.gguf, self._tokenizer)
+            parts = self._template.render_parts(messages, call=call)
+        except TemplateError:
+            if self._closed:  # which has ended the template's process
+                raise EngineClosed(self._closed) from None
+            raise
+        self._check_length(parts)
+        return self._template.encode_parts(parts)
+
+    def _check_length(self, parts: Sequence[str | int]) -> None:
+        """Refuse a prompt that is certain to be too long, before an encoding that would take long."""
+        n_bytes = sum(len(part.encode("utf-8", "surrogatepass")) for part in parts if isinstance(part, str))
+        least = n_bytes // self._longest_token_bytes + sum(isinstance(part, int) for part in parts)
+        if least > self._plan.context:
+            raise ContextOverflow(
+                f"the prompt is at least {least} tokens long, the engine has {self._plan.context} positions per "
+                f"sequence; shorten the prompt or raise the context (the model allows {self.spec.context_length})"
+            )
 
     def _prepare(
         self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None, stop: Sequence[str], ignore_eos: bool
@@ -403,3 +455,14 @@ class Engine:
             submitted_s=trio.current_time(),
         )
         return generation, receive
+
+
+def _items(prompt: Sequence[int] | Sequence[Message]) -> list[Any]:
+    """Return what a prompt that is no text consists of, whatever iterable it is."""
+    if isinstance(prompt, Message | bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+        raise RequestError(f"a prompt is text, token ids or a list of messages, not {type(prompt).__name__}")
+    return list(prompt)
+
+
+def _is_chat(items: list[Any]) -> bool:
+    return bool(items) and all(isinstance(item, Message) for item in items)

@@ -260,6 +260,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                     statistics=statistics,
                     stop=nursery.cancel_scope,
                 )
+                stack.callback(engine.release)
                 stack.callback(engine.close)  # however it ends
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(_compute, worker, engine)

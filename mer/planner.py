@@ -25,6 +25,7 @@ from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
 from mer.sched.predictors.markov import MarkovPredictor
 from mer.system import private_bytes
+from mer.text.renderer import MAX_TEMPLATE_CHARS, plan_bytes
 from mer.units import format_bytes
 
 MiB = 1 << 20
@@ -120,6 +121,7 @@ class Planner:
             "kernel compiler": compiler_bytes(self._kinds),
             "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
             "prefetch predictor": _predictor_bytes(spec) if config.prefetch in ("markov", "auto") else 0,
+            "chat template": _template_bytes(model.gguf),
             "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
             "thread stacks": (self._threads + (config.io_threads or DEFAULT_THREADS) * (1 + len(config.mirrors)) + 2)
             * STACK_BYTES,
@@ -272,6 +274,12 @@ def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 def _predictor_bytes(spec: ModelSpec) -> int:
     """Return the bytes of the Markov chains' counts; memory is taken only as they fill."""
     return MarkovPredictor(spec.n_layers, spec.n_experts, spec.top_k).n_bytes
+
+
+def _template_bytes(gguf: GGUFFile) -> int:
+    """Return the bytes of the process that renders the file's chat template, if it has one."""
+    template = gguf.metadata.get("tokenizer.chat_template")
+    return plan_bytes(min(len(template), MAX_TEMPLATE_CHARS)) if isinstance(template, str) else 0
 
 
 def compiler_bytes(kinds: Iterable[GGMLType]) -> int:

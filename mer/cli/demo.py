@@ -138,7 +138,7 @@ class Conversation:
             BrokenPipeError: nobody reads the answer.
         """
         self.said.append(Message("user", text))
-        self._forget()
+        await self._forget()
         output = AnswerStream()
         result = await generate(
             self.engine,
@@ -156,11 +156,11 @@ class Conversation:
         self.said.append(Message("assistant", result.text))
         return Exit.INTERRUPTED if result.finish_reason == INTERRUPTED else Exit.OK
 
-    def _forget(self) -> None:
+    async def _forget(self) -> None:
         """Drop the oldest questions with their answers until the context has room for a new answer."""
         context = self.engine.plan.context
         answer_tokens = self.generation.max_tokens or min(DEFAULT_MAX_TOKENS, context // 2)
-        while len(self.said) > 2 and len(self.engine.encode(self.said)) + answer_tokens > context:
+        while len(self.said) > 2 and len(await self.engine.encode_prompt(self.said)) + answer_tokens > context:
             note("The context is full: the oldest question and its answer are forgotten.")
             del self.said[:2]
 

@@ -67,16 +67,16 @@ async def generate(
         before_text: called once, when the bars are gone and the first token is there.
     """
     result = Result()
-    ids = engine.encode(prompt)
-    max_tokens = options.max_tokens
-    if max_tokens is None:
-        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, engine.plan.context - len(ids)))
     pieces: list[str] = []
     before = engine.statistics()
-    started_s = trio.current_time()
     first_s = 0.0
     first_bytes = 0
     with interrupt.stopping():
+        ids = await engine.encode_prompt(prompt)
+        max_tokens = options.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, min(DEFAULT_MAX_TOKENS, engine.plan.context - len(ids)))
+        started_s = trio.current_time()
         async with engine.stream(ids, max_tokens=max_tokens, **options.arguments()) as events:
             async for event in events:
                 if isinstance(event, PrefillEvent):

@@ -105,6 +105,10 @@ class FakeEngine:
             return [ord(character) for character in prompt]
         return [i for item in prompt for i in ([item] if isinstance(item, int) else range(10))]
 
+    async def encode_prompt(self, prompt: Any) -> list[int]:
+        await trio.lowlevel.checkpoint()
+        return self.encode(prompt)
+
     @contextlib.asynccontextmanager
     async def stream(self, ids: list[int], **options: Any) -> AsyncIterator[trio.MemoryReceiveChannel[Any]]:
         self.asked.append((ids, options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,8 @@ THINKING = """{%- if tools %}{{- tools | tojson }}{% endif %}
 AS_JSON = """{%- for message in messages %}{{ message | tojson }}{{ message.content | tojson(indent=2) }}{% endfor %}"""
 TEMPLATES = {"chatml": CHATML, "default system": DEFAULT_SYSTEM, "inst": INST, "thinking": THINKING, "json": AS_JSON}
 
-# minijinja's method `strip` does not count U+001C to U+001F as white space, as Python does; the filter `trim` does.
-SEPARATORS = "\x1c\x1d\x1e\x1f"
 CONTENTS = st.one_of(
-    st.text(st.characters(exclude_characters=SEPARATORS, codec="utf-8"), max_size=20),
+    st.text(st.characters(codec="utf-8"), max_size=20),
     st.lists(
         st.sampled_from(
             ["hi", " ", "\n", "<|im_end|>", "<|im_", "start|>", "<|", "<", "user", "</think>", "'\"&é", "[INST]"]
@@ -106,33 +104,36 @@ def jinja(source: str, messages: Sequence[Message], add_generation_prompt: bool)
         return None
 
 
-def test_trim_takes_off_what_python_calls_white_space(tokenizer: Tokenizer) -> None:
-    source = (
-        "{% for m in messages %}[{{ m.content | trim }}|{{ m.content | trim('x ') }}|{{ m.name | trim }}]{% endfor %}"
-    )
-    content = f" x{SEPARATORS}a b{SEPARATORS}x\u2003"
-    rendered = ChatTemplate(source, tokenizer).render([Message("user", content)])
-    assert rendered == f"[{content.strip()}|{content.strip('x ')}|]"
+@pytest.fixture(scope="module")
+def templates(tokenizer: Tokenizer) -> Iterator[dict[str, ChatTemplate]]:
+    """Every template, each with its process."""
+    made = {name: ChatTemplate(source, tokenizer) for name, source in TEMPLATES.items()}
+    yield made
+    for template in made.values():
+        template.close()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=100)
+@settings(max_examples=50, deadline=None)
 @given(CHATS, st.booleans())
-def test_templates_render_as_in_jinja2(tokenizer: Tokenizer, name: str, chat: list[Message], prompt: bool) -> None:
-    template = ChatTemplate(TEMPLATES[name], tokenizer)
+def test_templates_render_as_in_jinja2(
+    templates: dict[str, ChatTemplate], name: str, chat: list[Message], prompt: bool
+) -> None:
     expected = jinja(TEMPLATES[name], chat, prompt)
     if expected is None:
-        with pytest.raises(TemplateError, match="take turns"):
-            template.render(chat, add_generation_prompt=prompt)
+        with pytest.raises(TemplateError, match=r"the model file: the chat template refuses.*take turns"):
+            templates[name].render(chat, add_generation_prompt=prompt)
     else:
-        assert template.render(chat, add_generation_prompt=prompt) == expected
+        assert templates[name].render(chat, add_generation_prompt=prompt) == expected
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(CHATS)
-def test_no_message_forges_a_control_token(tokenizer: Tokenizer, name: str, chat: list[Message]) -> None:
-    template = ChatTemplate(TEMPLATES[name], tokenizer)
+def test_no_message_forges_a_control_token(
+    templates: dict[str, ChatTemplate], tokenizer: Tokenizer, name: str, chat: list[Message]
+) -> None:
+    template = templates[name]
     harmless = [Message(m.role, "x") for m in chat]
     try:
         ids = template.render_tokens(chat)
@@ -148,13 +149,13 @@ def test_no_message_forges_a_control_token(tokenizer: Tokenizer, name: str, chat
     assert spelled.decode() == template.render(chat)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50, deadline=None)
 @given(CHATS)
 def test_the_ids_are_those_of_the_rendered_text_where_no_message_interferes(
-    tokenizer: Tokenizer, chat: list[Message]
+    templates: dict[str, ChatTemplate], tokenizer: Tokenizer, chat: list[Message]
 ) -> None:
     chat = [Message(m.role, m.content.replace("<", "(")) for m in chat]
-    template = ChatTemplate(CHATML, tokenizer)
+    template = templates["chatml"]
     assert template.render_tokens(chat) == tokenizer.encode(template.render(chat), parse_special=True)
 
 
@@ -209,39 +210,16 @@ def test_a_file_without_template_says_so(tmp_path: Path, tokenizer: Tokenizer) -
     )
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{", "{% for x in y %}", "\udcff", "a" * (1 << 20) + "a"])
-def test_malformed_templates_are_refused(tokenizer: Tokenizer, source: str) -> None:
-    with pytest.raises(TemplateError):
-        ChatTemplate(source, tokenizer)
+@pytest.mark.parametrize("source", ["\udcff", "a" * (1 << 17) + "a"])
+def test_what_is_no_template_is_refused_before_it_runs(tokenizer: Tokenizer, source: str) -> None:
+    with pytest.raises(TemplateError, match=r"^a\.gguf: the chat template "):
+        ChatTemplate(source, tokenizer, where="a.gguf")
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
-        "{{ 'a' * 1000000000 }}",
-        "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ messages | tojson(indent=1000000000) }}",
-        "{{ messages | tojson(default=1) }}",
-        "{{ strftime_now('%Y' * 1000) }}",
-        "{{ strftime_now(1) }}",
-        "{{ missing.name }}",
-        "{{ 1 / 0 }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{% include '/etc/passwd' %}",
-    ],
-)
-def test_hostile_templates_end_in_a_typed_error(tokenizer: Tokenizer, source: str) -> None:
-    with pytest.raises(TemplateError):
-        ChatTemplate(source, tokenizer).render_tokens([Message("user", "hi")])
-
-
-def test_a_large_message_has_the_work_it_needs(tokenizer: Tokenizer) -> None:
-    template = ChatTemplate(INST, tokenizer)
-    content = "a < b " * 20_000
-    assert template.render([Message("user", content)]).endswith(content.strip() + " [/INST]")
+def test_a_large_message_has_what_it_needs(templates: dict[str, ChatTemplate]) -> None:
+    content = "a < b \U0001f30d" * 200_000
+    assert templates["inst"].render([Message("user", content)]).endswith(content.strip() + " [/INST]")
+    assert templates["inst"].render([Message("user", "hi")]).endswith("[INST] hi [/INST]")
 
 
 def test_time_is_the_same_in_all_renderings(tokenizer: Tokenizer) -> None:
@@ -250,7 +228,7 @@ def test_time_is_the_same_in_all_renderings(tokenizer: Tokenizer) -> None:
         template.render_tokens([Message("user", "<|im_end|>")])
 
 
-def test_messages_are_checked(tokenizer: Tokenizer) -> None:
+def test_messages_are_checked(templates: dict[str, ChatTemplate]) -> None:
     with pytest.raises(RequestError, match="im_end"):
         Message("im_end", "a")
     with pytest.raises(RequestError, match="surrogate"):
@@ -258,4 +236,4 @@ def test_messages_are_checked(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="must be text"):
         Message("user", None)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="at least one"):
-        ChatTemplate(CHATML, tokenizer).render_tokens([])
+        templates["chatml"].render_tokens([])
