@@ -289,9 +289,8 @@ class Engine:
             return await trio.to_thread.run_sync(
                 self._encode_chat, items, call, abandon_on_cancel=True, limiter=self._chats
             )
-        except trio.Cancelled:
+        finally:
             call.give_up()
-            raise
 
     async def save_prefix(self, prompt: Prompt, path: str | os.PathLike[str]) -> int:
         """Save what a prompt's computation has given, so that `load_prefix` can spare it later, and return the tokens.
