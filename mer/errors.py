@@ -4,14 +4,20 @@ work.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mer.quoting import escaped_lines, one_line
+
 
 class MerError(Exception):
-    """Base of every error that `mer` raises on purpose; can be copied and pickled."""
+    """Base of every error that `mer` raises on purpose; its text is one line, and it can be copied and pickled."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
     def __reduce__(self) -> tuple[Callable[..., MerError], tuple[type[MerError], tuple[Any, ...], dict[str, Any]]]:
         return _rebuilt, (type(self), self.args, self.__dict__)
@@ -40,7 +46,39 @@ class ContextOverflow(RequestError):
     """A prompt and its `max_tokens` need more KV positions than the engine has."""
 
 
-class ModelFileError(MerError):
+class _AboutFile(MerError):
+    """An error about a file, raised where the file may not be known; `naming` fills it in.
+
+    Args:
+        reason: what is wrong, and what would work.
+        path: the file, or None where it is not known.
+    """
+
+    def __init__(self, reason: str, path: str | os.PathLike[str] | None = None) -> None:
+        self.reason = reason
+        self.path = None if path is None else Path(path)
+        super().__init__(reason)
+
+    def __str__(self) -> str:
+        return one_line(self.reason if self.path is None else f"{self.path}: {self.reason}")
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors that come out of the block name the file they are about: those of `mer`, and the system's."""
+    try:
+        yield
+    except _AboutFile as error:
+        if error.path is None:
+            error.path = Path(path)
+        raise
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+class ModelFileError(_AboutFile):
     """A model file cannot be used; the subclasses say why."""
 
 
@@ -54,11 +92,11 @@ class GGUFError(ModelFileError):
     """
 
     def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
-        self.path = Path(path)
+        super().__init__(reason, path)
         self.offset = offset
-        self.reason = reason
-        where = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{self.path}{where}: {reason}")
+
+    def __str__(self) -> str:
+        return _at_byte(self.path, self.offset, self.reason)
 
 
 class UnsupportedModel(ModelFileError):
@@ -79,22 +117,23 @@ class MirrorMismatch(ModelFileError):
     """
 
     def __init__(self, path: str | os.PathLike[str], offset: int, reason: str) -> None:
-        self.path = Path(path)
+        super().__init__(reason, path)
         self.offset = offset
-        self.reason = reason
-        super().__init__(f"{self.path} at byte {offset}: {reason}")
+
+    def __str__(self) -> str:
+        return _at_byte(self.path, self.offset, self.reason)
 
 
 class TokenizerError(ModelFileError):
     """The tokenizer described by a model file's metadata cannot be built."""
 
 
-class TemplateError(MerError):
+class TemplateError(_AboutFile):
     """A chat template is missing, malformed, or failed to render."""
 
 
 class NotEnoughMemory(MerError):
-    """The memory budget is below what the model needs; the text carries the plan's arithmetic.
+    """The memory budget is below what the model needs; the text carries the plan's arithmetic, a line for each part.
 
     Args:
         message: the arithmetic as text.
@@ -107,6 +146,9 @@ class NotEnoughMemory(MerError):
         self.needed_bytes = needed_bytes
         super().__init__(message)
 
+    def __str__(self) -> str:
+        return escaped_lines(self.args[0])
+
 
 class ReadError(MerError):
     """Bytes of a model file could not be read.
@@ -114,7 +156,7 @@ class ReadError(MerError):
     Args:
         path: the file.
         offset: first byte of the failed read.
-        n_bytes: its length.
+        n_bytes: its length, or 0 if the file could not be opened.
         reason: the cause as text.
         errno: the operating system's error number, or None (a truncated file has none).
         tries: how often it was tried.
@@ -137,7 +179,8 @@ class ReadError(MerError):
         self.errno = errno
         self.tries = tries
         often = f" {tries} times" if tries > 1 else ""
-        super().__init__(f"{self.path}: reading {n_bytes} bytes at byte {offset} failed{often}: {reason}")
+        what = f"reading {n_bytes} bytes at byte {offset}" if n_bytes else "opening it"
+        super().__init__(f"{self.path}: {what} failed{often}: {reason}")
 
     def after(self, tries: int) -> ReadError:
         """Return this error as that of a read that was tried so often; the caller raises it from this one."""
@@ -173,7 +216,7 @@ class FileSuspended(ReadError):
         )
 
 
-class SavedFileError(MerError):
+class SavedFileError(_AboutFile):
     """A file that mer has once written cannot be used: malformed, damaged, of another version, or of another model.
 
     Args:
@@ -183,11 +226,11 @@ class SavedFileError(MerError):
     """
 
     def __init__(self, path: str | os.PathLike[str], offset: int | None, reason: str) -> None:
-        self.path = Path(path)
+        super().__init__(reason, path)
         self.offset = offset
-        self.reason = reason
-        where = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{self.path}{where}: {reason}")
+
+    def __str__(self) -> str:
+        return _at_byte(self.path, self.offset, self.reason)
 
 
 class NumericsError(MerError):
@@ -217,3 +260,8 @@ class GenerationError(MerError):
 
 class EngineClosed(MerError):
     """The engine is closed, or can no longer serve requests."""
+
+
+def _at_byte(path: Path | None, offset: int | None, reason: str) -> str:
+    """Return the text of an error about one place of a file."""
+    return one_line(f"{path}{'' if offset is None else f' at byte {offset}'}: {reason}")

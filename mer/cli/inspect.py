@@ -16,7 +16,7 @@ from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
 from mer.compute.scratch import kv_block_bytes
 from mer.devices import choose_device
-from mer.errors import MerError
+from mer.errors import MerError, naming
 from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
 from mer.io.gguf import GGUFFile, read_gguf
@@ -110,7 +110,8 @@ def _check(gguf: GGUFFile) -> tuple[ModelSpec, ExpertMap]:
     """Return specification and expert extents, with everything proven that an engine needs of the file."""
     spec = model_spec(gguf)
     dense_tensors(spec, gguf)
-    read_vocabulary(gguf)
+    with naming(gguf.paths[0]):
+        read_vocabulary(gguf)
     experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
     return spec, experts
 

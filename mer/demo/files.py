@@ -13,13 +13,17 @@ from typing import IO
 
 from mer.errors import MerError
 from mer.io.new_file import sync_folder
+from mer.quoting import escaped_lines
 from mer.units import format_bytes
 
 CHUNK_BYTES = 1 << 20
 
 
 class DemoError(MerError):
-    """The demo model cannot be prepared."""
+    """The demo model cannot be prepared; the text may go on with what pip said, in lines of its own."""
+
+    def __str__(self) -> str:
+        return escaped_lines(self.args[0])
 
 
 def sha256_of(stream: IO[bytes]) -> str:

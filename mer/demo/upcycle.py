@@ -22,6 +22,7 @@ from mer.demo.files import DemoError, check_disk_space, written_whole
 from mer.errors import ConfigError, UnsupportedModel
 from mer.io.ggml import GGMLType, tensor_bytes
 from mer.io.gguf import GGUFFile, TensorInfo, read_gguf
+from mer.quoting import echo, quoted
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -108,14 +109,14 @@ def _check_dense(dense: GGUFFile) -> None:
     """Refuse what this conversion would get wrong."""
     path = dense.paths[0]
     if len(dense.paths) != 1:
-        raise UnsupportedModel(f"{path}: only a model in one file can be converted, this one has {len(dense.paths)}")
+        raise UnsupportedModel(f"only a model in one file can be converted, this one has {len(dense.paths)}", path)
     architecture = dense.metadata.get("general.architecture")
     if architecture != "llama":
-        raise UnsupportedModel(f"{path}: only architecture 'llama' can be converted, this is {architecture!r}")
+        raise UnsupportedModel(f"only architecture 'llama' can be converted, this is {echo(architecture)}", path)
     if "llama.expert_count" in dense.metadata:
-        raise UnsupportedModel(f"{path}: already a Mixture of Experts; a dense model is needed")
+        raise UnsupportedModel("already a Mixture of Experts; a dense model is needed", path)
     if not any(_FFN.fullmatch(name) for name in dense.tensors):
-        raise UnsupportedModel(f"{path}: has no FFN tensors named like blk.0.ffn_gate.weight")
+        raise UnsupportedModel("has no FFN tensors named like blk.0.ffn_gate.weight", path)
 
 
 def _outputs(dense: GGUFFile, fd: int, n_experts: int, seed: int) -> Iterator[_Output]:
@@ -149,15 +150,16 @@ def _outputs(dense: GGUFFile, fd: int, n_experts: int, seed: int) -> Iterator[_O
 
 def _check_blocks(dense: GGUFFile, tensor: TensorInfo, axis: int) -> None:
     """Check that blocks of 32 neurons can be moved without opening a quantized block."""
-    where = f"{dense.paths[0]}: tensor {tensor.name!r}"
+    where, path = f"tensor {quoted(tensor.name)}", dense.paths[0]
     if len(tensor.shape) != 2 or tensor.shape[axis] % BLOCK_NEURONS:
         raise UnsupportedModel(
-            f"{where} has shape {tensor.shape}; a matrix with a multiple of {BLOCK_NEURONS} neurons is needed"
+            f"{where} has shape {tensor.shape}; a matrix with a multiple of {BLOCK_NEURONS} neurons is needed", path
         )
     if BLOCK_NEURONS % tensor.type.block_size:
         raise UnsupportedModel(
             f"{where} has type {tensor.type.name} in blocks of {tensor.type.block_size} weights, which cannot be moved "
-            f"in blocks of {BLOCK_NEURONS}"
+            f"in blocks of {BLOCK_NEURONS}",
+            path,
         )
 
 
@@ -169,7 +171,8 @@ def _read(fd: int, tensor: TensorInfo) -> NDArray[np.uint8]:
     while done < tensor.n_bytes:
         n_read = os.preadv(fd, [view[done:]], tensor.offset + done)
         if n_read == 0:
-            raise DemoError(f"tensor {tensor.name!r} ended {tensor.n_bytes - done} bytes early; was the file changed?")
+            early = tensor.n_bytes - done
+            raise DemoError(f"tensor {quoted(tensor.name)} ended {early} bytes early; was the file changed?")
         done += n_read
     return np.frombuffer(data, np.uint8)
 

@@ -12,6 +12,7 @@ import attrs
 
 from mer.errors import GGUFError, UnsupportedModel
 from mer.io.ggml import GGMLType
+from mer.quoting import quoted
 
 if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile, TensorInfo
@@ -272,7 +273,7 @@ def _merged_layers(gguf: GGUFFile, n_layers: int, n_experts: int) -> frozenset[i
             raise GGUFError(
                 gguf.paths[tensor.file],
                 tensor.offset,
-                f"unexpected expert tensor {name!r}: "
+                f"unexpected expert tensor {quoted(name)}: "
                 f"the model has layers 0 to {n_layers - 1} with experts 0 to {n_experts - 1}",
             )
         (merged if expert is None else single)[int(layer)] = name
@@ -281,8 +282,8 @@ def _merged_layers(gguf: GGUFFile, n_layers: int, n_experts: int) -> frozenset[i
         raise GGUFError(
             gguf.paths[tensor.file],
             tensor.offset,
-            f"layer {layer_id} has both merged and per-expert tensors ({merged[layer_id]!r} and {single[layer_id]!r}); "
-            "a layer must name all of its experts one way",
+            f"layer {layer_id} has both merged and per-expert tensors ({quoted(merged[layer_id], 40)} and "
+            f"{quoted(single[layer_id], 40)}); a layer must name all of its experts one way",
         )
     return frozenset(merged)
 
@@ -296,22 +297,22 @@ def _parts(gguf: GGUFFile, name: str, projection: Projection, n_slices: int, row
     """Return the `n_slices` equal slices of the tensor `name`, each `rows` x `cols`."""
     tensor = gguf.tensors.get(name)
     if tensor is None:
-        raise GGUFError(gguf.paths[0], None, f"expert tensor {name!r} is missing")
+        raise GGUFError(gguf.paths[0], None, f"expert tensor {quoted(name)} is missing")
     expected = (rows, cols) if n_slices == 1 else (n_slices, rows, cols)
     if without_leading_ones(tensor.shape) != without_leading_ones(expected):
         raise GGUFError(
             gguf.paths[tensor.file],
             tensor.offset,
-            f"expert tensor {name!r} has shape {tensor.shape}, the hyperparameters need {expected}",
+            f"expert tensor {quoted(name)} has shape {tensor.shape}, the hyperparameters need {expected}",
         )
     if tensor.type not in MATRIX_TYPES:
-        raise UnsupportedModel(unsupported_type(gguf, tensor, MATRIX_TYPES))
+        raise unsupported_type(gguf, tensor, MATRIX_TYPES)
     part_bytes = rows * (cols // tensor.type.block_size) * tensor.type.block_bytes
     if cols % tensor.type.block_size or tensor.n_bytes != n_slices * part_bytes:
         raise GGUFError(
             gguf.paths[tensor.file],
             tensor.offset,
-            f"expert tensor {name!r} has {tensor.n_bytes} bytes, shape {expected} of type {tensor.type.name} "
+            f"expert tensor {quoted(name)} has {tensor.n_bytes} bytes, shape {expected} of type {tensor.type.name} "
             f"needs {n_slices * part_bytes} in rows of whole blocks of {tensor.type.block_size}",
         )
     return [
@@ -326,10 +327,11 @@ def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[first:]
 
 
-def unsupported_type(gguf: GGUFFile, tensor: TensorInfo, types: frozenset[GGMLType]) -> str:
-    """Return the text for a tensor whose type is not among those that can be computed with."""
+def unsupported_type(gguf: GGUFFile, tensor: TensorInfo, types: frozenset[GGMLType]) -> UnsupportedModel:
+    """Return the error for a tensor whose type is not among those that can be computed with; the caller raises it."""
     known = ", ".join(type_.name for type_ in sorted(types))
-    return (
-        f"{gguf.paths[tensor.file]}: tensor {tensor.name!r} has type {tensor.type.name}, which is not implemented "
-        f"for it; these are: {known} (for example, a file quantized as Q4_0 or Q8_0 works)"
+    return UnsupportedModel(
+        f"tensor {quoted(tensor.name)} has type {tensor.type.name}, which is not implemented "
+        f"for it; these are: {known} (for example, a file quantized as Q4_0 or Q8_0 works)",
+        gguf.paths[tensor.file],
     )

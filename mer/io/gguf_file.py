@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from mer.errors import GGUFError
 from mer.io.ggml import GGMLType
-from mer.io.gguf_source import shortened
 from mer.io.identity import FileIdentity
+from mer.quoting import quoted
 
 MetadataValue = bool | int | float | str | list[str] | NDArray[np.generic]
 """A metadata value: arrays of strings are lists, arrays of numbers and of bools are read-only NumPy arrays."""
@@ -64,7 +64,7 @@ class GGUFFile:
 
     def error(self, key: str, reason: str) -> GGUFError:
         """Return an error about the value of `key` that carries its byte offset; the caller raises it."""
-        return GGUFError(self.paths[0], self.value_offsets.get(key), shortened(f"{key!r} {reason}"))
+        return GGUFError(self.paths[0], self.value_offsets.get(key), f"{quoted(key)} {reason}")
 
     @overload
     def get_int(self, key: str, *, minimum: int | None = ..., maximum: int | None = ...) -> int: ...
@@ -203,7 +203,7 @@ class GGUFFile:
 
     def _default(self, key: str, default: D | _Required) -> D:
         if isinstance(default, _Required):
-            raise GGUFError(self.paths[0], None, f"the metadata lacks the key {key!r}")
+            raise GGUFError(self.paths[0], None, f"the metadata lacks the key {quoted(key)}")
         return default
 
     def _wrong_type(self, key: str, wanted: str) -> GGUFError:

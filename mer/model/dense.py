@@ -11,6 +11,7 @@ from mer.errors import GGUFError, UnsupportedModel
 from mer.io.extents import MATRIX_TYPES, is_expert_tensor, unsupported_type, without_leading_ones
 from mer.io.ggml import GGMLType
 from mer.model.spec import DENSE_LAYER_TENSORS, QK_NORM_TENSORS, ModelSpec
+from mer.quoting import quoted
 
 if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile, TensorInfo
@@ -56,35 +57,37 @@ def dense_tensors(spec: ModelSpec, gguf: GGUFFile) -> Mapping[str, TensorInfo]:
     shapes = dense_shapes(spec)
     for name in gguf.tensors:
         if name not in shapes and not is_expert_tensor(name):
-            raise UnsupportedModel(f"{gguf.paths[0]}: {_why_unexpected(name, spec)}")
+            raise UnsupportedModel(_why_unexpected(name, spec), gguf.paths[gguf.tensors[name].file])
     return {name: _checked(gguf, name, shape) for name, shape in shapes.items()}
 
 
 def _checked(gguf: GGUFFile, name: str, shape: tuple[int, ...]) -> TensorInfo:
     tensor = gguf.tensors.get(name)
     if tensor is None:
-        raise GGUFError(gguf.paths[0], None, f"tensor {name!r} is missing; its shape would be {shape}")
+        raise GGUFError(gguf.paths[0], None, f"tensor {quoted(name)} is missing; its shape would be {shape}")
     path = gguf.paths[tensor.file]
     if without_leading_ones(tensor.shape) != without_leading_ones(shape):
-        reason = f"tensor {name!r} has shape {tensor.shape}, the hyperparameters need {shape}"
+        reason = f"tensor {quoted(name)} has shape {tensor.shape}, the hyperparameters need {shape}"
         raise GGUFError(path, tensor.offset, reason)
     types = NORM_TYPES if len(shape) == 1 else ROUTER_TYPES if name.endswith("ffn_gate_inp.weight") else MATRIX_TYPES
     if tensor.type not in types:
-        raise UnsupportedModel(unsupported_type(gguf, tensor, types))
+        raise unsupported_type(gguf, tensor, types)
     n_rows = shape[0] if len(shape) == 2 else 1
     n_bytes = n_rows * (shape[-1] // tensor.type.block_size) * tensor.type.block_bytes
     if shape[-1] % tensor.type.block_size or tensor.n_bytes != n_bytes:
-        reason = f"tensor {name!r} has {tensor.n_bytes} bytes, shape {shape} of type {tensor.type.name} needs {n_bytes}"
+        needs = f"shape {shape} of type {tensor.type.name} needs {n_bytes}"
+        reason = f"tensor {quoted(name)} has {tensor.n_bytes} bytes, {needs}"
         raise GGUFError(path, tensor.offset, reason)
     return attrs.evolve(tensor, shape=shape)
 
 
 def _why_unexpected(name: str, spec: ModelSpec) -> str:
     """Return the text for a tensor that the model has no place for."""
+    what = f"tensor {quoted(name)}"
     if name == "rope_freqs.weight":
-        return f"tensor {name!r} rescales RoPE's frequencies, which is not implemented; models with plain RoPE work"
+        return f"{what} rescales RoPE's frequencies, which is not implemented; models with plain RoPE work"
     if name.endswith(".bias"):
-        return f"tensor {name!r} is a bias, which is not implemented; {spec.architecture!r} models without biases work"
+        return f"{what} is a bias, which is not implemented; '{spec.architecture}' models without biases work"
     if "_shexp." in name:
-        return f"tensor {name!r} is of a shared expert, which is not implemented; models with routed experts only work"
-    return f"tensor {name!r} has no place in a {spec.architecture!r} model of {spec.n_layers} layers"
+        return f"{what} is of a shared expert, which is not implemented; models with routed experts only work"
+    return f"{what} has no place in a '{spec.architecture}' model of {spec.n_layers} layers"

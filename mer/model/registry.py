@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from mer.errors import UnsupportedModel
 from mer.model import llama, qwen3moe
 from mer.model.spec import ModelSpec
+from mer.quoting import quoted
 
 if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile
@@ -29,7 +30,7 @@ def model_spec(gguf: GGUFFile) -> ModelSpec:
     read = ARCHITECTURES.get(arch)
     if read is None:
         raise UnsupportedModel(
-            f"{gguf.paths[0]}: architecture {arch[:80]!r} is not implemented; these are: "
-            + ", ".join(sorted(ARCHITECTURES))
+            f"architecture {quoted(arch)} is not implemented; these are: {', '.join(sorted(ARCHITECTURES))}",
+            gguf.paths[0],
         )
     return read(gguf)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from mer.errors import RequestError
+from mer.errors import RequestError, naming
 from mer.io.gguf_file import GGUFFile
 from mer.text.bpe import BpeCodec
 from mer.text.spm import SpmCodec
@@ -62,9 +62,10 @@ class Tokenizer:
             TokenizerError: the description is missing, malformed or of an unknown kind.
             GGUFError: a metadata value has the wrong type.
         """
-        vocabulary = read_vocabulary(gguf)
-        codec: Codec = SpmCodec(gguf, vocabulary) if vocabulary.model == "llama" else BpeCodec(gguf, vocabulary)
-        return cls(vocabulary, codec)
+        with naming(gguf.paths[0]):
+            vocabulary = read_vocabulary(gguf)
+            codec: Codec = SpmCodec(gguf, vocabulary) if vocabulary.model == "llama" else BpeCodec(gguf, vocabulary)
+            return cls(vocabulary, codec)
 
     @property
     def space_prefix(self) -> bool:
