@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ import attrs
 from mer.errors import FileChanged, ReadError
 from mer.io.arena import PAGE_BYTES, map_anonymous
 from mer.io.identity import FileIdentity
+from mer.io.patient import not_opened, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +58,24 @@ class ModelFile:
 
     def __init__(self, path: str | os.PathLike[str], expected: FileIdentity | None = None) -> None:
         self.path = Path(path)
-        try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
-                raise ReadError(self.path, 0, 0, "not a regular file")
-            self._fd, self.mode = _open(self.path)
-            self.identity = FileIdentity.of(os.fstat(self._fd))
-        except OSError as error:
-            raise ReadError(self.path, 0, 0, f"cannot open it: {error.strerror}", error.errno) from error
+        self._fd, self.mode, self.identity = patiently(self._opened, partial(not_opened, self.path), OSError)
         change = expected.change_to(self.identity) if expected is not None else ""
         if change:
             os.close(self._fd)
-            raise FileChanged(f"{self.path} is not as it was when its header was read: {change}; open the model again")
+            raise FileChanged(f"is not as it was when its header was read: {change}; open the model again", self.path)
         if not self.mode.direct:
             logger.warning("%s is read through the page cache: %s", self.path, self.mode.reason)
+
+    def _opened(self) -> tuple[int, IoMode, FileIdentity]:
+        """Open the file; raise OSError if the system does not let it."""
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
+            raise ReadError(self.path, 0, 0, "not a regular file")
+        fd, mode = _open(self.path)
+        try:
+            return fd, mode, FileIdentity.of(os.fstat(fd))
+        except BaseException:
+            os.close(fd)
+            raise
 
     def close(self) -> None:
         """Close the file; no read may be under way."""

@@ -20,17 +20,19 @@ import numpy as np
 
 from mer.io.ggml import BLOCKS, REMOVED_TYPES, GGMLType
 from mer.io.gguf_file import GGUFFile, MetadataValue, TensorInfo
-from mer.io.gguf_source import HeaderSource
+from mer.io.gguf_source import HeaderLimits, HeaderSource
+from mer.limits import (
+    MAX_ALIGNMENT,
+    MAX_DIMS,
+    MAX_KEY_BYTES,
+    MAX_KEYS,
+    MAX_NAME_BYTES,
+    MAX_STRINGS,
+)
+from mer.quoting import quoted
 from mer.units import format_bytes
 
 DEFAULT_ALIGNMENT = 32
-MAX_ALIGNMENT = 2**20
-MAX_KEYS = 2**12  # real files have fewer than a hundred
-MAX_TENSORS = 2**15  # per file; real ones have some thousand even with one tensor per expert and projection
-MAX_STRINGS = 2**20  # in the arrays of one file: tokens and merges of the largest vocabularies are three quarters of it
-MAX_KEY_BYTES = 2**16 - 1
-MAX_NAME_BYTES = 64
-MAX_DIMS = 4
 MIN_KEY_ENTRY_BYTES = 8 + 1 + 4 + 1  # length, one character, type, bool
 MIN_TENSOR_ENTRY_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # length, one character, n_dims, one dimension, type, offset
 MAX_INT64 = 2**63 - 1
@@ -83,18 +85,26 @@ class _Found(NamedTuple):
     dims: tuple[int, ...]  # fastest first
 
 
-def read_part(path: Path, index: int) -> GGUFFile:
+def read_part(path: Path, index: int, limits: HeaderLimits) -> GGUFFile:
     """Return the header of the one file at `path`, with `TensorInfo.file` set to `index`.
+
+    Args:
+        path: the file.
+        index: of this part.
+        limits: what is left of them; what the file holds is taken off.
 
     Raises:
         GGUFError: the file is no well-formed GGUF v2 or v3, little-endian, or its tensors do not fit in it.
         ReadError: the operating system fails to read it.
     """
-    with HeaderSource(path) as source:
+    with HeaderSource(path, limits) as source:
         version, n_tensors, n_keys = _read_counts(source)
         fields, at = _walk_keys(source, n_keys)
         alignment = _alignment(source, fields)
         tensors, header_bytes = _walk_tensors(source, at, n_tensors, alignment, index)
+        limits.n_bytes -= header_bytes
+        limits.n_tensors -= n_tensors
+        limits.n_strings -= sum(field.count for field in fields.values() if field.element == STRING)
         names = {key: _type_name(field) for key, field in fields.items()}
         values = {key: _decode(source.data, field) for key, field in fields.items()}
         return GGUFFile(
@@ -120,7 +130,7 @@ def _read_counts(source: HeaderSource) -> tuple[int, int, int]:
     if magic == b"vers" and source.data.startswith(b"version https://git-lfs"):
         raise source.error(0, "is a Git LFS pointer, not the model; run 'git lfs pull' or download the file itself")
     if magic != b"GGUF":
-        raise source.error(0, f"is no GGUF file: it starts with {magic!r} instead of b'GGUF'")
+        raise source.error(0, f"is no GGUF file: it starts with {quoted(magic)} instead of b'GGUF'")
     source.need(8, 4, "the version")
     (version,) = _u32(source.data, 4)
     if version and not version & 0xFFFF:
@@ -131,7 +141,7 @@ def _read_counts(source: HeaderSource) -> tuple[int, int, int]:
     source.need(_header.size, 8, "the header")
     _, _, n_tensors, n_keys = _header.unpack_from(source.data)
     rest = source.file_bytes - _header.size
-    possible = min(MAX_TENSORS, rest // MIN_TENSOR_ENTRY_BYTES)
+    possible = min(source.limits.n_tensors, rest // MIN_TENSOR_ENTRY_BYTES)
     if n_tensors > possible:
         raise source.error(8, f"claims {n_tensors} tensors; at most {possible} are possible in this file")
     possible = min(MAX_KEYS, rest // MIN_KEY_ENTRY_BYTES)
@@ -148,50 +158,54 @@ def _walk_keys(source: HeaderSource, n_keys: int) -> tuple[dict[str, _Field], in
     for _ in range(n_keys):
         key, type_at = _read_name(source, at, MAX_KEY_BYTES, "a metadata key")
         if key in fields:
-            raise source.error(at, f"the metadata key {key!r} appears twice")
+            raise source.error(at, f"the metadata key {quoted(key)} appears twice")
         (value_type,) = _u32(source.data, type_at)
         offset = type_at + 4
         scalar = SCALARS.get(value_type)
         if scalar is not None:
             at = offset + scalar[1].size
             if at > len(source.data):
-                source.need(at, offset, f"the value of {key!r}")
+                source.need(at, offset, f"the value of {quoted(key)}")
             if value_type == BOOL and source.data[offset] > 1:
-                raise source.error(offset, f"{key!r} is a bool of value {source.data[offset]}; only 0 and 1 are bools")
+                what = f"{quoted(key)} is a bool of value {source.data[offset]}"
+                raise source.error(offset, f"{what}; only 0 and 1 are bools")
             fields[key] = _Field(value_type, offset)
         elif value_type == STRING:
-            source.need(offset + 8, offset, f"the length of {key!r}")
+            source.need(offset + 8, offset, f"the length of {quoted(key)}")
             at = offset + 8 + _u64(source.data, offset)[0]
-            source.need(at, offset, f"the string {key!r}")
+            source.need(at, offset, f"the string {quoted(key)}")
             fields[key] = _Field(STRING, offset)
         elif value_type == ARRAY:
-            fields[key], at = _walk_array(source, key, offset, MAX_STRINGS - n_strings)
+            fields[key], at = _walk_array(source, key, offset, source.limits.n_strings - n_strings)
             if fields[key].element == STRING:
                 n_strings += fields[key].count
         else:
-            raise source.error(type_at, f"{key!r} has the unknown value type {value_type}")
+            raise source.error(type_at, f"{quoted(key)} has the unknown value type {value_type}")
     return fields, at
 
 
 def _walk_array(source: HeaderSource, key: str, offset: int, max_strings: int) -> tuple[_Field, int]:
-    source.need(offset + 12, offset, f"the array {key!r}")
+    shown = quoted(key)
+    source.need(offset + 12, offset, f"the array {shown}")
     element, count = _array(source.data, offset)
     at = offset + 12
     scalar = SCALARS.get(element)
     if scalar is not None:
         end = at + count * scalar[1].size
-        source.need(end, offset, f"the array {key!r} of {count} {scalar[0]}")
+        source.need(end, offset, f"the array {shown} of {count} {scalar[0]}")
         if element == BOOL and source.data[at:end].translate(None, b"\x00\x01"):
-            raise source.error(offset, f"{key!r} is an array of bools with a value that is neither 0 nor 1")
+            raise source.error(offset, f"{shown} is an array of bools with a value that is neither 0 nor 1")
         return _Field(ARRAY, offset, element, count), end
     if element == ARRAY:
-        raise source.error(offset, f"{key!r} is an array of arrays; only arrays of scalars or strings can be read")
+        raise source.error(offset, f"{shown} is an array of arrays; only arrays of scalars or strings can be read")
     if element != STRING:
-        raise source.error(offset, f"{key!r} is an array of the unknown value type {element}")
+        raise source.error(offset, f"{shown} is an array of the unknown value type {element}")
     if at + count * 8 > source.file_bytes:
-        raise source.error(offset, f"{key!r} claims {count} strings, but the file has {source.file_bytes} bytes")
+        raise source.error(offset, f"{shown} claims {count} strings, but the file has {source.file_bytes} bytes")
     if count > max_strings:
-        raise source.error(offset, f"{key!r} has {count} strings; the arrays of a file may hold {MAX_STRINGS} together")
+        raise source.error(
+            offset, f"{shown} has {count} strings; the arrays of a model may hold {MAX_STRINGS} together"
+        )
     return _Field(ARRAY, offset, element, count), _skip_strings(source, key, at, count)
 
 
@@ -210,10 +224,11 @@ def _skip_strings(source: HeaderSource, key: str, at: int, count: int) -> int:
             at = len(data) + 1  # a length field lies beyond what is read so far
         if at > len(data):
             at = start
+            shown = quoted(key)
             for index in range(first, first + n):
-                source.need(at + 8, at, f"the length of string {index} of {key!r}")
+                source.need(at + 8, at, f"the length of string {index} of {shown}")
                 end = at + 8 + unpack(source.data, at)[0]
-                source.need(end, at, f"string {index} of {key!r}")
+                source.need(end, at, f"string {index} of {shown}")
                 at = end
     return at
 
@@ -239,32 +254,33 @@ def _walk_tensors(
     for _ in range(n_tensors):
         name, dims_at = _read_name(source, at, MAX_NAME_BYTES, "a tensor name")
         if name in found:
-            raise source.error(at, f"the tensor {name!r} appears twice")
+            raise source.error(at, f"the tensor {quoted(name)} appears twice")
         (n_dims,) = _u32(source.data, dims_at)
         unpack = _dims_type_offset.get(n_dims)
         if unpack is None:
-            raise source.error(dims_at, f"the tensor {name!r} has {n_dims} dimensions; it must have 1 to {MAX_DIMS}")
+            what = f"the tensor {quoted(name)} has {n_dims} dimensions"
+            raise source.error(dims_at, f"{what}; it must have 1 to {MAX_DIMS}")
         at = dims_at + 4 + 8 * n_dims + 12
         if at > len(source.data):
-            source.need(at, dims_at, f"the description of the tensor {name!r}")
+            source.need(at, dims_at, f"the description of the tensor {quoted(name)}")
         info = unpack(source.data, dims_at + 4)
         dims, type_id, offset = info[:n_dims], info[-2], info[-1]
         elements = prod(dims)
         if not 0 < elements <= MAX_INT64:
-            what = f"the tensor {name!r} has the dimensions {list(dims)}"
+            what = f"the tensor {quoted(name)} has the dimensions {list(dims)}"
             raise source.error(dims_at + 4, f"{what}; each must be positive and their product below 2**63")
         known = _types.get(type_id)
         if known is None:
             old = REMOVED_TYPES.get(type_id)
             what = f"type {old}, which ggml removed" if old else f"unknown type {type_id}"
-            raise source.error(at - 12, f"the tensor {name!r} has the {what}; quantize the original model again")
+            raise source.error(at - 12, f"the tensor {quoted(name)} has the {what}; quantize the original model again")
         type_, block_size, block_bytes = known
         if dims[0] % block_size:
-            what = f"the tensor {name!r} has rows of {dims[0]}"
+            what = f"the tensor {quoted(name)} has rows of {dims[0]}"
             raise source.error(dims_at + 4, f"{what}; {type_.name} needs a multiple of {block_size}")
         if offset % alignment:
             raise source.error(
-                at - 8, f"the tensor {name!r} has the offset {offset}; it must be a multiple of {alignment}"
+                at - 8, f"the tensor {quoted(name)} has the offset {offset}; it must be a multiple of {alignment}"
             )
         found[name] = _Found(offset, elements // block_size * block_bytes, at - 8, name, type_, dims)
     data_start = -(-at // alignment) * alignment
@@ -281,13 +297,14 @@ def _check_extents(source: HeaderSource, data_start: int, found: Iterable[_Found
     before = ""
     for offset, n_bytes, stored_at, name, _, _ in sorted(found):  # by offset; `stored_at` breaks ties
         if offset < end:
-            raise source.error(stored_at, f"the tensors {before!r} and {name!r} overlap at byte {data_start + offset}")
+            both = f"{quoted(before, 40)} and {quoted(name, 40)}"
+            raise source.error(stored_at, f"the tensors {both} overlap at byte {data_start + offset}")
         end = offset + n_bytes
         before = name
         if data_start + end > source.file_bytes:
             raise source.error(
                 stored_at,
-                f"the tensor {name!r} takes bytes {data_start + offset} to {data_start + end}, but the file has "
+                f"the tensor {quoted(name)} takes bytes {data_start + offset} to {data_start + end}, but the file has "
                 f"{source.file_bytes}: it is truncated or damaged",
             )
 
@@ -305,7 +322,7 @@ def _read_name(source: HeaderSource, at: int, max_bytes: int, what: str) -> tupl
     try:
         return raw.decode(), end
     except UnicodeDecodeError as error:
-        raise source.error(at + 8 + error.start, f"{what} is not UTF-8: {raw!r}") from error
+        raise source.error(at + 8 + error.start, f"{what} is not UTF-8: {quoted(raw)}") from error
 
 
 def _type_name(field: _Field) -> str:

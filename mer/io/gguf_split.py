@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,47 +13,74 @@ import attrs
 from mer.errors import GGUFError
 from mer.io.gguf_file import GGUFFile, TensorInfo
 from mer.io.gguf_header import read_part
+from mer.io.gguf_source import HeaderLimits
+from mer.io.patient import not_opened, open_regular, read_up_to
+from mer.limits import MAX_PARTS
+from mer.quoting import echo, quoted
 
+_JOINED = (
+    "begins at byte {at}: parts cannot be joined with cat; give each its own file again, or join them with "
+    "llama-gguf-split --merge"
+)
 _PART_NAME = re.compile(r"(?P<model>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_MAX_PARTS = 2**16 - 1  # split.count is a uint16
 
 
 def read_all_parts(path: Path) -> GGUFFile:
     """Return the joined header of the model that the file at `path` is, or is any part of.
 
     Parts lie in one folder and are named MODEL-00001-of-00003.gguf; the keys `split.no` (from 0), `split.count` and
-    `split.tensors.count` must agree with the names. Metadata is taken from the first part.
+    `split.tensors.count` must agree with the names. Metadata is taken from the first part. A `split.count` of 0, which
+    `llama-gguf-split --merge` writes, or of 1 says that the file is the whole model, whatever its name.
 
     Raises:
         GGUFError: a part is malformed, missing, given twice, or belongs to another model.
         ReadError: the operating system fails to read a part.
     """
-    given = read_part(path, 0)
-    count = given.get_int("split.count", 1, minimum=1, maximum=_MAX_PARTS)
+    limits = HeaderLimits()
+    given = read_part(path, 0, limits)
+    stated = given.get_int("split.count", None, minimum=0, maximum=MAX_PARTS)
+    count = stated or 1
     number = given.get_int("split.no", 0, minimum=0, maximum=count - 1)
     match = _PART_NAME.fullmatch(path.name)
     if count == 1:
-        if match and int(match["count"]) > 1:
+        if stated is None and match and int(match["count"]) > 1:
             named = f"is named as one of {int(match['count'])} parts"
             raise GGUFError(
                 path, None, f"{named}, but its metadata does not say so ('split.count'); rename a whole model"
             )
         return given
     if match is None or int(match["count"]) != count:
+        if (at := _next_header(given)) is not None:
+            raise given.error("split.count", f"is {count}, and another part {_JOINED.format(at=at)}")
         name = f"MODEL-{number + 1:05}-of-{count:05}.gguf"
         raise given.error("split.count", f"is {count}, so the file must have a name like {name}")
+    if number:  # the parts are counted from the first
+        limits = HeaderLimits()
     parts: list[GGUFFile] = []
     for index in range(count):
         part_path = path.with_name(f"{match['model']}-{index + 1:05}-of-{count:05}.gguf")
-        if index == 0 and part_path == path:
-            part = given
-        elif os.path.lexists(part_path):
-            part = read_part(part_path, index)
-        else:
-            raise GGUFError(part_path, None, f"part {index + 1} of {count} is missing; all parts must be in one folder")
+        if not os.path.lexists(part_path):
+            missing = f"part {index + 1} of {count} is missing"
+            if (at := _next_header(given)) is not None:
+                raise GGUFError(part_path, None, f"{missing}; in {path.name}, another part {_JOINED.format(at=at)}")
+            raise GGUFError(part_path, None, f"{missing}; all parts must be in one folder")
+        part = given if index == number == 0 else read_part(part_path, index, limits)
         _check_part(part, index, count, parts[0] if parts else part)
-        parts.append(part)
+        parts.append(attrs.evolve(part, metadata=MappingProxyType({})) if index else part)
     return _join(parts)
+
+
+def _next_header(part: GGUFFile) -> int | None:
+    """Return where another GGUF file begins behind the data of this one, if one does."""
+    end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=part.header_bytes)
+    fd, _ = open_regular(part.paths[0], partial(not_opened, part.paths[0]))
+    try:
+        for at in sorted({end, -(-end // part.alignment) * part.alignment}):
+            if read_up_to(fd, part.paths[0], at, 4) == b"GGUF":
+                return at
+    finally:
+        os.close(fd)
+    return None
 
 
 def _check_part(part: GGUFFile, index: int, count: int, first: GGUFFile) -> None:
@@ -68,7 +96,8 @@ def _check_part(part: GGUFFile, index: int, count: int, first: GGUFFile) -> None
     ):
         here, there = get(part, key, None), get(first, key, None)
         if here is not None and here != there:
-            raise part.error(key, f"is {here!r}, but {there!r} in {first.paths[0].name}: they are parts of two models")
+            both = f"is {echo(here, 40)}, but {echo(there, 40)} in {first.paths[0].name}"
+            raise part.error(key, f"{both}: they are parts of two models")
 
 
 def _join(parts: list[GGUFFile]) -> GGUFFile:
@@ -78,7 +107,7 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
         for name, info in part.tensors.items():
             if name in tensors:
                 other = parts[tensors[name].file].paths[0].name
-                raise GGUFError(part.paths[0], None, f"the tensor {name!r} is also in {other}")
+                raise GGUFError(part.paths[0], None, f"the tensor {quoted(name)} is also in {other}")
             tensors[name] = info
     expected = first.get_int("split.tensors.count")
     if len(tensors) != expected:

@@ -6,14 +6,16 @@ import itertools
 import os
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from mer.errors import ConfigError, MirrorMismatch
+from mer.errors import ConfigError, MirrorMismatch, ReadError
 from mer.io.arena import map_anonymous
 from mer.io.files import ModelFile
+from mer.io.patient import patiently
 
 HEADER_BYTES: Final = 16 << 20  # headers take 1 to 20 MiB, nearly all of it vocabulary
 BLOCK_BYTES: Final = 64 << 10
@@ -57,8 +59,8 @@ def verify_mirror(original: ModelFile, mirror: ModelFile) -> None:
     left, right = memory[:BLOCK_BYTES], memory[BLOCK_BYTES:]
     for start in sample(ours.st_size):
         needed = min(BLOCK_BYTES, ours.st_size - start)
-        original.read_into(left.data, start, needed)
-        mirror.read_into(right.data, start, needed)
+        for file, side in ((original, left), (mirror, right)):
+            patiently(partial(file.read_into, side.data, start, needed), ReadError.after, ReadError)
         if not np.array_equal(left[:needed], right[:needed]):
             at = start + int((left[:needed] != right[:needed]).argmax())
             raise MirrorMismatch(

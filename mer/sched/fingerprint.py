@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from typing import Final
 
 import numpy as np
 
 from mer.io.gguf import GGUFFile, TensorInfo
 from mer.io.gguf_file import MetadataValue
+from mer.io.patient import not_opened, open_regular, read_up_to
 
 FINGERPRINT_BYTES: Final = 32
 SAMPLES: Final = 16
@@ -24,7 +26,7 @@ def model_fingerprint(gguf: GGUFFile) -> bytes:
     where the files lie, nor on their names.
 
     Raises:
-        OSError: the files cannot be read.
+        ReadError: a file cannot be opened or read.
     """
     digest = hashlib.sha256()
     for key in sorted(gguf.metadata):
@@ -53,8 +55,9 @@ def _encode(value: MetadataValue) -> bytes:
 
 def _beginning(gguf: GGUFFile, tensor: TensorInfo) -> bytes:
     """Return the first bytes of a tensor."""
-    file = os.open(gguf.paths[tensor.file], os.O_RDONLY | os.O_CLOEXEC)
+    path = gguf.paths[tensor.file]
+    file, _ = open_regular(path, partial(not_opened, path))
     try:
-        return os.pread(file, min(tensor.n_bytes, SAMPLE_BYTES), tensor.offset)
+        return read_up_to(file, path, tensor.offset, min(tensor.n_bytes, SAMPLE_BYTES))
     finally:
         os.close(file)

@@ -14,8 +14,9 @@ import attrs
 import pytest
 
 from mer.errors import GGUFError
-from mer.io import gguf_header
 from mer.io.gguf import read_gguf
+from mer.io.gguf_header import read_part
+from mer.io.gguf_source import HeaderLimits
 from tests._lib import gguf_bytes as gb
 
 HEAD_BYTES = 24  # magic, version, number of tensors, number of keys
@@ -262,14 +263,13 @@ def test_metadata_beyond_the_limit_is_refused_unread(tmp_path: Path, monkeypatch
     assert sum(read) <= 2**20
 
 
-def test_the_arrays_of_a_file_share_one_limit_on_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_header, "MAX_STRINGS", 10)
+def test_the_arrays_of_a_file_share_one_limit_on_strings(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gb.build([gb.strings("a", ["x"] * 6), gb.strings("b", ["x"] * 4)]))
-    assert read_gguf(path).get_strings("b") == ["x"] * 4
+    assert read_part(path, 0, HeaderLimits(n_strings=10)).get_strings("b") == ["x"] * 4
     path.write_bytes(gb.build([gb.strings("a", ["x"] * 6), gb.strings("b", ["x"] * 5)]))
-    with pytest.raises(GGUFError, match="'b' has 5 strings; the arrays of a file may hold 10 together"):
-        read_gguf(path)
+    with pytest.raises(GGUFError, match="'b' has 5 strings; the arrays of a model may hold 1048576 together"):
+        read_part(path, 0, HeaderLimits(n_strings=10))
 
 
 BAD_END = gb.key_value("end", 99, b"12345678")

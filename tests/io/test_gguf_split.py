@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from mer.errors import GGUFError
+from mer.io import gguf_split
 from mer.io.gguf import read_gguf
+from mer.io.gguf_source import HeaderLimits
 from tests._lib import gguf_bytes as gb
 
 
@@ -176,8 +179,8 @@ def test_a_part_with_another_name_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ([gb.scalar("split.count", gb.U16, 0)], "is 0; it must be at least 1"),
-        ([gb.scalar("split.count", gb.U32, 2**16)], "is 65536; it must be at most 65535"),
+        ([gb.scalar("split.count", gb.I16, -1)], "is -1; it must be at least 0"),
+        ([gb.scalar("split.count", gb.U32, 1025)], "is 1025; it must be at most 1024"),
         ([gb.text("split.count", "3")], "has the type string; it must be an integer"),
         ([gb.scalar("split.count", gb.U16, 3), gb.scalar("split.no", gb.U16, 3)], "is 3; it must be at most 2"),
         ([gb.scalar("split.no", gb.U16, 1)], "is 1; it must be at most 0"),
@@ -194,7 +197,56 @@ def test_a_malformed_part_is_the_one_blamed(folder: Path) -> None:
     check_refused(folder / part_name(0), "the version reaches to byte 8", folder / part_name(1))
 
 
-@pytest.mark.parametrize("name", [part_name(0, 1), "whole.gguf"])
-def test_a_model_of_one_part_may_have_any_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(part(0, count=1, tensors=1))
+@pytest.mark.parametrize("name", [part_name(0, 1), "whole.gguf", part_name(0, 3)])
+@pytest.mark.parametrize("count", [0, 1])  # 0 is what the official tool writes when it has merged the parts
+def test_a_model_that_says_it_is_whole_may_have_any_name(tmp_path: Path, name: str, count: int) -> None:
+    (tmp_path / name).write_bytes(part(0, count=count, tensors=1))
     assert read_gguf(tmp_path / name).paths == (tmp_path / name,)
+
+
+def padded(blob: bytes) -> bytes:
+    return blob + b"\0" * (-len(blob) % 32)
+
+
+@pytest.mark.parametrize("first_has_tensors", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_parts_joined_with_cat_are_told_apart(tmp_path: Path, first_has_tensors: bool, order: tuple[int, ...]) -> None:
+    parts = [padded(part(index)) for index in range(3)]
+    if not first_has_tensors:  # as gguf-split writes a first part with --no-tensor-first-split
+        parts[0] = padded(gb.build([gb.text("general.architecture", "llama"), *split_keys(0)]))
+    path = tmp_path / "joined.gguf"
+    path.write_bytes(b"".join(parts[index] for index in order))
+    at = len(parts[order[0]])
+    check_refused(path, f"is 3, and another part begins at byte {at}: .* cat; .*llama-gguf-split --merge")
+
+
+def test_parts_joined_with_cat_under_the_first_ones_name_are_told_apart(tmp_path: Path) -> None:
+    first = padded(part(0))
+    path = tmp_path / part_name(0)
+    path.write_bytes(first + part(1) + part(2))
+    reason = f"part 2 of 3 is missing; in {path.name}, another part begins at byte {len(first)}: .* cat"
+    check_refused(path, reason, tmp_path / part_name(1))
+
+
+def test_bytes_behind_a_whole_model_are_nobodys_business(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(padded(gb.build([], [gb.Tensor()])) + part(0))
+    assert list(read_gguf(path).tensors) == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"n_tensors": 2}, "claims 1 tensors; at most 0 are possible"),
+        ({"n_strings": 5}, "'s' has 2 strings; the arrays of a model may hold"),
+        ({"n_bytes": 500}, "reaches beyond the 256 MiB that the headers of a model may take"),
+    ],
+)
+def test_the_parts_of_a_model_share_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], reason: str
+) -> None:
+    for index in range(3):
+        (tmp_path / part_name(index)).write_bytes(part(index, gb.strings("s", ["a", "b"])))
+    assert len(read_gguf(tmp_path / part_name(0)).tensors) == 3
+    monkeypatch.setattr(gguf_split, "HeaderLimits", partial(HeaderLimits, **limits))
+    check_refused(tmp_path / part_name(0), reason, tmp_path / part_name(2))
