@@ -5,77 +5,27 @@ Key names follow the GGUF specification (ggml-org/ggml, docs/gguf.md) and the co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mer.errors import GGUFError, UnsupportedModel
+from mer.limits import (
+    MAX_CONTEXT,
+    MAX_EXPERTS,
+    MAX_EXPERTS_PER_LAYER,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_TOP_K,
+    MAX_VOCAB,
+    MAX_WIDTH,
+)
+from mer.model.neutral import refuse_unknown_features
+from mer.model.per_layer import with_uniform_layers
 from mer.model.spec import ModelSpec, RopeStyle, Routing
+from mer.quoting import quoted
 
 if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile
-
-MAX_LAYERS: Final = 4096
-MAX_WIDTH: Final = 1 << 20  # d_model, d_ff
-MAX_HEADS: Final = 4096
-MAX_HEAD_DIM: Final = 8192
-MAX_EXPERTS: Final = 65536
-MAX_VOCAB: Final = 1 << 24
-MAX_CONTEXT: Final = 1 << 31
-
-# Keys below the architecture's name that the specification is made from, or that do not touch the arithmetic.
-_READ_KEYS: Final = frozenset(
-    {
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.sliding_window",
-        "attention.value_length",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "expert_count",
-        "expert_feed_forward_length",
-        "expert_used_count",
-        "feed_forward_length",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.factor",
-        "rope.scaling.finetuned",
-        "rope.scaling.original_context_length",
-        "rope.scaling.type",
-        "tensor_data_layout",
-        "vocab_size",
-    }
-)
-
-# Keys of features that are not implemented, with the values that mean "not used".
-_NEUTRAL_VALUES: Final[dict[str, tuple[object, ...]]] = {
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "attention.scale": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "embedding_scale": (0.0, 1.0),
-    "expert_gating_func": (1,),
-    "expert_group_count": (0, 1),
-    "expert_group_used_count": (0, 1),
-    "expert_shared_count": (0,),
-    "expert_shared_feed_forward_length": (0,),
-    "expert_weights_norm": (True,),
-    "expert_weights_scale": (0.0, 1.0),
-    "final_logit_softcapping": (0.0,),
-    "interleave_moe_layer_step": (0, 1),
-    "leading_dense_block_count": (0,),
-    "logit_scale": (0.0, 1.0),
-    "moe_every_n_layers": (0, 1),
-    "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
-    "residual_scale": (0.0, 1.0),
-    "rope.scale_linear": (1.0,),
-    "rope.scaling.attn_factor": (1.0,),
-    "router_logit_softcapping": (0.0,),
-    "use_parallel_residual": (False,),
-}
 
 
 def read_spec(gguf: GGUFFile, *, d_ff_key: str, rope_style: RopeStyle, routing: Routing, qk_norm: bool) -> ModelSpec:
@@ -93,13 +43,17 @@ def read_spec(gguf: GGUFFile, *, d_ff_key: str, rope_style: RopeStyle, routing: 
         UnsupportedModel: the model is dense, or uses a feature that is not implemented.
     """
     arch = gguf.get_str("general.architecture")
-    if gguf.get_int(f"{arch}.expert_count", default=0, minimum=0, maximum=MAX_EXPERTS) == 0:
+    count = gguf.metadata.get(f"{arch}.expert_count", 0)
+    if type(count) is int and count == 0:
         raise UnsupportedModel(
-            f"{gguf.paths[0]}: a dense {arch!r} model: {arch}.expert_count is absent or 0. Every weight takes part in "
-            "every token, so there are no experts to stream; use a Mixture-of-Experts file, such as Mixtral or "
-            "Qwen3-30B-A3B"
+            f"a dense '{arch}' model: {arch}.expert_count is absent or 0. Every weight takes part in every token, so "
+            "there are no experts to stream; use a Mixture-of-Experts file, such as Mixtral or Qwen3-30B-A3B",
+            gguf.paths[0],
         )
-    _refuse_unknown_features(gguf, arch)
+    n_layers = gguf.get_int(f"{arch}.block_count", minimum=1, maximum=MAX_LAYERS)
+    gguf = with_uniform_layers(gguf, arch, n_layers)
+    n_experts, top_k = _experts(gguf, arch, n_layers)
+    refuse_unknown_features(gguf, arch)
 
     def integer(key: str, maximum: int, default: int | None = None) -> int:
         if default is None:
@@ -117,19 +71,15 @@ def read_spec(gguf: GGUFFile, *, d_ff_key: str, rope_style: RopeStyle, routing: 
     if rope_dim % 2 or rope_dim > head_dim:
         key = f"{arch}.rope.dimension_count"
         raise gguf.error(key, f"is {rope_dim}; it must be even and at most the head dimension {head_dim}")
-    n_experts = integer("expert_count", MAX_EXPERTS)
-    top_k = integer("expert_used_count", MAX_EXPERTS)
-    if top_k > n_experts:
-        raise gguf.error(f"{arch}.expert_used_count", f"is {top_k}; {arch}.expert_count = {n_experts} is the most")
     context_length = integer("context_length", MAX_CONTEXT)
     window = gguf.get_int(f"{arch}.attention.sliding_window", default=0, minimum=0, maximum=MAX_CONTEXT)
     rms_eps = _real(gguf, f"{arch}.attention.layer_norm_rms_epsilon", None, maximum=1.0)
     return ModelSpec(
         architecture=arch,
         name=gguf.get_str("general.name", default="").encode(errors="replace").decode() or gguf.paths[0].stem,
-        n_layers=integer("block_count", MAX_LAYERS),
+        n_layers=n_layers,
         d_model=d_model,
-        d_ff=integer(d_ff_key, MAX_WIDTH),
+        d_ff=_d_ff(gguf, arch, d_ff_key, top_k),
         n_experts=n_experts,
         top_k=top_k,
         n_heads=n_heads,
@@ -149,17 +99,27 @@ def read_spec(gguf: GGUFFile, *, d_ff_key: str, rope_style: RopeStyle, routing: 
     )
 
 
-def _refuse_unknown_features(gguf: GGUFFile, arch: str) -> None:
-    """Refuse every key of the architecture that is neither read nor switched off: it may change the arithmetic."""
-    prefix = arch + "."
-    for key, value in gguf.metadata.items():
-        name = key.removeprefix(prefix)
-        neutral = _NEUTRAL_VALUES.get(name, ())
-        if name == key or name in _READ_KEYS or (isinstance(value, int | float) and value in neutral):
-            continue
-        works = " or ".join(map(repr, neutral))
-        known = f"only {works} (not used) works" if works else "whether it changes the model's arithmetic is not known"
-        raise UnsupportedModel(f"{gguf.paths[0]}: {key} = {repr(value)[:80]} is not implemented; {known}")
+def _experts(gguf: GGUFFile, arch: str, n_layers: int) -> tuple[int, int]:
+    """Return E and K, which bound what is built for every expert, and for every expert that a token uses."""
+    count_key, used_key = f"{arch}.expert_count", f"{arch}.expert_used_count"
+    n_experts = gguf.get_int(count_key, minimum=1, maximum=MAX_EXPERTS_PER_LAYER)
+    if n_layers * n_experts > MAX_EXPERTS:
+        raise gguf.error(count_key, f"is {n_experts} in {n_layers} layers; all layers together may have {MAX_EXPERTS}")
+    top_k = gguf.get_int(used_key, minimum=1, maximum=MAX_TOP_K)
+    if top_k > n_experts:
+        raise gguf.error(used_key, f"is {top_k}; {count_key} = {n_experts} is the most")
+    return n_experts, top_k
+
+
+def _d_ff(gguf: GGUFFile, arch: str, key: str, top_k: int) -> int:
+    """Return the experts' hidden size; where only that of a token's K experts together is given, its K-th part."""
+    together = f"{arch}.feed_forward_length"
+    if key != "feed_forward_length" and gguf.metadata.get(f"{arch}.{key}", 0) == 0:
+        d_ff = gguf.get_int(together, minimum=1, maximum=MAX_WIDTH) // top_k
+        if not d_ff:
+            raise gguf.error(together, f"is less than the {top_k} experts of a token, and {arch}.{key} is not given")
+        return d_ff
+    return gguf.get_int(f"{arch}.{key}", minimum=1, maximum=MAX_WIDTH)
 
 
 def _head_dim(gguf: GGUFFile, arch: str, d_model: int, n_heads: int) -> int:
@@ -178,14 +138,19 @@ def _head_dim(gguf: GGUFFile, arch: str, d_model: int, n_heads: int) -> int:
     value_length = gguf.get_int(value_key, default=head_dim, minimum=1, maximum=MAX_HEAD_DIM)
     if value_length != head_dim:
         raise UnsupportedModel(
-            f"{gguf.paths[0]}: {value_key} = {value_length} differs from the key length {head_dim}; "
-            "only heads with keys and values of one length are implemented"
+            f"{value_key} = {value_length} differs from the key length {head_dim}; only heads with keys and values of "
+            "one length are implemented",
+            gguf.paths[0],
         )
     return head_dim
 
 
 def _vocab_size(gguf: GGUFFile, arch: str) -> int:
-    """Return the number of rows of the token embedding, which every other statement of V must agree with."""
+    """Return the number of rows of the token embedding, one for each token if the file has any.
+
+    `vocab_size` may differ from it, as llama.cpp has it: files say there how many tokens the model had before tokens
+    were added or its embedding was padded.
+    """
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
         raise GGUFError(gguf.paths[0], None, "tensor 'token_embd.weight' is missing")
@@ -193,9 +158,7 @@ def _vocab_size(gguf: GGUFFile, arch: str) -> int:
     if len(embedding.shape) != 2 or vocab_size > MAX_VOCAB:
         reason = f"tensor 'token_embd.weight' has shape {embedding.shape}, not (V, D) with V at most {MAX_VOCAB}"
         raise GGUFError(gguf.paths[embedding.file], embedding.offset, reason)
-    stated = gguf.get_int(f"{arch}.vocab_size", default=vocab_size, minimum=1, maximum=MAX_VOCAB)
-    if stated != vocab_size:
-        raise gguf.error(f"{arch}.vocab_size", f"is {stated}, but 'token_embd.weight' has {vocab_size} rows")
+    gguf.get_int(f"{arch}.vocab_size", default=vocab_size, minimum=1, maximum=MAX_VOCAB)  # of the model before padding
     tokens = gguf.get_strings("tokenizer.ggml.tokens", default=None)
     if tokens is not None and len(tokens) != vocab_size:
         reason = f"has {len(tokens)} entries, but 'token_embd.weight' has {vocab_size} rows"
@@ -204,14 +167,25 @@ def _vocab_size(gguf: GGUFFile, arch: str) -> int:
 
 
 def _rope_scale(gguf: GGUFFile, arch: str) -> float:
-    """Return what positions are multiplied by; a factor without a scaling type means linear, as in llama.cpp."""
-    type_key, factor_key = f"{arch}.rope.scaling.type", f"{arch}.rope.scaling.factor"
-    kind = gguf.get_str(type_key, default="linear" if factor_key in gguf.metadata else "none")
+    """Return what positions are multiplied by; a factor without a scaling type means linear, as in llama.cpp.
+
+    Under a type that the file names, a factor of 0 is none, as in llama.cpp. A lone factor of 0 is refused: nothing
+    says whether it is meant or damaged.
+    """
+    type_key = f"{arch}.rope.scaling.type"
+    keys = (f"{arch}.rope.scaling.factor", f"{arch}.rope.scale_linear")  # the second is the older name
+    factor_key = next((key for key in keys if key in gguf.metadata), keys[0])
+    kind = gguf.get_str(type_key, default="")
     if kind == "none":
         return 1.0
-    if kind == "linear":
-        return 1.0 / _real(gguf, factor_key, None, maximum=1e6)
-    raise UnsupportedModel(f"{gguf.paths[0]}: {type_key} = {kind!r} is not implemented; 'none' and 'linear' work")
+    if kind not in ("", "linear"):
+        raise UnsupportedModel(
+            f"{type_key} = {quoted(kind)} is not implemented; 'none' and 'linear' work", gguf.paths[0]
+        )
+    named = kind == "linear" or factor_key == keys[1]
+    if factor_key not in gguf.metadata or (named and gguf.metadata[factor_key] == 0.0):
+        return 1.0
+    return 1.0 / _real(gguf, factor_key, None, maximum=1e6)
 
 
 def _real(gguf: GGUFFile, key: str, default: float | None, *, maximum: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from mer.embedded import embedded_model_path
 from mer.errors import GGUFError, ModelFileError, UnsupportedModel
 from mer.io.gguf import read_gguf
+from mer.limits import MAX_EXPERTS, MAX_EXPERTS_PER_LAYER, MAX_LAYERS, MAX_TOP_K
 from mer.model.registry import ARCHITECTURES, model_spec
 from mer.model.spec import ModelSpec, RopeStyle, Routing
 from tests._lib.tiny_models import random_gguf
@@ -96,8 +98,8 @@ def test_absent_keys_have_the_defaults_of_the_format(tmp_path: Path) -> None:
 BAD_VALUES: list[tuple[str, Any]] = [
     *((key, value) for key in ("block_count", "embedding_length", "context_length") for value in (0, -1, 2**32 - 1)),
     *((key, value) for key in ("feed_forward_length", "vocab_size") for value in (0, -5, 2**32 - 1)),
-    *(("attention.head_count", value) for value in (0, -6, 5, 7, 2**31, 6.0, "6", [6, 6])),
-    *(("attention.head_count_kv", value) for value in (0, -1, 4, 12, [2, 2])),
+    *(("attention.head_count", value) for value in (0, -6, 5, 7, 2**31, 6.0, "6", [6], [0, 0], [True, True])),
+    *(("attention.head_count_kv", value) for value in (0, -1, 4, 12, [2, 2, 2], [4, 4])),
     *(("attention.key_length", value) for value in (0, -16, 15, 2**30)),
     *(("rope.dimension_count", value) for value in (0, 15, 18, -2)),
     *(("attention.layer_norm_rms_epsilon", value) for value in (0.0, -1e-5, 2.0, math.nan, math.inf, 1)),
@@ -106,7 +108,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *(("expert_count", value) for value in (-1, 2**32 - 1, 8.0)),
     *(("expert_used_count", value) for value in (0, -1, 6, 2**31)),
     *(("attention.sliding_window", value) for value in (-1, True)),
-    ("vocab_size", 299),
+    ("block_count", [2, 2]),
+    ("attention.layer_norm_rms_epsilon", [0.0, 0.0]),
 ]
 
 
@@ -147,7 +150,11 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("rope.scaling.type", "longrope"),
     ("rope.scaling.attn_factor", 0.5),
     ("rope.scaling.yarn_log_multiplier", 0.1),
-    ("rope.scale_linear", 4.0),
+    ("attention.head_count_kv", [2, 1]),
+    ("feed_forward_length", [160, 128]),
+    ("expert_used_count", [2, 0]),
+    ("expert_shared_count", [0, 1]),
+    ("swiglu_clamp_exp", [0.0, 7.0]),
     ("attention.sliding_window_pattern", [True, False]),
     ("attention.value_length", 32),
     ("attention.clamp_kqv", 8.0),
@@ -180,10 +187,57 @@ def test_features_that_are_not_implemented_are_named(tmp_path: Path, key: str, v
         ("attention.sliding_window", 256),
         ("attention.sliding_window", 0),
         ("rope.scaling.type", "none"),
+        ("rope.scaling.type", ""),
+        ("rope.scaling.type", "linear"),
+        ("rope.scale_linear", 0.0),
+        ("rope.scale_linear", 1.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0),
+        ("rope.scaling.yarn_beta_fast", 32.0),
+        ("rope.scaling.yarn_ext_factor", 0.0),
+        ("rope.scaling.original_context_length", 0),
+        ("rope.dimension_sections", [0, 0, 0, 0]),
+        ("attention.scale", 0.0),
+        ("attention.clamp_kqv", 0.0),
+        ("attention.q_lora_rank", 0),
+        ("attention.layer_norm_epsilon", 0.0),
+        ("attn_logit_softcapping", 0.0),
+        ("final_logit_softcapping", 0),
+        ("logit_scale", 0.0),
+        ("logit_scale", 1.0),
+        ("residual_scale", 0.0),
+        ("embedding_scale", 0.0),
+        ("expert_feed_forward_length", 0),
+        ("expert_gating_func", 0),
+        ("expert_group_count", 0),
+        ("expert_group_count", 1),
+        ("expert_group_used_count", 0),
         ("expert_shared_count", 0),
+        ("expert_shared_count", [0, 0]),
+        ("expert_shared_feed_forward_length", 0),
+        ("expert_weights_scale", 0.0),
         ("expert_weights_scale", 1.0),
         ("expert_weights_norm", True),
+        ("interleave_moe_layer_step", 0),
+        ("leading_dense_block_count", 0),
+        ("nextn_predict_layers", 0),
+        ("pooling_type", 0),
+        ("ssm.conv_kernel", 0),
+        ("swiglu_clamp_exp", [0.0, 0.0]),
+        ("use_parallel_residual", False),
         ("tensor_data_layout", "Meta AI original pth"),
+        ("vocab_size", 299),  # of the model before a token was added; llama.cpp counts the tokens, too
+        ("attention.head_count", [6, 6]),
+        ("attention.head_count_kv", [2, 2]),
+        ("attention.key_length", [16, 16]),
+        ("attention.value_length", [16, 16]),
+        ("attention.layer_norm_rms_epsilon", [1e-5, 1e-5]),
+        ("attention.sliding_window", [0, 0]),
+        ("embedding_length", [96, 96]),
+        ("expert_count", [5, 5]),
+        ("expert_used_count", [2, 2]),
+        ("feed_forward_length", [160, 160]),
+        ("rope.dimension_count", [16, 16]),
+        ("rope.freq_base", [10000.0, 10000.0]),
     ],
 )
 def test_features_that_are_switched_off_change_nothing(tmp_path: Path, key: str, value: Any) -> None:
@@ -198,10 +252,63 @@ def test_a_window_below_the_context_is_read(tmp_path: Path, arch: Any, window: i
     assert spec_of(path).sliding_window == window
 
 
-def test_linear_scaling_without_a_factor_is_malformed(tmp_path: Path) -> None:
-    path = random_gguf(tmp_path / "m.gguf", metadata={"llama.rope.scaling.type": "linear"})
-    with pytest.raises(GGUFError, match=r"llama\.rope\.scaling\.factor"):
+@pytest.mark.parametrize(
+    ("metadata", "scale"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, 1.0),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 0.25),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1.0),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 8.0}, 0.25),
+        ({"rope.scale_linear": 8.0}, 0.125),
+    ],
+)
+def test_rope_is_scaled_as_llama_cpp_reads_the_keys(tmp_path: Path, metadata: dict[str, Any], scale: float) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value for key, value in metadata.items()})
+    assert spec_of(path).rope_scale == scale
+
+
+@pytest.mark.parametrize("kwargs", [{"drop": ["qwen3moe.expert_feed_forward_length"]}, {"metadata": {}}])
+def test_experts_share_the_width_that_is_given_for_a_tokens_experts_together(
+    tmp_path: Path, kwargs: dict[str, Any]
+) -> None:
+    metadata = {"qwen3moe.expert_feed_forward_length": 0, "qwen3moe.feed_forward_length": 321}
+    kwargs["metadata"] = metadata if "metadata" in kwargs else {"qwen3moe.feed_forward_length": 321}
+    assert spec_of(random_gguf(tmp_path / "m.gguf", "qwen3moe", **kwargs)).d_ff == 160
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"block_count": 1025}, "'llama.block_count' is 1025; it must be at most 1024"),
+        ({"expert_count": 4097}, "'llama.expert_count' is 4097; it must be at most 4096"),
+        ({"expert_count": 4096, "block_count": 17}, "is 4096 in 17 layers; all layers together may have 65536"),
+        ({"expert_count": 129, "expert_used_count": 129}, "'llama.expert_used_count' is 129; it must be at most 128"),
+        ({"attention.head_count": 1025}, "it must be at most 1024"),
+        ({"attention.key_length": 2050}, "it must be at most 2048"),
+        ({"embedding_length": 2**18 + 1}, "it must be at most 262144"),
+        ({"feed_forward_length": 2**18 + 1}, "it must be at most 262144"),
+        ({"vocab_size": 2**20 + 1}, "it must be at most 1048576"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_before_anything_is_built(
+    tmp_path: Path, metadata: dict[str, int], reason: str
+) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value for key, value in metadata.items()})
+    with pytest.raises(GGUFError, match=re.escape(reason)) as caught:
         spec_of(path)
+    assert caught.value.offset is not None
+
+
+# Layers, experts of a layer, experts that a token uses; of the largest models that are known.
+REAL = [(61, 256, 8), (61, 384, 8), (48, 512, 10), (28, 768, 12), (60, 512, 10), (94, 128, 8), (40, 512, 22)]
+
+
+@pytest.mark.parametrize(("n_layers", "n_experts", "top_k"), REAL)
+def test_real_models_are_far_below_the_limits(n_layers: int, n_experts: int, top_k: int) -> None:
+    assert 2 * n_layers * n_experts <= MAX_EXPERTS
+    assert 5 * n_experts <= MAX_EXPERTS_PER_LAYER
+    assert 5 * top_k <= MAX_TOP_K
+    assert 8 * n_layers <= MAX_LAYERS
 
 
 @pytest.mark.parametrize("kwargs", [{"drop": ["llama.expert_count"]}, {"metadata": {"llama.expert_count": 0}}])
