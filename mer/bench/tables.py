@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+from mer.json_text import json_text
 from mer.units import format_bytes, format_duration
 
 Row: TypeAlias = Mapping[str, Any]
@@ -16,7 +16,7 @@ _LEFT: Final = ("program", "model", "backend", "test")
 
 def to_json(rows: Sequence[Row]) -> str:
     """Return the rows as a list of objects."""
-    return json.dumps(rows)
+    return json_text(rows)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -27,7 +27,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer.writerow(names)
     for row in rows:
         values = [row.get(name) for name in names]
-        writer.writerow(json.dumps(value) if isinstance(value, list | dict | bool) else value for value in values)
+        writer.writerow(json_text(value) if isinstance(value, list | dict | bool) else value for value in values)
     return text.getvalue().rstrip("\n")
 
 

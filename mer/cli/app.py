@@ -107,9 +107,9 @@ def run_command(
 ) -> int:
     """Generate text from a prompt and print it.
 
-    One argument is the MODEL if it ends in .gguf, contains a slash, names a file, or --tokens or --stdin is given.
-    Otherwise it is the PROMPT, and the small model answers that comes with mer. The first ctrl-C stops and prints
-    statistics, the second leaves at once.
+    One argument is the MODEL if it ends in .gguf, names a file, begins as a path does (/, ./, ../ or ~) and has no
+    spaces, or --tokens or --stdin is given. Otherwise it is the PROMPT, and the small model answers that comes with
+    mer. The first ctrl-C stops and prints statistics, the second leaves at once.
     """
     positionals = [text for text in (first, second) if text is not None]
     task = resolve(positionals, model=model, tokens=tokens, stdin=stdin)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
 from mer.config import Progress, default_threads
 from mer.errors import ConfigError
+from mer.json_text import json_text
 from mer.paths import cache_folder
 from mer.sched.policies.registry import DEFAULT_POLICY
 from mer.units import format_bytes, format_duration
@@ -156,7 +156,7 @@ def _print(results: Sequence[Measured], task: Task, *, as_json: bool, several: b
     described = [describe(result, task, bound) | {"interrupted": interrupted} for result in results]
     compared = ratios(results)
     if as_json:
-        print(json.dumps({"results": described, "iterations_per_s_ratios": compared} if several else described[0]))
+        print(json_text({"results": described, "iterations_per_s_ratios": compared} if several else described[0]))
         return
     workload, geometry = task.workload, task.data.geometry
     print(f"{workload.name}: {len(workload.events)} iterations, {workload.lookups} lookups of ", end="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import attrs
 import numpy as np
 
-from mer.cli.console import printable
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
 from mer.compute.scratch import kv_block_bytes
@@ -20,10 +18,12 @@ from mer.errors import MerError, naming
 from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
 from mer.io.gguf import GGUFFile, read_gguf
+from mer.json_text import json_text
 from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
 from mer.plan import default_kv_type
+from mer.quoting import one_line
 from mer.text.vocabulary import read_vocabulary
 from mer.units import format_bytes
 
@@ -53,7 +53,7 @@ def inspect(path: Path, *, tensors: bool, as_json: bool) -> None:
         ]
     if as_json:
         report["metadata"] = {key: _shortened(value) for key, value in gguf.metadata.items()}
-        print(json.dumps(report))
+        print(json_text(report))
     else:
         _print(gguf, report)
 
@@ -192,11 +192,11 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
         ("can be run", "yes" if report["runnable"] else f"no: {report['why_not']}"),
     ]
     for name, value in rows:
-        print(f"{name:<14} {printable(str(value))}")
+        print(f"{name:<14} {one_line(str(value))}")
     for tensor in report.get("tensors", ()):
         shape = " x ".join(map(str, tensor["shape"]))
         where = f"{tensor['bytes']} bytes at {tensor['offset']} of file {tensor['file']}"
-        print(printable(f"{tensor['name']:<32} {tensor['type']:<5} {shape:<20} {where}"))
+        print(one_line(f"{tensor['name']:<32} {tensor['type']:<5} {shape:<20} {where}"))
 
 
 def _window_text(window: int | None) -> str:

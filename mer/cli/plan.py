@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from mer.cli.options import EngineOptions
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.config import EngineConfig, default_threads
+from mer.json_text import json_text
 from mer.plan import MemoryPlan, VRAMPlan, load_model, plan_memory
 from mer.units import format_bytes, format_slots
 
@@ -30,7 +30,7 @@ def plan(path: Path, options: EngineOptions, *, as_json: bool) -> None:
         memory_plan, disk_bytes_per_s(model.gguf, model.experts), memory_bytes_per_s(threads)
     )
     if as_json:
-        print(json.dumps(report))
+        print(json_text(report))
     else:
         _print(report)
 

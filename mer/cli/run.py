@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from mer.cli.options import CacheOptions, EngineOptions, GenerationOptions, pars
 from mer.cli.prefix import SavedPrefix
 from mer.cli.session import INTERRUPTED, generate, say_statistics, settings_object, statistics_object
 from mer.errors import ConfigError
+from mer.json_text import json_text
 
 
 @attrs.frozen
@@ -30,9 +30,9 @@ class Task:
 def resolve(positionals: Sequence[str], *, model: str | None, tokens: str | None, stdin: bool) -> Task:
     """Return model and prompt after the rules of `mer run [MODEL] [PROMPT]`.
 
-    A single positional is the model if it ends in `.gguf`, contains a `/`, names an existing file, or the prompt is
-    given by `tokens` or `stdin`; otherwise it is the prompt, and the embedded model answers. With `model` it is always
-    the prompt.
+    A single positional is the model if it names a file that exists or looks like the path of one (see `_is_model`), or
+    the prompt is given by `tokens` or `stdin`; otherwise it is the prompt, and the embedded model answers. With `model`
+    it is always the prompt.
 
     Raises:
         ConfigError: model or prompt is given twice, or there is no prompt.
@@ -72,11 +72,19 @@ def model_path(model: str | None) -> Path:
 
 
 def _is_model(text: str) -> bool:
-    """Return whether a lone positional names a model."""
-    if text.endswith(".gguf") or "/" in text:
+    """Return whether a lone positional names a model.
+
+    It does if it ends in `.gguf`, if there is such a file or folder, or if it is one word that begins as paths do or
+    whose folder exists. A slash alone makes no path of a sentence: "What is TCP/IP?" is a prompt.
+    """
+    if text.endswith(".gguf"):
+        return True
+    one_word = not any(c.isspace() for c in text)
+    if one_word and text.startswith(("/", "./", "../", "~")):
         return True
     try:
-        return Path(text).is_file()
+        path = Path(text)
+        return ("/" in text and path.exists()) or path.is_file() or (one_word and "/" in text and path.parent.is_dir())
     except (OSError, ValueError):  # too long for a file name, or with a NUL
         return False
 
@@ -141,7 +149,7 @@ async def run(
         return Exit.INTERRUPTED
     if as_json:
         print(
-            json.dumps(
+            json_text(
                 {
                     "text": result.text,
                     "tokens": result.tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -11,10 +10,11 @@ from typing import Any
 
 from mer.cli.console import note
 from mer.errors import ConfigError
+from mer.json_text import json_text
 from mer.sched.belady import simulate_belady
 from mer.sched.heat import HeatProfile
 from mer.sched.policies.registry import POLICIES, CacheShape, make_policy
-from mer.sched.simulate import Event, Simulation, simulate
+from mer.sched.simulate import EventList, Simulation, simulate
 from mer.sched.trace import TraceHeader, TraceReader
 from mer.units import format_bytes
 
@@ -44,7 +44,7 @@ def simulate_trace(
     with TraceReader(path) as reader:
         header = reader.header
         sizes = _parse_slots(slots, header.n_layers * header.n_experts)
-        events: list[Event] = [(event.layer, event.experts) for event in reader]
+        events = EventList((event.layer, event.experts) for event in reader)
         lost_bytes = reader.lost_bytes
     if lost_bytes:
         note(f"mer: {path}: the last {lost_bytes} bytes are an unfinished block and were left out")
@@ -79,7 +79,7 @@ def simulate_trace(
             "bypass": bypass,
             "results": [_describe(result, header) for run in runs for result in run],
         }
-        print(json.dumps(report))
+        print(json_text(report))
     else:
         _print(header, len(events), runs)
 

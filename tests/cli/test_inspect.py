@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import gguf
@@ -11,6 +12,7 @@ from mer import devices
 from mer.cli.app import run_app
 from mer.compute.kernels.target import FORM
 from mer.embedded import embedded_model_path
+from tests._lib.tiny_models import random_gguf
 from tests.demo.test_upcycle import write_dense
 
 
@@ -43,6 +45,17 @@ def test_prints_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"kernels        {FORM.value}" in lines
     assert "layers         6, 8 experts each, 2 per token (softmax-over-top-k)" in lines
     assert sum(line.startswith("blk.") for line in lines) == 60
+
+
+def test_json_has_no_words_of_its_own_for_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = {"general.odd": math.nan, "general.odds": [math.inf, 1.0], "general.name": "two\nlines\x1b[31m"}
+    path = random_gguf(tmp_path / "m.gguf", metadata=odd)
+    assert run_app(["inspect", "--json", str(path)]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert report["metadata"]["general.odd"] is None
+    assert report["metadata"]["general.odds"] == {"count": 2, "first": [None, 1.0]}
+    assert run_app(["inspect", str(path)]) == 0
+    assert "name           two\\nlines\\x1b[31m" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("failure", [None, "no NVIDIA driver is loaded"])

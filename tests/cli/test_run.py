@@ -50,6 +50,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     ("positionals", "model", "tokens", "want_model", "want_prompt"),
     [
         (["Once upon"], None, None, None, "Once upon"),
+        (["What is TCP/IP?"], None, None, None, "What is TCP/IP?"),
+        (["and/or"], None, None, None, "and/or"),
+        (["/ is a slash"], None, None, None, "/ is a slash"),
+        (["./run it twice"], None, None, None, "./run it twice"),
+        (["~ 5 minutes"], None, None, None, "~ 5 minutes"),
+        (["a/b.gguf c"], None, None, None, "a/b.gguf c"),
         (["and/or", "Once"], None, None, "and/or", "Once"),
         (["m.gguf", "Once"], None, None, "m.gguf", "Once"),
         (["anything", "m.gguf"], None, None, "anything", "m.gguf"),
@@ -80,9 +86,14 @@ def test_which_argument_is_model_and_which_prompt(
     assert task.prompt == want_prompt
 
 
-@pytest.mark.parametrize("lone", ["m.gguf", "dir/m", "./m", "present"])
+@pytest.mark.parametrize(
+    "lone",
+    ["m.gguf", "my models/m.gguf", "dir/absent", "dir/my model", "./m", "../m", "/m", "~/m", "~user/m", "present"],
+)
 def test_a_lone_model_lacks_a_prompt(lone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "present").touch()
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "my model").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"a prompt for .* is missing"):
         resolve([lone], model=None, tokens=None, stdin=False)
