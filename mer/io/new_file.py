@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from mer.errors import naming
+
 PRIVATE: Final = 0o600
 SHARED: Final = 0o666  # less what the umask takes
 
@@ -49,8 +51,9 @@ class NewFile:
             OSError: it cannot be written.
         """
         view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
+        with naming(self.path):
+            while view:
+                view = view[os.write(self._file, view) :]
 
     def commit(self) -> None:
         """Bring everything to the disk and put the file in its place.
@@ -59,7 +62,8 @@ class NewFile:
             OSError: that failed; unless only the folder could not be brought to the disk, `path` is as it was.
         """
         assert self._temporary is not None
-        os.fsync(self._file)
+        with naming(self.path):
+            os.fsync(self._file)
         os.replace(self._temporary, self.path)
         self._temporary = None
         sync_folder(self.path.parent)
@@ -74,7 +78,8 @@ class NewFile:
         temporary, self._temporary = self._temporary, None
         try:
             if file >= 0:
-                os.close(file)
+                with naming(self.path):
+                    os.close(file)
         finally:
             if temporary is not None:
                 with contextlib.suppress(FileNotFoundError):
@@ -100,6 +105,7 @@ def sync_folder(path: Path) -> None:
     """
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        with naming(path):
+            os.fsync(folder)
     finally:
         os.close(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from typing import Final
@@ -20,17 +21,23 @@ def simulate_belady(events: Sequence[Event], n_slots: int, *, n_layers: int) -> 
     virtual-storage computer", IBM Systems Journal 5 (1966), with bypass.
     """
     never = len(events)
-    next_uses: list[list[int]] = [[] for _ in events]
+    next_uses = array("q", bytes(8 * sum(len(experts) for _, experts in events)))  # of each event's experts in order
     last: dict[ExpertKey, int] = {}
+    begin = len(next_uses)
     for at in range(len(events) - 1, -1, -1):
         layer, experts = events[at]
-        next_uses[at] = [last.get((layer, expert), never) for expert in experts]
+        begin -= len(experts)
+        for number, expert in enumerate(experts, begin):
+            next_uses[number] = last.get((layer, expert), never)
         last.update(((layer, expert), at) for expert in experts)
 
     result = Simulation(NAME, n_slots, n_layers)
     kept: dict[ExpertKey, int] = {}  # {expert: its next use}
     furthest: list[tuple[int, ExpertKey]] = []  # heap of (-next use, expert); entries whose next use is past are stale
-    for (layer, experts), uses in zip(events, next_uses, strict=True):
+    begin = 0
+    for layer, experts in events:
+        uses = next_uses[begin : begin + len(experts)]
+        begin += len(experts)
         result.count(layer, sum((layer, expert) in kept for expert in experts), len(experts))
         for expert, use in zip(experts, uses, strict=True):
             if use == never:

@@ -13,11 +13,14 @@ import numpy.typing as npt
 
 from mer.errors import SavedFileError
 from mer.io.new_file import SHARED, write_whole
+from mer.io.saved import open_saved
+from mer.quoting import echo
 
 FORMAT: Final = "mer heat profile"
 VERSION: Final = 1
-MAX_BYTES: Final = 64 << 20
-"""Larger files are refused unread; a profile takes some 10 bytes per expert."""
+_BYTES_PER_NUMBER: Final = 40
+_OTHER_BYTES: Final = 4096
+"""A profile may take so many bytes for each of its numbers, and besides: a tidy one takes 10 to 30."""
 
 
 class ProfileError(SavedFileError):
@@ -68,14 +71,14 @@ class HeatProfile:
             ProfileError: the file is malformed, of another version, or of another model.
             OSError: it cannot be read.
         """
-        document = _read(path)
+        document = _read(path, _OTHER_BYTES + _BYTES_PER_NUMBER * n_layers * (n_experts + 1))
         version = document.get("version")
         if type(version) is not int or version != VERSION:
-            raise ProfileError(path, f"a heat profile of version {_short(version)}; this release reads {VERSION}")
+            raise ProfileError(path, f"a heat profile of version {echo(version)}; this release reads {VERSION}")
         if document.get("fingerprint") != fingerprint.hex():
             raise ProfileError(
                 path,
-                f"a heat profile of another model ({_short(document.get('fingerprint'))}, and this model is "
+                f"a heat profile of another model ({echo(document.get('fingerprint'))}, and this model is "
                 f"{fingerprint.hex()[:16]}...); record one with this model",
             )
         visits: Any = document.get("visits")
@@ -117,12 +120,12 @@ class HeatCounter:
         )
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the JSON object in a file that names itself a heat profile."""
-    with open(path, "rb") as stream:
-        content = stream.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ProfileError(path, f"no heat profile: larger than {MAX_BYTES} bytes")
+def _read(path: str | os.PathLike[str], most: int) -> dict[str, Any]:
+    """Return the JSON object of at most so many bytes in a file that names itself a heat profile."""
+    with open_saved(path, lambda path, _, reason: ProfileError(path, reason)) as (stream, _):
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise ProfileError(path, f"no heat profile of this model: larger than the {most} bytes that one may take")
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -135,9 +138,3 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _is_row(row: object, n: int, most: int) -> bool:
     """Return whether this is a list of `n` integers from 0 to `most`."""
     return isinstance(row, list) and len(row) == n and all(type(count) is int and 0 <= count <= most for count in row)
-
-
-def _short(value: object) -> str:
-    """Return a value of a file as text for an error."""
-    text = ascii(value)
-    return text if len(text) <= 40 else text[:40] + "..."

@@ -15,8 +15,9 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from mer.errors import SavedFileError
+from mer.errors import SavedFileError, naming
 from mer.io.new_file import NewFile
+from mer.io.patient import open_regular
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
 MAGIC: Final = b"MERKVPFX"
@@ -189,9 +190,7 @@ class PrefixReader:
             PrefixFileError: the file cannot be used.
             OSError: it cannot be opened or read.
         """
-        # without waiting for what is no regular file
-        self._file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        status = os.fstat(self._file)
+        self._file, status = open_regular(self.path)
         if not stat.S_ISREG(status.st_mode):
             raise self._error(None, "no regular file; give one that was written by save_prefix or --prefix")
         header = self._read(0, min(HEADER_BYTES, status.st_size)).tobytes()
@@ -290,7 +289,8 @@ class PrefixReader:
         data = np.empty(n_bytes, np.uint8)
         done = 0
         while done < n_bytes:
-            n_read = os.preadv(self._file, [data[done:].data], offset + done)
+            with naming(self.path):
+                n_read = os.preadv(self._file, [data[done:].data], offset + done)
             if not n_read:
                 raise self._error(offset + done, "the file became shorter while it was read")
             done += n_read

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import zlib
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mer.errors import SavedFileError
 from mer.io.new_file import write_whole
+from mer.io.saved import open_saved
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 from mer.sched.predictors.markov import FIRST_BYTES, N_FEATURES, SECOND_BYTES, SPANS, MarkovPredictor
 from mer.sched.predictors.successors import MAX_VISITS
@@ -24,6 +24,7 @@ MAX_COUNT_BYTES: Final = 32 << 20
 _HEADER: Final = struct.Struct(f"<8sHHIIII{FINGERPRINT_BYTES}sII")
 """Magic, version, 0, L, E, K, contexts, fingerprint, compressed bytes, CRC-32 of them; CRC-32 of the header follows."""
 _CHECKSUM: Final = struct.Struct("<I")
+HEADER_BYTES: Final = _HEADER.size + _CHECKSUM.size
 _MOST: Final = 1 << 53  # visits of a layer
 _LARGEST: Final = 1e18  # decayed sum of products of features; no model comes near
 
@@ -124,15 +125,24 @@ def load_predictor(
         PredictorFileError: the file is malformed, damaged, of another version, or of another model.
         OSError: it cannot be read.
     """
-    header, payload = _read(path)
-    if header[:4] != (n_layers, n_experts, top_k, fingerprint):
-        raise PredictorFileError(path, None, "predictions for another model; delete the file, or choose another one")
-    n_contexts = header[4]
-    if n_contexts > _most_contexts(n_experts):
-        raise PredictorFileError(
-            path, 24, f"{n_contexts} contexts are more than the {_most_contexts(n_experts)} that are ever saved"
-        )
-    fields = _fields(n_layers, n_experts, n_contexts)
+    with open_saved(path, PredictorFileError) as (stream, file_bytes):
+        *model, n_contexts, n_bytes, checksum = _read_header(path, stream, file_bytes)
+        if model != [n_layers, n_experts, top_k, fingerprint]:
+            reason = "predictions for another model; delete the file, or choose another one"
+            raise PredictorFileError(path, None, reason)
+        if n_contexts > _most_contexts(n_experts):
+            raise PredictorFileError(
+                path, 24, f"{n_contexts} contexts are more than the {_most_contexts(n_experts)} that are ever saved"
+            )
+        fields = _fields(n_layers, n_experts, n_contexts)
+        most = _n_bytes(fields) + _n_bytes(fields) // 512 + 1024  # zlib never makes more of it
+        if n_bytes > most:
+            raise PredictorFileError(
+                path, _HEADER.size - 8, f"{n_bytes} compressed bytes are more than the {most} that its counts can take"
+            )
+        payload = stream.read(n_bytes)
+    if zlib.crc32(payload) != checksum:
+        raise PredictorFileError(path, HEADER_BYTES, "the counts of this saved predictor are damaged: delete it")
     values: dict[str, npt.NDArray[Any]] = {}
     content, at = _inflated(path, payload, _n_bytes(fields)), 0
     for name, (kind, shape) in fields.items():
@@ -155,38 +165,30 @@ def load_predictor(
     return predictor
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int, bytes, int], bytes]:
-    """Return the numbers of the header (L, E, K, fingerprint, contexts), and the compressed payload."""
-    # without waiting for what is no regular file
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise PredictorFileError(path, None, "no regular file; choose another one")
-    with open(descriptor, "rb") as stream:
-        header = stream.read(_HEADER.size + _CHECKSUM.size)
-        if header[: len(MAGIC)] != MAGIC:
-            raise PredictorFileError(path, 0, f"no saved predictor: it does not begin with {MAGIC!r}")
-        if len(header) < _HEADER.size + _CHECKSUM.size:
-            raise PredictorFileError(path, len(header), "the header of this saved predictor is cut off")
-        _, version, flags, n_layers, n_experts, top_k, n_contexts, fingerprint, n_bytes, checksum = _HEADER.unpack(
-            header[: _HEADER.size]
+def _read_header(
+    path: str | os.PathLike[str], stream: BinaryIO, file_bytes: int
+) -> tuple[int, int, int, bytes, int, int, int]:
+    """Return what the header says: L, E, K, fingerprint, contexts, compressed bytes, and their checksum."""
+    header = stream.read(HEADER_BYTES)
+    if header[: len(MAGIC)] != MAGIC:
+        raise PredictorFileError(path, 0, f"no saved predictor: it does not begin with {MAGIC!r}")
+    if len(header) < HEADER_BYTES:
+        raise PredictorFileError(path, len(header), "the header of this saved predictor is cut off")
+    _, version, flags, n_layers, n_experts, top_k, n_contexts, fingerprint, n_bytes, checksum = _HEADER.unpack(
+        header[: _HEADER.size]
+    )
+    if version != VERSION or flags:
+        raise PredictorFileError(
+            path, 8, f"a predictor of version {version}, flags {flags}; this release reads {VERSION} without flags"
         )
-        if version != VERSION or flags:
-            raise PredictorFileError(
-                path, 8, f"a predictor of version {version}, flags {flags}; this release reads {VERSION} without flags"
-            )
-        if zlib.crc32(header[: _HEADER.size]) != _CHECKSUM.unpack(header[_HEADER.size :])[0]:
-            raise PredictorFileError(path, _HEADER.size, "the header of this saved predictor is damaged: delete it")
-        expected = len(header) + n_bytes
-        if status.st_size != expected:
-            raise PredictorFileError(
-                path, min(expected, status.st_size), f"it has {status.st_size} bytes instead of {expected}: delete it"
-            )
-        payload = stream.read(n_bytes)
-    if zlib.crc32(payload) != checksum:
-        raise PredictorFileError(path, len(header), "the counts of this saved predictor are damaged: delete it")
-    return (n_layers, n_experts, top_k, fingerprint, n_contexts), payload
+    if zlib.crc32(header[: _HEADER.size]) != _CHECKSUM.unpack(header[_HEADER.size :])[0]:
+        raise PredictorFileError(path, _HEADER.size, "the header of this saved predictor is damaged: delete it")
+    expected = len(header) + n_bytes
+    if file_bytes != expected:
+        raise PredictorFileError(
+            path, min(expected, file_bytes), f"it has {file_bytes} bytes instead of {expected}: delete it"
+        )
+    return n_layers, n_experts, top_k, fingerprint, n_contexts, n_bytes, checksum
 
 
 def _inflated(path: str | os.PathLike[str], payload: bytes, n_bytes: int) -> memoryview:

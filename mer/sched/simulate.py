@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import attrs
 
@@ -14,6 +15,30 @@ from mer.sched.policy import Policy
 
 Event: TypeAlias = tuple[int, Sequence[int]]
 """(layer, its union of experts over a batch, each once)"""
+
+
+class EventList(Sequence[Event]):
+    """Events in little memory: two bytes for each expert, and ten for each event."""
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        self._layers, self._experts, self._ends = array("H"), array("H"), array("Q", [0])
+        for layer, experts in events:
+            self._layers.append(layer)
+            self._experts.extend(experts)
+            self._ends.append(len(self._experts))
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, at: int) -> Event: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Event]: ...
+    def __getitem__(self, at: int | slice) -> Event | list[Event]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        number = range(len(self))[at]
+        return self._layers[number], tuple(self._experts[self._ends[number] : self._ends[number + 1]])
 
 
 @attrs.define

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,14 @@ from typing import BinaryIO, Final, Self
 
 import attrs
 
-from mer.errors import SavedFileError
+from mer.errors import SavedFileError, naming
+from mer.io.patient import kind
+from mer.io.saved import open_saved
+from mer.limits import MAX_EXPERTS, MAX_EXPERTS_PER_LAYER, MAX_LAYERS
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
 MAGIC: Final = b"MERTRACE"
 VERSION: Final = 1
-MAX_LAYERS: Final = 1 << 12
-MAX_EXPERTS: Final = 1 << 16
 MAX_BLOCK_BYTES: Final = 1 << 20  # of payload; a larger one is damage
 BLOCK_BYTES: Final = 1 << 16  # from which a writer ends a block of its own accord
 _PREAMBLE: Final = struct.Struct("<8sHHIII")  # magic, version, 0, L, E, K
@@ -40,15 +42,15 @@ class TraceError(SavedFileError):
 class TraceHeader:
     """The model that a trace was recorded from."""
 
-    n_layers: int = attrs.field(validator=attrs.validators.in_(range(1, MAX_LAYERS + 1)))  # L
-    n_experts: int = attrs.field(validator=attrs.validators.in_(range(1, MAX_EXPERTS + 1)))  # E
+    n_layers: int  # L
+    n_experts: int  # E
     top_k: int  # K, 1 to E
     fingerprint: bytes  # see `model_fingerprint`
     expert_bytes: tuple[int, ...]  # of one expert, by layer; 0 where unknown
 
     def __attrs_post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"top_k must be 1 to {self.n_experts}, not {self.top_k}")
+        if not _possible(self.n_layers, self.n_experts, self.top_k):
+            raise ValueError(f"no model has {self.n_layers} layers, {self.n_experts} experts, top_k {self.top_k}")
         if len(self.fingerprint) != FINGERPRINT_BYTES:
             raise ValueError(f"a fingerprint has {FINGERPRINT_BYTES} bytes, not {len(self.fingerprint)}")
         if len(self.expert_bytes) != self.n_layers or not all(0 <= n <= _U64_MAX for n in self.expert_bytes):
@@ -59,6 +61,12 @@ class TraceHeader:
         body = _PREAMBLE.pack(MAGIC, VERSION, 0, self.n_layers, self.n_experts, self.top_k) + self.fingerprint
         body += struct.pack(f"<{self.n_layers}Q", *self.expert_bytes)
         return body + struct.pack("<I", zlib.crc32(body))
+
+
+def _possible(n_layers: int, n_experts: int, top_k: int) -> bool:
+    """Return whether a model may have such numbers."""
+    each = 1 <= n_layers <= MAX_LAYERS and 1 <= top_k <= n_experts <= MAX_EXPERTS_PER_LAYER
+    return each and n_layers * n_experts <= MAX_EXPERTS
 
 
 @attrs.frozen
@@ -85,15 +93,20 @@ class TraceWriter:
         self.path, self.header = Path(path), header
         self._payload = bytearray()
         self._end = 0  # of what has been written whole
-        self._file: BinaryIO = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)  # noqa: SIM115
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        self._file: BinaryIO = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115 - closed by close
         try:
-            self._begin()
+            with naming(self.path):
+                self._begin()
         except BaseException:
             self._file.close()
             raise
 
     def _begin(self) -> None:
         """Lock the file and go to where the next block belongs."""
+        mode = os.fstat(self._file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise TraceError(self.path, None, f"no regular file but {kind(mode)}; choose another one")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -166,9 +179,10 @@ class TraceWriter:
         """
         view, end = memoryview(data), self._end
         try:
-            while view:
-                n_bytes = os.pwrite(self._file.fileno(), view, end)
-                view, end = view[n_bytes:], end + n_bytes
+            with naming(self.path):
+                while view:
+                    n_bytes = os.pwrite(self._file.fileno(), view, end)
+                    view, end = view[n_bytes:], end + n_bytes
         except BaseException:
             with contextlib.suppress(OSError):  # readers leave it out if it stays, and the next block replaces it
                 self._file.truncate(self._end)
@@ -211,19 +225,21 @@ class TraceReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.lost_bytes = 0  # known when the iteration has ended
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 - closed by close
-        try:
+        with contextlib.ExitStack() as stack:
+            self._file, _ = stack.enter_context(open_saved(path, TraceError))
             self.header = self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
+            self._closing = stack.pop_all()
         self.offset = len(self.header.encode())  # end of the last whole block that was read
 
     def _error(self, offset: int | None, reason: str) -> TraceError:
         return TraceError(self.path, offset, reason)
 
+    def _read(self, n_bytes: int) -> bytes:
+        with naming(self.path):
+            return self._file.read(n_bytes)
+
     def _read_header(self) -> TraceHeader:
-        preamble = self._file.read(_PREAMBLE.size)
+        preamble = self._read(_PREAMBLE.size)
         if preamble[: len(MAGIC)] != MAGIC:
             raise self._error(0, f"no routing trace: it does not begin with {MAGIC!r}")
         if len(preamble) < _PREAMBLE.size:
@@ -231,13 +247,14 @@ class TraceReader:
         _, version, flags, n_layers, n_experts, top_k = _PREAMBLE.unpack(preamble)
         if version != VERSION:
             raise self._error(8, f"a trace of version {version}; this release reads {VERSION}")
-        if flags or not (1 <= n_layers <= MAX_LAYERS and 1 <= n_experts <= MAX_EXPERTS and 1 <= top_k <= n_experts):
+        if flags or not _possible(n_layers, n_experts, top_k):
             raise self._error(
                 10,
                 f"a trace of {n_layers} layers, {n_experts} experts, top_k {top_k}, flags {flags}; valid are up to "
-                f"{MAX_LAYERS} layers and {MAX_EXPERTS} experts, top_k no larger than the experts, and no flags",
+                f"{MAX_LAYERS} layers of {MAX_EXPERTS_PER_LAYER} experts, {MAX_EXPERTS} in all, top_k no larger than "
+                "the experts, and no flags",
             )
-        rest = self._file.read(FINGERPRINT_BYTES + 8 * n_layers + 4)
+        rest = self._read(FINGERPRINT_BYTES + 8 * n_layers + 4)
         if len(rest) < FINGERPRINT_BYTES + 8 * n_layers + 4:
             raise self._error(_PREAMBLE.size + len(rest), "the header of this trace is cut off")
         if zlib.crc32(preamble + rest[:-4]) != int.from_bytes(rest[-4:], "little"):
@@ -262,14 +279,14 @@ class TraceReader:
 
     def _next_block(self) -> bytes | None:
         """Return the payload of the next whole block, or None at the end."""
-        frame = self._file.read(_BLOCK.size)
+        frame = self._read(_BLOCK.size)
         if len(frame) < _BLOCK.size:
             self.lost_bytes = len(frame)
             return None
         n_bytes, checksum = _BLOCK.unpack(frame)
         if not 1 <= n_bytes <= MAX_BLOCK_BYTES:
             raise self._error(self.offset, f"damaged: a block of {n_bytes} bytes; valid are 1 to {MAX_BLOCK_BYTES}")
-        payload = self._file.read(n_bytes)
+        payload = self._read(n_bytes)
         if len(payload) < n_bytes:
             self.lost_bytes = len(frame) + len(payload)
             return None
@@ -301,7 +318,7 @@ class TraceReader:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._closing.close()
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,20 @@ def test_slots_that_make_no_sense_are_a_usage_error(
     out, err = capsys.readouterr()
     assert out == ""
     assert "write numbers above 0, or shares" in " ".join(err.split())
+
+
+def test_a_trace_that_claims_more_than_any_model_costs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = struct.pack("<8sHHIII", b"MERTRACE", 1, 0, 1024, 32768, 8) + MODEL + bytes(8 * 1024)
+    (tmp_path / "t").write_bytes(head + struct.pack("<I", zlib.crc32(head)))
+    tracemalloc.start()
+    try:
+        assert run_app(["simulate", str(tmp_path / "t")]) == Exit.FAILED
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+    assert "65536 in all" in capsys.readouterr().err
 
 
 def test_errors_say_what_and_have_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

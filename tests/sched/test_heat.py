@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mer.sched import heat
 from mer.sched.heat import HeatCounter, HeatProfile, ProfileError
 from mer.sched.simulate import Event
 from tests._lib.routing import routings
@@ -170,18 +169,31 @@ def test_a_changed_byte_is_an_error_or_a_valid_profile(
 
 
 def test_a_large_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heat, "MAX_BYTES", 100)
     path = tmp_path / "profile.json"
-    profile().save(path)
-    with pytest.raises(ProfileError, match="larger than 100 bytes"):
+    path.write_bytes(b"[" + b"[]," * (1 << 20) + b"[]]")
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(ProfileError, match=r"profile\.json: no heat profile of this model: larger than the 4416 bytes"):
         load(path)
+
+
+def test_an_indented_profile_of_large_counts_is_not_too_large(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    large = HeatProfile(MODEL, np.full((50, 60), 2**53), np.full(50, 2**53))
+    large.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    assert HeatProfile.load(path, fingerprint=MODEL, n_layers=50, n_experts=60).counts.min() == 2**53
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.json")
-    with pytest.raises(IsADirectoryError):
-        load(tmp_path)
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # which nobody writes to
+    for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(ProfileError, match=f"{path}: no regular file but a"):
+            load(path)
 
 
 # --- the file is there whole, or as it was before ---

@@ -255,7 +255,7 @@ def test_other_payloads_are_refused(payload: bytes, saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("n_contexts", "match"),
-    [(0, "its counts are not"), (2**20, "its counts are not"), (2**32 - 1, "4294967295 contexts are more than")],
+    [(0, "compressed bytes are more than"), (2**20, "its counts are not"), (2**32 - 1, "4294967295 contexts are more than")],
 )
 def test_what_would_take_much_memory_is_refused(n_contexts: int, match: str, saved: Path) -> None:
     """Of 48 MB of zeros no more is inflated than the contexts account for, at most 32 MiB; zlib has that twice."""
@@ -266,6 +266,20 @@ def test_what_would_take_much_memory_is_refused(n_contexts: int, match: str, sav
         with pytest.raises(PredictorFileError, match=match):
             load(saved)
         assert tracemalloc.get_traced_memory()[1] < 2 * most + 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_payload_that_no_counts_fill_is_refused_unread(saved: Path) -> None:
+    """Of a file of 64 MiB of holes nothing but the header is read."""
+    n_bytes = 64 << 20
+    saved.write_bytes(build(payload=b"", n_bytes=n_bytes))
+    os.truncate(saved, saved.stat().st_size + n_bytes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(PredictorFileError, match=f"{n_bytes} compressed bytes are more than"):
+            load(saved)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 
 import pytest
@@ -14,7 +15,7 @@ from mer.errors import ConfigError
 from mer.sched.belady import simulate_belady
 from mer.sched.policies.layer_lru import LayerLRU
 from mer.sched.policies.registry import POLICIES, CacheShape, make_policy
-from mer.sched.simulate import Event, Simulation, simulate
+from mer.sched.simulate import Event, EventList, Simulation, simulate
 from tests._lib.routing import routings
 
 N = 10_000
@@ -98,3 +99,16 @@ def test_counts_by_layer() -> None:
 def test_needs_a_slot(n_slots: int) -> None:
     with pytest.raises(ConfigError, match="at least 1 slot"):
         simulate([], LayerLRU(1, 1), n_slots, n_layers=1)
+
+
+def test_a_list_of_events_gives_them_back_in_little_memory() -> None:
+    events = [(at % 1024, tuple(range(at % 5, 4096, 97))) for at in range(5000)]
+    tracemalloc.start()
+    try:
+        kept = EventList(iter(events))
+        assert tracemalloc.get_traced_memory()[0] < 3 * sum(10 + 2 * len(experts) for _, experts in events)
+    finally:
+        tracemalloc.stop()
+    assert (len(kept), list(kept), kept[-1], kept[7:9]) == (5000, events, events[-1], events[7:9])
+    for bound in (simulate_belady(kept, 99, n_layers=1024), simulate_belady(events, 99, n_layers=1024)):
+        assert bound.layer_hits == simulate_belady(list(events), 99, n_layers=1024).layer_hits

@@ -70,7 +70,7 @@ def read(path: Path) -> tuple[list[tuple[int, int, tuple[int, ...]]], int]:
 @st.composite
 def recordings(draw: st.DrawFn) -> tuple[TraceHeader, list[list[tuple[int, int, tuple[int, ...]]]]]:
     """Draw a header and blocks of events."""
-    n_layers, n_experts = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 127, 129, 1 << 16]))
+    n_layers, n_experts = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 127, 129, 4096]))
     sizes = draw(st.lists(st.integers(0, 2**64 - 1), min_size=n_layers, max_size=n_layers))
     header = TraceHeader(
         n_layers, n_experts, draw(st.integers(1, n_experts)), draw(st.binary(min_size=32, max_size=32)), tuple(sizes)
@@ -124,16 +124,16 @@ def test_is_as_documented_to_the_byte(tmp_path: Path) -> None:
 
 def test_a_block_ends_by_itself_when_it_is_large(tmp_path: Path) -> None:
     path = tmp_path / "t"
-    header = TraceHeader(1, 1 << 16, 1, MODEL, (0,))
+    header = TraceHeader(1, 1 << 12, 1, MODEL, (0,))
     with TraceWriter(path, header) as writer:
         before = path.stat().st_size
-        for _ in range(4):
-            writer.append(0, 1, range(1 << 14))
+        for _ in range(16):
+            writer.append(0, 1, range(1 << 12))
         assert path.stat().st_size > before
         size = path.stat().st_size
         writer.append(0, 1, [5])
         assert path.stat().st_size == size
-    assert [len(experts) for _, _, experts in read(path)[0]] == [1 << 14] * 4 + [1]
+    assert [len(experts) for _, _, experts in read(path)[0]] == [1 << 12] * 16 + [1]
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,10 @@ def test_what_is_no_event_is_refused_and_nothing_is_written(event: tuple[int, in
     "values",
     [
         (0, 1, 1, MODEL, ()),
-        (4097, 1, 1, MODEL, (0,) * 4097),
+        (1025, 1, 1, MODEL, (0,) * 1025),
+        (17, 4096, 1, MODEL, (0,) * 17),
         (1, 0, 0, MODEL, (0,)),
-        (1, 65537, 1, MODEL, (0,)),
+        (1, 4097, 1, MODEL, (0,)),
         (1, 2, 3, MODEL, (0,)),
         (1, 2, 0, MODEL, (0,)),
         (1, 2, 1, MODEL[:-1], (0,)),
@@ -285,10 +286,12 @@ def test_blocks_of_absurd_length_are_refused(n_bytes: int, tmp_path: Path) -> No
         (header_bytes(0, sizes=()), "a trace of 0 layers"),
         (header_bytes(2**32 - 1, sizes=()), "a trace of 4294967295 layers"),
         (header_bytes(n_experts=0), "0 experts"),
-        (header_bytes(n_experts=65537), "65537 experts"),
+        (header_bytes(n_experts=4097), "4097 experts"),
+        (header_bytes(17, n_experts=4096, sizes=()), "17 layers, 4096 experts.* 65536 in all"),
+        (header_bytes(1025, sizes=()), "1025 layers"),
         (header_bytes(top_k=0), "top_k 0"),
         (header_bytes(top_k=301), "top_k 301"),
-        (header_bytes(4096, sizes=()), "cut off"),
+        (header_bytes(128, sizes=()), "cut off"),
         (header_bytes()[:-1] + b"\0", "checksum is wrong"),
     ],
 )
@@ -326,9 +329,29 @@ def test_what_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         TraceReader(tmp_path / "none")
     with pytest.raises(IsADirectoryError):
-        TraceReader(tmp_path)
-    with pytest.raises(IsADirectoryError):
         TraceWriter(tmp_path, HEADER)
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for use in (TraceReader, lambda path: TraceWriter(path, HEADER)):
+        for path in (tmp_path / "fifo", Path("/dev/zero")):
+            with pytest.raises(TraceError, match=f"{path}: no regular file but a"):
+                use(path)
+    with pytest.raises(TraceError, match="no regular file but a directory"):
+        TraceReader(tmp_path)
+
+
+def test_what_the_system_refuses_names_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with TraceWriter(tmp_path / "t", HEADER) as writer:
+        writer.append(*EVENTS[0])
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "pwrite", fail)
+            with pytest.raises(OSError, match=f"Input/output error: '{tmp_path / 't'}'"):
+                writer.flush()
 
 
 # --- appending ---

@@ -34,8 +34,9 @@ def read_trace(data: bytes) -> tuple[dict[str, Any], list[tuple[int, int, list[i
     """Return the header, the events, and the bytes of a block that was cut off."""
     magic, version, flags, n_layers, n_experts, top_k = struct.unpack_from("<8sHHIII", data)
     assert (magic, version, flags) == (b"MERTRACE", 1, 0)
-    assert 1 <= n_layers <= 4096
-    assert 1 <= top_k <= n_experts <= 65536
+    assert 1 <= n_layers <= 1024
+    assert 1 <= top_k <= n_experts <= 4096
+    assert n_layers * n_experts <= 65536
     at = 56 + 8 * n_layers
     sizes = struct.unpack_from(f"<{n_layers}Q", data, 56)
     assert struct.unpack_from("<I", data, at) == (zlib.crc32(data[:at]),)
