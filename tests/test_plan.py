@@ -85,8 +85,8 @@ def mixed(model: Model, mix: list[list[GGMLType]], weights: int = 256 * 1024) ->
         for number, extents in enumerate(row):
             kind = kinds[number % len(kinds)]
             n_bytes = weights // kind.block_size * kind.block_bytes
-            down = attrs.evolve(extents.parts[2], type=kind, rows=1024, cols=weights // 1024, n_bytes=n_bytes)
-            experts.append(attrs.evolve(extents, parts=(*extents.parts[:2], down)))
+            down = extents.parts[2]._replace(type=kind, rows=1024, cols=weights // 1024, n_bytes=n_bytes)
+            experts.append(extents._replace(parts=(*extents.parts[:2], down)))
         layers.append(tuple(experts))
     return attrs.evolve(model, experts=ExpertMap(tuple(layers)))
 

@@ -61,8 +61,7 @@ def _formats(kinds: Iterable[GGMLType]) -> dict[int, BlockFormat]:
 
 def _raw_bytes(experts: ExpertMap) -> int:
     """Return the room that a thread needs to arrange any expert's matrix."""
-    shapes = {(p.type, p.cols) for layer in experts.experts for e in layer for p in e.parts}
-    return max(raw_bytes(*shape) for shape in shapes)
+    return max(raw_bytes(*shape) for shape in experts.formats)
 
 
 def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str, int]:

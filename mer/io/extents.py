@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import attrs
 
@@ -54,8 +54,7 @@ PER_EXPERT_NAME: Final = "blk.{layer}.ffn_{projection}.{expert}.weight"
 _EXPERT_NAME: Final = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.weight", re.ASCII)
 
 
-@attrs.frozen
-class ExpertPart:
+class ExpertPart(NamedTuple):  # a tuple, as there are three for each of up to 65,536 experts
     """One matrix of one expert: `n_bytes` at `offset` of file number `file`, holding `rows` x `cols` weights."""
 
     projection: Projection
@@ -85,8 +84,7 @@ class SlotLayout:
     part_offsets: tuple[int, int, int]  # gate, up, down: multiples of the alignment
 
 
-@attrs.frozen
-class ExpertExtents:
+class ExpertExtents(NamedTuple):
     """The gate, up and down matrices of one expert, in this order."""
 
     layer: int
@@ -96,12 +94,21 @@ class ExpertExtents:
     @property
     def n_bytes(self) -> int:
         """Bytes of weights, without any alignment padding."""
-        return sum(part.n_bytes for part in self.parts)
+        gate, up, down = self.parts
+        return gate.n_bytes + up.n_bytes + down.n_bytes
 
     def layout(self, alignment: int) -> SlotLayout:
         """Return where the parts go in a slot, for reads at multiples of `alignment` bytes, a power of two."""
-        gate, up, down = (round_up(part.offset % alignment + part.padded_bytes, alignment) for part in self.parts)
+        gate, up, down = self._areas(alignment)
         return SlotLayout(gate + up + down, (0, gate, gate + up))
+
+    def slot_bytes(self, alignment: int) -> int:
+        """Return how much of a slot the layout needs, in bytes."""
+        return sum(self._areas(alignment))
+
+    def _areas(self, alignment: int) -> list[int]:
+        """Return the bytes of each part's area of a slot."""
+        return [-(-(part.offset % alignment + part.padded_bytes) // alignment) * alignment for part in self.parts]
 
 
 @attrs.frozen(kw_only=True)
@@ -133,11 +140,16 @@ class ExpertMap:
     """The extents of every routed expert of a model."""
 
     experts: tuple[tuple[ExpertExtents, ...], ...]  # [layer][expert]
+    total_bytes: int = attrs.field(init=False, eq=False)  # of all experts' weights together
+    formats: frozenset[tuple[GGMLType, int]] = attrs.field(init=False, eq=False)  # type and columns of all matrices
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all experts' weights together."""
+    @total_bytes.default
+    def _sum(self) -> int:
         return sum(extents.n_bytes for layer in self.experts for extents in layer)
+
+    @formats.default
+    def _distinct(self) -> frozenset[tuple[GGMLType, int]]:
+        return frozenset((part.type, part.cols) for layer in self.experts for e in layer for part in e.parts)
 
     def slot_classes(self, alignment: int) -> SlotClasses:
         """Return the fewest sizes of slots with which all experts together waste little, and the least for so many.
@@ -149,7 +161,7 @@ class ExpertMap:
         Args:
             alignment: of file offsets, lengths and memory addresses of the reads, in bytes; a power of two.
         """
-        needs = [[extents.layout(alignment).n_bytes for extents in layer] for layer in self.experts]
+        needs = [[extents.slot_bytes(alignment) for extents in layer] for layer in self.experts]
         counts = Counter(itertools.chain.from_iterable(needs))
         sizes = sorted(counts, reverse=True)
         starts = _partition(sizes, [counts[size] for size in sizes], WASTE_DIVISOR, 3 * alignment)

@@ -255,7 +255,11 @@ def test_other_payloads_are_refused(payload: bytes, saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("n_contexts", "match"),
-    [(0, "compressed bytes are more than"), (2**20, "its counts are not"), (2**32 - 1, "4294967295 contexts are more than")],
+    [
+        (0, "compressed bytes are more than"),
+        (2**20, "its counts are not"),
+        (2**32 - 1, "4294967295 contexts are more than"),
+    ],
 )
 def test_what_would_take_much_memory_is_refused(n_contexts: int, match: str, saved: Path) -> None:
     """Of 48 MB of zeros no more is inflated than the contexts account for, at most 32 MiB; zlib has that twice."""
