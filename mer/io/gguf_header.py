@@ -216,21 +216,31 @@ def _skip_strings(source: HeaderSource, key: str, at: int, count: int) -> int:
     for first in range(0, count, block):
         n = min(block, count - first)
         data = source.data
+        n_empty = _leading_empty(data, at, n)
+        at += 8 * n_empty
         start = at
         try:
-            for _ in range(n):
+            for _ in range(n - n_empty):
                 at += 8 + unpack(data, at)[0]
         except (struct.error, OverflowError):
             at = len(data) + 1  # a length field lies beyond what is read so far
         if at > len(data):
             at = start
             shown = quoted(key)
-            for index in range(first, first + n):
+            for index in range(first + n_empty, first + n):
                 source.need(at + 8, at, f"the length of string {index} of {shown}")
                 end = at + 8 + unpack(source.data, at)[0]
                 source.need(end, at, f"string {index} of {shown}")
                 at = end
     return at
+
+
+def _leading_empty(data: bytes, at: int, count: int) -> int:
+    """Return how many of `count` strings are empty before the first that is not: a file may be a million of them."""
+    if data[at : at + 16] != bytes(16):
+        return 0
+    lengths = np.frombuffer(data, "<u8", min(count, (len(data) - at) // 8), at)
+    return int(lengths.astype(bool).argmax()) if lengths.any() else len(lengths)
 
 
 def _alignment(source: HeaderSource, fields: Mapping[str, _Field]) -> int:
@@ -349,10 +359,12 @@ def _decode(data: bytes, field: _Field) -> MetadataValue:
 
 
 def _decode_strings(data: bytes, at: int, count: int) -> list[str]:
-    strings: list[str] = []
+    n_empty = _leading_empty(data, at, count)
+    at += 8 * n_empty
+    strings = [""] * n_empty
     append = strings.append
     unpack = _u64
-    for _ in range(count):
+    for _ in range(count - n_empty):
         start = at + 8
         at = start + unpack(data, at)[0]
         append(data[start:at].decode("utf-8", "surrogateescape"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -52,22 +54,49 @@ def read_all_parts(path: Path) -> GGUFFile:
     if match is None or int(match["count"]) != count:
         if (at := _next_header(given)) is not None:
             raise given.error("split.count", f"is {count}, and another part {_JOINED.format(at=at)}")
-        name = f"MODEL-{number + 1:05}-of-{count:05}.gguf"
+        name = part_name("MODEL", number, count)
         raise given.error("split.count", f"is {count}, so the file must have a name like {name}")
-    if number:  # the parts are counted from the first
+    if path.name != part_name(match["model"], 0, count):  # the parts are counted from the first
         limits = HeaderLimits()
     parts: list[GGUFFile] = []
     for index in range(count):
-        part_path = path.with_name(f"{match['model']}-{index + 1:05}-of-{count:05}.gguf")
-        if not os.path.lexists(part_path):
-            missing = f"part {index + 1} of {count} is missing"
-            if (at := _next_header(given)) is not None:
-                raise GGUFError(part_path, None, f"{missing}; in {path.name}, another part {_JOINED.format(at=at)}")
-            raise GGUFError(part_path, None, f"{missing}; all parts must be in one folder")
-        part = given if index == number == 0 else read_part(part_path, index, limits)
-        _check_part(part, index, count, parts[0] if parts else part)
-        parts.append(attrs.evolve(part, metadata=MappingProxyType({})) if index else part)
+        with _as_part_of(path):
+            parts.append(_read_one(given, index, match["model"], count, limits, parts))
     return _join(parts)
+
+
+def part_name(model: str, index: int, count: int) -> str:
+    """Return the name of a part, counted from 0."""
+    return f"{model}-{index + 1:05}-of-{count:05}.gguf"
+
+
+@contextlib.contextmanager
+def _as_part_of(path: Path) -> Iterator[None]:
+    """Let errors about another part say which file needs it."""
+    try:
+        yield
+    except GGUFError as error:
+        if error.path is None or error.path == path:
+            raise
+        raise GGUFError(error.path, error.offset, f"{error.reason} (needed with {path.name})") from error
+
+
+def _read_one(
+    given: GGUFFile, index: int, model: str, count: int, limits: HeaderLimits, before: Sequence[GGUFFile]
+) -> GGUFFile:
+    """Return one part of the model that `given` is a part of, checked against those before; the first alone keeps its
+    metadata.
+    """
+    path = given.paths[0]
+    part_path = path.with_name(part_name(model, index, count))
+    if not os.path.lexists(part_path):
+        missing = f"part {index + 1} of {count} is missing"
+        if (at := _next_header(given)) is not None:
+            raise GGUFError(part_path, None, f"{missing}; in {path.name}, another part {_JOINED.format(at=at)}")
+        raise GGUFError(part_path, None, f"{missing}; all parts must be in one folder")
+    part = given if index == 0 and part_path == path else read_part(part_path, index, limits)
+    _check_part(part, index, count, before[0] if before else part)
+    return attrs.evolve(part, metadata=MappingProxyType({})) if index else part
 
 
 def _next_header(part: GGUFFile) -> int | None:

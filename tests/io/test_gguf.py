@@ -236,3 +236,12 @@ def test_tensor_data_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     os.truncate(path, path.stat().st_size + n_bytes)  # sparse
     header = read_gguf(path)
     assert header.tensors["t"].n_bytes == n_bytes
+
+
+@pytest.mark.parametrize("values", [[""], ["", ""], ["", "a", ""], ["", "", "a", ""], [""] * 5000 + ["x"], [""] * 9000])
+@pytest.mark.parametrize("after", [b"", gb.text("k", "v")])
+def test_empty_strings_are_strings_like_others(tmp_path: Path, values: list[str], after: bytes) -> None:
+    entries = [gb.strings("s", values), *([after] if after else [])]
+    header = read_gguf(write(tmp_path, gb.build(entries)))
+    assert header.get_strings("s") == values
+    assert header.get_str("k", "") == ("v" if after else "")
