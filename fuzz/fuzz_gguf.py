@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the GGUF parser.
+"""Coverage-guided fuzzing of the GGUF parser, and of what hyperparameters and tensors are made of its values.
 
     pip install atheris
     python fuzz/fuzz_gguf.py -max_total_time=300 NEW_FOLDER fuzz/corpus/gguf
@@ -8,13 +8,18 @@ Whatever it finds goes to `fuzz/regressions/gguf`, which the tests replay withou
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from itertools import pairwise
 
-from mer.errors import GGUFError
+from mer.errors import GGUFError, ModelFileError
+from mer.io.extents import map_experts
 from mer.io.ggml import tensor_bytes
 from mer.io.gguf import GGUFFile, read_gguf
+from mer.model.dense import dense_tensors
+from mer.model.registry import model_spec
+from mer.quoting import one_line
 
 
 def check(data: bytes) -> None:
@@ -22,16 +27,42 @@ def check(data: bytes) -> None:
     fd = os.memfd_create("fuzz.gguf")
     try:
         os.write(fd, data)
+        path = f"/proc/self/fd/{fd}"
         try:
-            header = read_gguf(f"/proc/self/fd/{fd}")
+            header = read_gguf(path)
         except GGUFError as error:
+            check_error(error, path)
             if error.offset is not None and not 0 <= error.offset <= len(data):
                 raise AssertionError(f"the offset of {error} lies outside the file") from error
             return
+        check_tensors(header, len(data))
+        check_getters(header)
+        check_model(header, path)
     finally:
         os.close(fd)
-    check_tensors(header, len(data))
-    check_getters(header)
+
+
+def check_error(error: ModelFileError, path: str) -> None:
+    """Fail unless an error is one line that begins with the file."""
+    text = str(error)
+    if not text.startswith(path) or text != one_line(text) or len(text) > 1000:
+        raise AssertionError(f"an error that is not one line about {path}: {text!r}")
+
+
+def check_model(header: GGUFFile, path: str) -> None:
+    """Fail unless a header gives a model whose experts lie in the file, or an error as it should be."""
+    try:
+        spec = model_spec(header)
+        dense_tensors(spec, header)
+        shape = {"n_layers": spec.n_layers, "n_experts": spec.n_experts, "d_model": spec.d_model, "d_ff": spec.d_ff}
+        experts = map_experts(header, **shape)
+    except ModelFileError as error:
+        check_error(error, path)
+        return
+    for extents in itertools.chain.from_iterable(experts.experts):
+        for part in extents.parts:
+            if part.offset < header.header_bytes or part.offset + part.n_bytes > header.file_bytes[part.file]:
+                raise AssertionError(f"{part} lies outside the tensor data")
 
 
 def check_tensors(header: GGUFFile, file_bytes: int) -> None:
