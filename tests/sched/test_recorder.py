@@ -13,12 +13,19 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+from mer.sched import recorder as recorder_module
 from mer.sched.recorder import TraceRecorder
-from mer.sched.trace import BLOCK_BYTES, TraceHeader, TraceReader, TraceWriter
+from mer.sched.trace import TraceHeader, TraceReader, TraceWriter
 from mer.testing.cancel import Subject, cancel_at_every_step
 
-HEADER = TraceHeader(2, 1 << 16, 8, bytes(32), (1, 1))
-WIDE = range(0, 1 << 16, 4)  # an event of 16 KiB: four or five make a block
+HEADER = TraceHeader(2, 1 << 12, 8, bytes(32), (1, 1))
+WIDE = range(1 << 12)  # an event of 4 KiB: four or five make a block here
+BLOCK_BYTES = 1 << 14
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "BLOCK_BYTES", BLOCK_BYTES)
 
 
 class Disk(TraceWriter):
@@ -177,4 +184,4 @@ async def test_blocks_are_written_in_a_thread(tmp_path: Path) -> None:
     recorder.close()
     assert recorded(tmp_path / "t") == list(range(9))
     assert [thread is threading.main_thread() for thread in threads] == [True, False, False, True]
-    assert BLOCK_BYTES == 4 * (1 << 14)
+    assert 4 * len(WIDE) == BLOCK_BYTES
