@@ -64,7 +64,15 @@ class ClassCounts:
     def frozen(self) -> FetchCounts:
         """Return a snapshot."""
         ended = self.promoted_out + self.landed + self.failed + self.abandoned
-        return FetchCounts(**attrs.asdict(self), in_flight=self.started + self.promoted_in - ended)
+        return FetchCounts(
+            started=self.started,
+            promoted_in=self.promoted_in,
+            promoted_out=self.promoted_out,
+            landed=self.landed,
+            failed=self.failed,
+            abandoned=self.abandoned,
+            in_flight=self.started + self.promoted_in - ended,
+        )
 
 
 @attrs.define(kw_only=True)

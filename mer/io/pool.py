@@ -212,7 +212,7 @@ class BufferPool:
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
-        total = {state: sum(counts[state] for counts in self._counts) for state in SlotState}
+        total = [sum(kind) for kind in zip(*self._counts, strict=True)]
         return PoolStatistics(
             n_slots=self.n_slots,
             free=total[SlotState.FREE],

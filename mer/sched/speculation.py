@@ -35,4 +35,13 @@ class SpeculationCounts:
 
     def snapshot(self, *, in_flight: int, resident_unused: int) -> SpeculationStatistics:
         """Return the counts with what is there now."""
-        return SpeculationStatistics(**attrs.asdict(self), in_flight=in_flight, resident_unused=resident_unused)
+        return SpeculationStatistics(
+            issued=self.issued,
+            used=self.used,
+            promoted=self.promoted,
+            evicted_unused=self.evicted_unused,
+            cancelled=self.cancelled,
+            failed=self.failed,
+            in_flight=in_flight,
+            resident_unused=resident_unused,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,20 +17,18 @@ def check_now(sim: SimEngine) -> None:
     pool, cache = sim.pool.statistics(), sim.cache.statistics()
     fetcher, kv, scheduler = sim.fetcher.statistics(), sim.kv.statistics(), sim.scheduler.statistics()
     states = [sim.pool.state(slot) for slot in range(pool.n_slots)]
-    by_state = Counter(states)
-    assert (pool.free, pool.filling, pool.ready, pool.pinned, pool.quarantined) == tuple(
-        by_state[state] for state in SlotState
-    ), "the pool has miscounted its slots"
+    counted = [pool.free, pool.filling, pool.ready, pool.pinned, pool.quarantined]
+    assert counted == [states.count(state) for state in SlotState], "the pool has miscounted its slots"
     holders: dict[int, object] = {}
     for layer, row in enumerate(sim.experts.experts):
         for expert in range(len(row)):
-            fetch = sim.fetcher.in_flight(layer, expert)
+            fetch, is_resident = sim.fetcher.in_flight(layer, expert), (layer, expert) in sim.cache
             if fetch is not None:
                 assert fetch.slot not in holders, f"slot {fetch.slot} is leased twice"
                 holders[fetch.slot] = fetch
                 assert states[fetch.slot] is SlotState.FILLING, "a read fills a slot that is not its own"
-                assert (layer, expert) not in sim.cache, "an expert that is resident is read again"
-            if (layer, expert) in sim.cache:
+                assert not is_resident, "an expert that is resident is read again"
+            if is_resident:
                 resident = sim.cache[layer, expert]
                 assert resident.slot not in holders, f"slot {resident.slot} holds two experts"
                 holders[resident.slot] = resident
