@@ -73,6 +73,11 @@ class Fetch:
         """(layer, expert)"""
         return self.layer, self.expert
 
+    @property
+    def missing(self) -> frozenset[int]:
+        """The parts (gate 0, up 1, down 2) that have not landed."""
+        return frozenset(self._missing)
+
     async def wait_gate_up(self) -> None:
         """Wait until the gate and up matrices are in memory; the fetch goes on if the wait is cancelled.
 
@@ -408,7 +413,7 @@ class Fetcher:
             reads_in_flight=len(self._outstanding),
             breaker_openings=sum(breaker.openings for breaker in self._breakers),
             files=tuple(breaker.statistics(now_s) for breaker in self._breakers),
-            **attrs.asdict(self._counts),
+            **attrs.asdict(self._counts, recurse=False),
         )
 
     def _prepare(self, layer: int, expert: int, slot: int, priority: Priority) -> Fetch:

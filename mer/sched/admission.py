@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import attrs
 import trio
@@ -40,6 +41,10 @@ class AdmissionQueue:
     def __len__(self) -> int:
         """Return how many sequences are queued."""
         return len(self._queue)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Yield the queued sequences in order."""
+        return iter(self._queue)
 
     @property
     def entered(self) -> int:

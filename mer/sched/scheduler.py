@@ -183,6 +183,11 @@ class Scheduler:
         lease, sequence.lease = sequence.lease, None
         return lease
 
+    @property
+    def present(self) -> tuple[Sequence, ...]:
+        """The sequences that are not over: those that run, those that were preempted, and the queue."""
+        return (*self._running, *self._paused, *self._resumed, *self._queue)
+
     def statistics(self) -> SchedulerStatistics:
         """Return a snapshot."""
         return SchedulerStatistics(
@@ -190,7 +195,7 @@ class Scheduler:
             running=len(self._running),
             waiting=len(self._resumed) + len(self._queue),
             paused=len(self._paused),
-            **attrs.asdict(self._counters),
+            **attrs.asdict(self._counters, recurse=False),
         )
 
     async def run(self) -> None:

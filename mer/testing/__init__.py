@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mer.testing.cancel import Subject, cancel_at_every_step
     from mer.testing.deterministic import run_seeded, seeded_schedule
     from mer.testing.drawing import RandomSource, Source
+    from mer.testing.hangs import fail_after
     from mer.testing.invariants import check_now, watch
     from mer.testing.machines import MACHINE_SETTINGS, StartedTask, TrioStateMachine, machine_test, run_machine
     from mer.testing.seeds import digest, make_world, open_world, run_seed, run_world
@@ -40,6 +41,7 @@ _MODULES = {
     "cancel": ("Subject", "cancel_at_every_step"),
     "deterministic": ("run_seeded", "seeded_schedule"),
     "drawing": ("RandomSource", "Source"),
+    "hangs": ("fail_after",),
     "invariants": ("check_now", "watch"),
     "machines": ("MACHINE_SETTINGS", "StartedTask", "TrioStateMachine", "machine_test", "run_machine"),
     "seeds": ("digest", "make_world", "open_world", "run_seed", "run_world"),
@@ -88,6 +90,7 @@ __all__ = [
     "disk_faults",
     "disk_profiles",
     "drawn",
+    "fail_after",
     "features",
     "judge",
     "machine_test",

@@ -78,8 +78,7 @@ def cancel_at_every_step(scenario: Scenario, *, any_task: bool = False, seed: in
 
     Each round is a `trio.run` of its own on an autojumping clock, and all have the same order of tasks up to the
     cancellation. So a scenario builds a fresh world, runs its body with `await subject.run(body)`, and asserts that
-    nothing was lost. A task that waits for ever shows as a deadlock: a scenario must bound its waits with
-    `trio.fail_after`.
+    nothing was lost. Tasks that wait for ever fail the round, see `run_seeded`.
 
     Args:
         scenario: one round.

@@ -10,6 +10,8 @@ import trio
 from trio._core import _run
 from trio.testing import MockClock
 
+from mer.testing.hangs import Deadlock
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -38,8 +40,27 @@ def seeded_schedule(seed: int) -> Iterator[None]:
 def run_seeded(async_fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, seed: int = 0) -> T:
     """Run `async_fn(*args)` in a `trio.run` of its own, its clock simulated and its order of tasks drawn from `seed`.
 
-    The clock jumps to the next deadline as soon as no task can run, so that hours pass in milliseconds. If there is
-    no deadline either the run waits for ever: bound what may hang with `trio.fail_after`.
+    The clock jumps to the next deadline as soon as no task can run, so that hours pass in milliseconds. A run in which
+    no deadline comes either is ended. Timers that go on for ever are not a deadlock: bound these with `fail_after`.
+
+    Raises:
+        AssertionError: every task waits for another one; it says which for what, and how to let a simulated fault go
+            on. Tasks that wait for threads of trio or for file descriptors are waited for.
     """
+
+    async def main() -> T:
+        with trio.CancelScope() as scope:
+            deadlock = Deadlock(scope)
+            trio.lowlevel.add_instrument(deadlock)
+            try:
+                return await async_fn(*args)
+            except Exception as error:
+                if deadlock.text is None:
+                    raise
+                raise AssertionError(f"nothing can go on any more:{deadlock.text}") from error
+            finally:
+                trio.lowlevel.remove_instrument(deadlock)
+        raise AssertionError(f"nothing can go on any more:{deadlock.text}")
+
     with seeded_schedule(seed):
-        return trio.run(async_fn, *args, clock=MockClock(autojump_threshold=0))
+        return trio.run(main, clock=MockClock(autojump_threshold=0))

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Generic, TypeVar, TypeVarTuple
 import attrs
 import greenback
 import trio
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 from hypothesis import settings as Settings
 from hypothesis import strategies as st
 from hypothesis.errors import StopTest, UnsatisfiedAssumption
@@ -33,6 +33,7 @@ from hypothesis.stateful import RuleBasedStateMachine, get_state_machine_test
 from trio.testing import wait_all_tasks_blocked
 
 from mer.testing.deterministic import run_seeded
+from mer.testing.hangs import fail_after
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -67,7 +68,7 @@ class TrioStateMachine(RuleBasedStateMachine):
     Rules stay plain functions. Each example runs in a `trio.run` of its own, whose clock jumps ahead when nothing can
     run, and whose order of tasks is part of the example: hypothesis draws it, shrinks it and replays it. A task that
     raises what nobody expected fails the example. So does a wait that takes longer than `patience_s`: a deadlock shows
-    as trio.TooSlowError. What still runs after `teardown` is cancelled.
+    as trio.TooSlowError, which says who waits for what. What still runs after `teardown` is cancelled.
 
     A machine is run by `run_machine`, by the test function `machine_test` makes of it, or by its `TestCase`.
     """
@@ -88,9 +89,9 @@ class TrioStateMachine(RuleBasedStateMachine):
         """Wait for something and return what it gives.
 
         Raises:
-            trio.TooSlowError: it took longer than `patience_s`.
+            trio.TooSlowError: it took longer than `patience_s`; see `fail_after`.
         """
-        with trio.fail_after(self.patience_s):  # noqa: ASYNC100
+        with fail_after(self.patience_s):
             return greenback.await_(awaitable)
 
     def settle(self) -> None:
@@ -161,8 +162,14 @@ class TrioStateMachine(RuleBasedStateMachine):
         return MachineTestCase
 
 
-MACHINE_SETTINGS = Settings(deadline=None, suppress_health_check=list(set(HealthCheck) - {HealthCheck.nested_given}))
-"""What machines are run with by default. Hypofuzz leaves alone what may be nested."""
+MACHINE_SETTINGS = Settings(
+    deadline=None,
+    suppress_health_check=list(set(HealthCheck) - {HealthCheck.nested_given}),
+    phases=tuple(phase for phase in Phase if phase is not Phase.explain),
+)
+"""What machines are run with by default, and good for all tests of simulated engines: neither a deadline nor an
+explanation of failures, which traces every line and makes shrinking take seven times as long. Hypofuzz leaves alone
+what may be nested."""
 
 
 def machine_test(machine: type[TrioStateMachine], settings: Settings | None = None) -> Callable[[], None]:

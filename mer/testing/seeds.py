@@ -14,6 +14,7 @@ from mer.compute.worker import Attend, Begin, Combine, Job, Operation, Project, 
 from mer.testing.callers import Outcome, call, judge
 from mer.testing.deterministic import run_seeded
 from mer.testing.drawing import RandomSource, draw_features, draw_world
+from mer.testing.hangs import fail_after
 from mer.testing.invariants import check_now, watch
 from mer.testing.simengine import SimEngine, open_sim_engine
 from mer.testing.world import Feature, SimWorld
@@ -61,15 +62,13 @@ async def run_world(world: SimWorld) -> str:
     Raises:
         AssertionError: what must hold does not.
     """
-    with trio.move_on_after(FOREVER_S) as scope:
-        async with open_world(world) as sim:
-            try:
+    try:
+        with fail_after(FOREVER_S):
+            async with open_world(world) as sim:
                 with watch(lambda: check_now(sim)):
                     return await _run(world, sim)
-            finally:
-                state = _state(sim)
-    assert not scope.cancelled_caught, f"somebody waits for ever: {state}"
-    raise AssertionError("unreachable")
+    except trio.TooSlowError as error:
+        raise AssertionError(str(error)) from None
 
 
 async def _run(world: SimWorld, sim: SimEngine) -> str:

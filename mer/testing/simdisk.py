@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import heapq
 import os
 import random
@@ -28,16 +29,31 @@ ALIGNMENT = 4096
 _LEAST_WAIT_S = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once, for ever
 
 
+_BLOCK_BYTES = 1 << 16
+
+
 def content(seed: int, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-    """Return the bytes of a simulated file: the output of splitmix64 over the numbers of its 8-byte words."""
-    first, last = offset // 8, -(-(offset + n_bytes) // 8)
+    """Return the bytes of a simulated file, read-only: what splitmix64 makes of the numbers of its 8-byte words."""
+    first, last = offset // _BLOCK_BYTES, (offset + n_bytes - 1) // _BLOCK_BYTES
+    blocks = [_block(seed, file, number) for number in range(first, last + 1)]
+    found = blocks[0] if len(blocks) == 1 else np.concatenate(blocks) if blocks else np.zeros(0, np.uint8)
+    return found[offset - first * _BLOCK_BYTES :][:n_bytes]
+
+
+@functools.lru_cache(256)
+def _block(seed: int, file: int, number: int) -> NDArray[np.uint8]:
+    """Return one block of a file; most reads are of bytes that were read before."""
+    n_words = _BLOCK_BYTES // 8
     with np.errstate(over="ignore"):
-        z = np.arange(first, last, dtype=np.uint64) + np.uint64(file << 40) + np.uint64(seed << 48)
+        z = np.arange(number * n_words, (number + 1) * n_words, dtype=np.uint64)
+        z += np.uint64(file << 40) + np.uint64(seed << 48)
         z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return z.view(np.uint8)[offset - first * 8 :][:n_bytes]
+    block = z.view(np.uint8)
+    block.flags.writeable = False
+    return block
 
 
 @attrs.frozen(kw_only=True)
@@ -75,6 +91,7 @@ class _Read:
 
     due_s: float
     number: int
+    begun_s: float = attrs.field(order=False)
     chunk: Chunk = attrs.field(order=False)
 
 
@@ -284,6 +301,16 @@ class SimDisk:
         self._hanging.clear()
         self._changed.set()
 
+    @property
+    def hanging(self) -> tuple[tuple[int, int, int, int, float], ...]:
+        """The reads that hang: (copy, file, start, length, when it began)."""
+        return tuple((*self.chunk_log[read.number], read.begun_s) for read in self._hanging)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze` lets no read end."""
+        return self._frozen
+
     def freeze(self) -> None:
         """Let no read end until `thaw`."""
         self._frozen = True
@@ -344,7 +371,7 @@ class SimDisk:
         latency_s = profile.latency_s * (1 + profile.jitter * self._random.expovariate(1))
         if self._random.random() < profile.stall_rate:
             latency_s *= 500
-        read = _Read(busy_until_s + latency_s, len(self.chunk_log), chunk)
+        read = _Read(busy_until_s + latency_s, len(self.chunk_log), now_s, chunk)
         operation = chunk.work.operation
         self.chunk_log.append((chunk.copy, operation.file, operation.start + chunk.begin, chunk.end - chunk.begin))
         if self._random.random() < profile.hang_rate or self._fault(chunk, hangs=True) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar, TypeVarTuple, cast
@@ -37,6 +37,7 @@ from mer.sched.scheduler import Scheduler
 from mer.sched.store import ExpertStore
 from mer.testing.simdisk import DiskProfile, SimDisk, open_sim_disk
 from mer.testing.simworker import JobCost, SimModel, SimWorker, greedy
+from mer.testing.waits import open_engines, report
 
 Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
@@ -167,21 +168,38 @@ class SimEngine:
             self.disk.hang(matrix.file, page, page + 4096, times=times, copy=copy)
         else:
             self.disk.fail(matrix.file, page, page + 4096, number=number, times=times, copy=copy)
-        return {
-            (extents.layer, extents.expert)
-            for row in self.experts.experts
-            for extents in row
-            for p in extents.parts
-            if p.file == matrix.file and p.offset < page + 4096 and page < p.offset + p.n_bytes
-        }
+        return {(extents.layer, extents.expert) for extents, _ in self._at(matrix.file, page, page + 4096)}
+
+    def parts_at(self, file: int, start: int, end: int) -> list[str]:
+        """Return the names of the matrices that lie in a byte range of a file, at least in part."""
+        return [
+            f"{part.projection} of expert {extents.expert} of layer {extents.layer}"
+            for extents, part in self._at(file, start, end)
+        ]
+
+    def _at(self, file: int, start: int, end: int) -> Iterator[tuple[ExpertExtents, ExpertPart]]:
+        for row in self.experts.experts:
+            for extents in row:
+                for part in extents.parts:
+                    if part.file == file and part.offset < end and start < part.offset + part.n_bytes:
+                        yield extents, part
 
     async def settle(self) -> None:
-        """Wait until nothing moves any more: longer than any job and any read takes."""
+        """Wait until nothing moves any more: longer than any job and any read takes.
+
+        Raises:
+            AssertionError: a read has not come back; it says which, and how to let it return.
+        """
         await trio.sleep(1000)
-        assert not self.disk.in_flight
+        assert not self.disk.in_flight, f"reads do not come back:{report()}"
 
     async def check_quiet(self) -> None:
-        """Assert that nothing is left of any generation and that all the counters add up."""
+        """Assert that nothing is left of any generation and that all the counters add up.
+
+        Raises:
+            AssertionError: something is left or miscounted. What is left is listed with what it waits for, and with the
+                call that lets it return where the simulation holds it.
+        """
         await self.settle()
         s, pool, cache, fetcher, kv = (
             self.scheduler.statistics(),
@@ -190,12 +208,14 @@ class SimEngine:
             self.fetcher.statistics(),
             self.kv.statistics(),
         )
-        assert (s.running, s.waiting, s.paused) == (0, 0, 0)
+        assert (s.running, s.waiting, s.paused) == (0, 0, 0), f"sequences are not over:{report()}"
         assert s.submitted == s.finished + s.failed + s.cancelled
-        assert kv.available == kv.n_blocks
-        assert (pool.pinned, pool.quarantined, sum(pool.waiting)) == (0, 0, 0)
+        assert kv.available == kv.n_blocks, f"{kv.n_blocks - kv.available} KV blocks are held by nobody"
+        assert (pool.pinned, pool.quarantined) == (0, 0), f"slots do not come back: {pool}{report()}"
+        assert sum(pool.waiting) == 0, f"somebody waits for a slot:{report()}"
         assert pool.filling == fetcher.in_flight
-        assert fetcher.in_flight == 0 or self.engine._closed  # waiting for a retry that a closed engine will not make
+        waits_for_a_retry = fetcher.in_flight > 0 and self.engine._closed  # that a closed engine will not make
+        assert fetcher.in_flight == 0 or waits_for_a_retry, f"fetches are not over:{report()}"
         assert pool.free + pool.ready + pool.filling == pool.n_slots
         assert pool.ready == cache.resident
         assert cache.hits + cache.misses == cache.lookups
@@ -365,7 +385,7 @@ async def open_sim_engine(
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_actors)
-            yield SimEngine(
+            sim = SimEngine(
                 engine=engine,
                 scheduler=scheduler,
                 model=model,
@@ -380,5 +400,10 @@ async def open_sim_engine(
                 kv=kv,
                 prefetcher=prefetcher,
             )
+            open_engines.set((*open_engines.get(), sim))
+            try:
+                yield sim
+            finally:
+                open_engines.set(tuple(other for other in open_engines.get() if other is not sim))
             engine.close()
         arena.close()

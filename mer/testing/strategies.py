@@ -69,14 +69,19 @@ def disk_profiles(among: Collection[Feature] = ALL) -> st.SearchStrategy[DiskPro
     return drawn(lambda source: draw_profile(source, draw_features(source, among)))
 
 
-def disk_faults(model: SimModel, *, n_copies: int = 1) -> st.SearchStrategy[tuple[ReadFault, ...]]:
-    """Return reads of a model's experts that fail some times, for ever, or never return; often none.
+def disk_faults(
+    model: SimModel, *, n_copies: int = 1, hanging: bool = False
+) -> st.SearchStrategy[tuple[ReadFault, ...]]:
+    """Return reads of a model's experts that fail some times or for ever; often none.
 
     Args:
         model: whose experts.
         n_copies: of its files; a fault concerns one of them or all.
+        hanging: whether there are reads that never return too; their `errno` is None. The engine gives them up after
+            its read deadline, but their slots come back only when `SimDisk.heal` and `SimDisk.let_return` are called.
     """
-    return drawn(lambda source: draw_read_faults(source, model, draw_features(source, FAULTS), n_copies))
+    among = FAULTS if hanging else FAULTS - {Feature.HANGING_READS}
+    return drawn(lambda source: draw_read_faults(source, model, draw_features(source, among), n_copies))
 
 
 def worker_faults() -> st.SearchStrategy[WorkerFaults]:
