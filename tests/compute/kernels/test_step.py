@@ -333,48 +333,6 @@ def test_a_cache_that_cannot_be_written_is_reported_and_kernels_work(obstacle: s
     assert f"compiled kernels cannot be kept in {tmp_path}" in done.stderr
 
 
-GUARDED = """
-import ctypes, mmap, sys
-import numpy as np
-import tests._lib.steps as steps
-from mer.io.ggml import GGMLType
-from tests.compute.kernels.test_matmul import exact_activations, random_weights
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-class Guarded(steps.Areas):
-    def room(self, n_bytes, shift=0):
-        start = -n_bytes % 4096
-        area = mmap.mmap(-1, start + n_bytes + 4096)
-        view = np.frombuffer(area, np.uint8)
-        assert libc.mprotect(view.ctypes.data + start + n_bytes, 4096, 0) == 0
-        self._kept = getattr(self, "_kept", []) + [view]
-        view[: start + n_bytes] = steps.CANARY
-        return view[start : start + n_bytes]
-    def check(self):
-        pass
-
-steps.Areas = Guarded
-rng = np.random.default_rng(0)
-for name, planes, rows, cols in [line.split(":") for line in sys.argv[1:]]:
-    kind = GGMLType[name]
-    rows, cols, planes = int(rows), int(cols), int(planes)
-    raw, x = random_weights(kind, rows, cols, rng), exact_activations(15, cols, rng, planes)
-    out = steps.product(kind, raw, rows, x, planes=planes, n_threads=2)
-    assert np.isfinite(out).all()
-    print(name)
-"""
-
-
-def test_products_touch_no_byte_behind_any_of_their_areas() -> None:
-    """Every area ends at a page that may not be touched."""
-    cases = ["F32:1:7:21", "F16:1:7:21", "BF16:1:7:21"]
-    quantized = [kind.name for kind in sorted(MATRIX_TYPES) if kind.block_size > 1]
-    cases += [f"{name}:{planes}:37:256" for name in quantized for planes in (1, 2)]
-    assert output(python(GUARDED, *cases)) == [case.split(":")[0] for case in cases]
-
-
 def test_compiled_code_is_kept_by_all_that_goes_into_it() -> None:
     """What kernels import from the rest of mer is no constant of theirs, or its file counts too."""
     hashed = {path.resolve() for path in sources()}
