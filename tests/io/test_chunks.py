@@ -252,3 +252,27 @@ def test_a_promotion_is_what_its_latency_counts_from() -> None:
     (work,) = queue.finish(chunk, None, 20.0)
     assert (work.started_s, work.wanted_s) == (10.0, 15.0)
     assert queue.stalled_s(new, 20.0) == 0.0
+
+
+def test_equal_copies_do_not_leave_the_last_chunk_to_each_other() -> None:
+    """Only to one that would have read it before: of threads that take equally long, the first to ask begins."""
+    queue = ChunkQueue(n_copies=2, n_threads=4, chunk_bytes=PAGE)
+    queue.add(operation(2), "file", 0.0)
+    for copy in (0, 1):
+        chunk = queue.take(copy, 0.0)
+        assert isinstance(chunk, Chunk)
+        queue.finish(chunk, None, 1.0)  # a second for each
+    queue.add(operation(1), "file", 1.0)
+    assert isinstance(queue.take(1, 1.0), Chunk)
+
+
+def test_a_slower_copy_leaves_the_last_chunk_to_the_faster() -> None:
+    queue = ChunkQueue(n_copies=2, n_threads=4, chunk_bytes=PAGE)
+    queue.add(operation(2), "file", 0.0)
+    for copy, ended_s in ((0, 1.0), (1, 3.0)):
+        chunk = queue.take(copy, 0.0)
+        assert isinstance(chunk, Chunk)
+        queue.finish(chunk, None, ended_s)
+    queue.add(operation(1), "file", 3.0)
+    assert queue.take(1, 3.0) == 3.0  # as long as it would read itself
+    assert isinstance(queue.take(0, 3.0), Chunk)

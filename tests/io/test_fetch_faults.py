@@ -10,7 +10,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from mer.errors import EngineClosed, FileSuspended, ReadError, ReadTimeout
+from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart
 from mer.io.fetch import Fetch
+from mer.io.ggml import GGMLType
 from mer.io.operation import read_extent, start_extent
 from mer.io.retry import DELAYS_S, TRANSIENT
 from mer.testing.cancel import Subject, cancel_at_every_step
@@ -515,6 +517,19 @@ async def test_a_file_that_keeps_failing_is_left_alone_and_then_probed(autojump_
         s = rig.fetcher.statistics()
         assert (s.files[1].closed, s.files[1].failures_in_a_row) == (True, 0)
         rig.check_conservation()
+
+
+async def test_any_file_of_an_expert_can_be_left_alone(autojump_clock: MockClock) -> None:
+    """In a split model each matrix may lie in a file of its own."""
+    parts = [ExpertPart(name, GGMLType.Q4_0, 16, 1, file, 0, N_BYTES) for file, name in enumerate(PROJECTIONS)]
+    experts = ExpertMap(((ExpertExtents(0, 0, (parts[0], parts[1], parts[2])),),))
+    for bad in range(3):
+        async with open_rig(1, experts=(experts, [N_BYTES] * 3), profile=INSTANT) as (rig, disk):
+            disk.fail(bad, 0, N_BYTES, number=errno.ENODEV)
+            await fail_fetches(rig, 0, 5)
+            refusal = rig.fetcher.refusal(0, 0)
+            assert refusal is not None
+            assert str(refusal.path) == f"sim-{bad}"
 
 
 @pytest.mark.parametrize("ending", ["abandoned", "failed elsewhere"])

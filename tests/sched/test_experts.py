@@ -58,3 +58,22 @@ def test_a_cycle_through_the_layers_hits_where_one_lru_over_all_of_them_never_wo
     s = cache.statistics()
     assert s.hits > s.lookups / 5
     assert s.hits + s.misses == s.lookups
+
+
+def test_what_a_job_has_begun_to_read_is_looked_up_once() -> None:
+    """As a miss, whether it has landed before the layer is looked up or not."""
+    cache = ExpertCache(LayerLRU(1, 4))
+    for landed in (False, True):
+        before = cache.statistics()
+        cache.insert((0, int(landed)), resident(int(landed)))
+        cache.missed([(0, 2)])
+        if landed:
+            cache.insert((0, 2), resident(2))
+        cache.lookup(0, [int(landed), 2])
+        after = cache.statistics()
+        assert (after.hits - before.hits, after.misses - before.misses) == (1, 1)
+        assert after.lookups - before.lookups == 2
+    cache.missed([(0, 3)])
+    cache.insert((0, 3), resident(3))
+    assert cache.lookup_all(0, [0, 3]) is not None
+    assert (cache.statistics().lookups, cache.statistics().misses) == (6, 3)

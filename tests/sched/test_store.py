@@ -358,3 +358,17 @@ def test_rows_are_shared_fairly(budget: int, needs: list[int]) -> None:
     for share, need in zip(shares, needs, strict=True):
         if share < need:  # nobody that is cut short gets less than another, but for a row that does not divide
             assert all(other <= share + 1 for other in shares)
+
+
+async def test_nothing_leaves_for_a_guess_while_the_worker_may_use_any_expert(autojump_clock: MockClock) -> None:
+    async with open_rig(3) as rig:
+        await rig.use(0, 0, 1)
+        rig.store.keeps_all = True
+        assert rig.store.price((1, 4)) == 0.0  # there is a free slot
+        await rig.use(0, 2)
+        assert rig.store.price((1, 4)) is None
+        assert not rig.store.prefetch((1, 4), 0.99)
+        assert counts(rig, PREFETCH) == {}
+        rig.store.keeps_all = False
+        assert rig.store.price((1, 4)) is not None
+        rig.check_conservation()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mer.compute import reference
-from mer.compute.cuda.attention import Inputs, KVCache
+from mer.compute.cuda.attention import Inputs, KVCache, padded_tables
 from mer.compute.cuda.device import TORCH_CPU, Device
 from mer.compute.cuda.sizes import kv_block_bytes
 from mer.compute.kernels.kv_layout import KV_TILE
@@ -103,3 +103,15 @@ def test_a_block_that_begins_is_zero(spec: ModelSpec, kv_type: KVType) -> None:
     cache.begin_blocks(batch)
     assert not cache.gathered(1, 0, torch.tensor([[2]])).any()
     assert cache.gathered(1, 0, torch.tensor([[0]])).isnan().any()
+
+
+def test_a_table_is_padded_with_the_sequences_own_blocks() -> None:
+    """What lies in anybody else's may be NaN, and 0 * NaN is."""
+    batch = Batch(
+        tokens=np.zeros(4, np.int32),
+        positions=np.array([0, 70, 5, 130], np.int32),
+        sequences=np.array([0, 1, 2, 2], np.int32),
+        tables=np.array([[7, 0, 0], [4, 9, 0], [3, 1, 8]], np.int32),
+        outputs=np.arange(3, dtype=np.int32),
+    )
+    assert padded_tables(batch, [0, 1, 2, 3], 4).tolist() == [[7, 7, 7, 7], [4, 9, 4, 4], [3, 3, 3, 3], [3, 1, 8, 3]]
