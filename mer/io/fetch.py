@@ -210,6 +210,11 @@ class Fetcher:
         """Return the fetch that is bringing an expert, or None."""
         return self._in_flight.get((layer, expert))
 
+    @property
+    def fetches(self) -> tuple[Fetch, ...]:
+        """The fetches under way, in the order of their starts."""
+        return tuple(self._in_flight.values())
+
     def refusal(self, layer: int, expert: int) -> FileSuspended | None:
         """Return what `start` would raise because a file of this expert is left alone; None if it would not."""
         now_s = trio.current_time()
@@ -413,7 +418,7 @@ class Fetcher:
             reads_in_flight=len(self._outstanding),
             breaker_openings=sum(breaker.openings for breaker in self._breakers),
             files=tuple(breaker.statistics(now_s) for breaker in self._breakers),
-            **attrs.asdict(self._counts, recurse=False),
+            **self._counts.as_dict(),
         )
 
     def _prepare(self, layer: int, expert: int, slot: int, priority: Priority) -> Fetch:

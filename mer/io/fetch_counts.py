@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import attrs
 
 from mer.io.breaker import BreakerStatistics
@@ -89,3 +91,11 @@ class ReadCounts:
     refused: int = 0
     by_jobs: int = 0
     handed_over: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return dict(zip(_READ_COUNTS, _read_counts(self), strict=True))
+
+
+_READ_COUNTS = tuple(field.name for field in attrs.fields(ReadCounts))
+_read_counts = attrgetter(*_READ_COUNTS)

@@ -105,6 +105,11 @@ class BufferPool:
         """Return the class of a slot."""
         return self._kinds[slot]
 
+    @property
+    def states(self) -> tuple[SlotState, ...]:
+        """What every slot is doing."""
+        return tuple(self._states)
+
     def state(self, slot: int) -> SlotState:
         """Return what a slot is doing.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, ItemsView, Iterable, Sequence
 
 import attrs
 import numpy as np
@@ -69,6 +69,10 @@ class ExpertCache:
 
     def __getitem__(self, key: ExpertKey) -> Resident:
         return self._resident[key]
+
+    def items(self) -> ItemsView[ExpertKey, Resident]:
+        """Return the resident experts with what is known of them."""
+        return self._resident.items()
 
     def lookup(self, layer: int, experts: Iterable[int], held: Collection[int] = ()) -> tuple[list[int], list[int]]:
         """Return the resident and the missing ones of a layer's experts, in the given order, and count them.

@@ -16,23 +16,19 @@ def check_now(sim: SimEngine) -> None:
     """Assert what must hold of an engine at any moment: that nothing is lost, and nothing is held twice."""
     pool, cache = sim.pool.statistics(), sim.cache.statistics()
     fetcher, kv, scheduler = sim.fetcher.statistics(), sim.kv.statistics(), sim.scheduler.statistics()
-    states = [sim.pool.state(slot) for slot in range(pool.n_slots)]
+    states = sim.pool.states
     counted = [pool.free, pool.filling, pool.ready, pool.pinned, pool.quarantined]
     assert counted == [states.count(state) for state in SlotState], "the pool has miscounted its slots"
     holders: dict[int, object] = {}
-    for layer, row in enumerate(sim.experts.experts):
-        for expert in range(len(row)):
-            fetch, is_resident = sim.fetcher.in_flight(layer, expert), (layer, expert) in sim.cache
-            if fetch is not None:
-                assert fetch.slot not in holders, f"slot {fetch.slot} is leased twice"
-                holders[fetch.slot] = fetch
-                assert states[fetch.slot] is SlotState.FILLING, "a read fills a slot that is not its own"
-                assert not is_resident, "an expert that is resident is read again"
-            if is_resident:
-                resident = sim.cache[layer, expert]
-                assert resident.slot not in holders, f"slot {resident.slot} holds two experts"
-                holders[resident.slot] = resident
-                assert states[resident.slot] in (SlotState.READY, SlotState.PINNED), "a resident's slot was given away"
+    for fetch in sim.fetcher.fetches:
+        assert fetch.slot not in holders, f"slot {fetch.slot} is leased twice"
+        holders[fetch.slot] = fetch
+        assert states[fetch.slot] is SlotState.FILLING, "a read fills a slot that is not its own"
+        assert fetch.key not in sim.cache, "an expert that is resident is read again"
+    for _, resident in sim.cache.items():
+        assert resident.slot not in holders, f"slot {resident.slot} holds two experts"
+        holders[resident.slot] = resident
+        assert states[resident.slot] in (SlotState.READY, SlotState.PINNED), "a resident's slot was given away"
     assert pool.ready + pool.pinned == cache.resident, "a slot has bytes that nobody knows"
     assert pool.filling == fetcher.in_flight, "a slot waits for a read that nobody has started"
     demand = pool.waiting[Priority.DEMAND]

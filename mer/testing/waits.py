@@ -39,25 +39,23 @@ def waits(sim: SimEngine) -> Iterator[str]:
     if sim.disk.frozen:
         yield "the disk is frozen: sim.disk.thaw() lets its reads end"
     for copy, file, start, length, since_s in sim.disk.hanging:
-        parts = ", ".join(sim.parts_at(file, start, start + length)) or "nothing that is used"
+        names = ", ".join(sim.parts_at(file, start, start + length)) or "nothing that is used"
         of_copy = f" on copy {copy}" if sim.disk.mirrors else ""
         yield (
             f"a read of {length} bytes at {start} of {sim.disk.paths[file]}{of_copy} hangs since {since_s:g} s, for "
-            f"{parts}: sim.disk.let_return() ends it, and sim.disk.heal() before that spares later reads"
+            f"{names}: sim.disk.let_return() ends it, and sim.disk.heal() before that spares later reads"
         )
     if sim.worker.frozen is not None and not sim.worker.frozen.is_set():
         yield "the worker is frozen: sim.worker.frozen.set() lets its jobs go on"
-    for row in sim.experts.experts:
-        for expert in row:
-            fetch = sim.fetcher.in_flight(expert.layer, expert.expert)
-            if fetch is not None:
-                names = ", ".join(expert.parts[part].projection for part in sorted(fetch.missing))
-                yield (
-                    f"the fetch of expert {fetch.expert} of layer {fetch.layer} ({fetch.priority.name.lower()}) into "
-                    f"slot {fetch.slot} waits for {names}"
-                )
-    for slot in range(sim.pool.n_slots):
-        if sim.pool.state(slot) is SlotState.QUARANTINED:
+    for fetch in sim.fetcher.fetches:
+        parts = sim.experts.experts[fetch.layer][fetch.expert].parts
+        names = ", ".join(parts[part].projection for part in sorted(fetch.missing))
+        yield (
+            f"the fetch of expert {fetch.expert} of layer {fetch.layer} ({fetch.priority.name.lower()}) into "
+            f"slot {fetch.slot} waits for {names}"
+        )
+    for slot, state in enumerate(sim.pool.states):
+        if state is SlotState.QUARANTINED:
             yield f"slot {slot} waits for a read that was given up and has not returned"
     pool, kv = sim.pool.statistics(), sim.kv.statistics()
     if sum(pool.waiting):
