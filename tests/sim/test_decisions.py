@@ -9,10 +9,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from mer.compute.worker import RunExperts
 from mer.io.priority import Priority
 from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.store import ExpertStore
-from mer.testing import SimEngine, SimModel, open_sim_engine
+from mer.testing import DiskProfile, SimEngine, SimModel, open_sim_engine
 
 LARGE = SimModel(n_layers=3, n_experts=4, top_k=3)  # eight rows need every expert
 
@@ -37,6 +38,34 @@ async def test_layers_are_read_ahead_as_far_as_prompts_are_left(
         assert sim.cache.statistics().lookups == 4 * layers
         assert ahead.issued <= 4 * n_ahead
         assert ahead.issued >= 4 * 2  # in the first batch every expert is read ahead but those of the first layer
+
+
+async def test_experts_that_have_landed_wait_for_those_that_are_being_read(autojump_clock: MockClock) -> None:
+    """Computed alone each would cost a job; whoever wakes the layer, they go first only if all the rest wants slots."""
+    model = SimModel(n_layers=1, n_experts=4, top_k=3)
+    profile = DiskProfile(latency_s=1e-3, jitter=5.0)
+    async with (
+        open_sim_engine(model=model, n_slots=2, batch_tokens=12, profile=profile, worth_bytes=1 << 30) as sim,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(_keep_awake, sim)
+        prompt = tuple(range(2, 14))
+        done = await sim.engine.generate(prompt, max_tokens=1, ignore_eos=True)
+        assert done.tokens == sim.expected(prompt, 1)[0]
+        nursery.cancel_scope.cancel()
+        runs = [
+            len(operation.experts)
+            for _, job in sim.worker.log
+            for operation in job.operations
+            if isinstance(operation, RunExperts)
+        ]
+        assert runs == [2, 2]
+
+
+async def _keep_awake(sim: SimEngine) -> None:
+    while True:
+        await trio.sleep(1e-5)
+        sim.scheduler.wake()
 
 
 class _Store:
