@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
@@ -17,7 +17,6 @@ from mer.errors import ContextOverflow, EngineClosed, RequestError, TemplateErro
 from mer.home import Home
 from mer.io.gguf import GGUFFile
 from mer.model.spec import ModelSpec
-from mer.plan import MemoryPlan, Model
 from mer.sched.events import Completion, Event, TokenEvent
 from mer.sched.heat import HeatCounter, HeatProfile
 from mer.sched.kv import Lease
@@ -26,12 +25,15 @@ from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
 from mer.sched.sequence import CHANNEL_EVENTS
 from mer.sched.sequence import Sequence as Generation
-from mer.stats import Statistics
 from mer.text.chat import ChatTemplate, Message
 from mer.text.detokenizer import StreamDetokenizer
 from mer.text.renderer import Call
 from mer.text.stop import StopMatcher
 from mer.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # these import the kernels' compiler, which a simulated engine does without
+    from mer.plan import MemoryPlan, Model
+    from mer.stats import Statistics
 
 Prompt = str | Sequence[int] | Sequence[Message]
 DEFAULT_MAX_TOKENS = 256
