@@ -153,7 +153,7 @@ class EngineConfig:
 
 def default_threads() -> int:
     """Return how many processors this process may use, by its affinity and by the quotas of its control groups."""
-    return usable_cpus()
+    return usable_cpus()[0]
 
 
 def _fraction(_instance: Any, attribute: attrs.Attribute[Any], value: float) -> None:

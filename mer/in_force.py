@@ -13,6 +13,7 @@ from mer.plan import MemoryPlan, Model, VRAMPlan
 from mer.prefetching import prefetch_mode
 from mer.sched.experts import ExpertCache
 from mer.stats import Settings, VRAMSettings
+from mer.system import usable_cpus
 
 
 def settings_in_force(
@@ -34,6 +35,7 @@ def settings_in_force(
         memory_bytes=plan.budget_bytes,
         memory_source=plan.budget_source,
         threads=plan.limits.threads,
+        threads_source=usable_cpus()[1] if config.threads is None else "as set",
         io_threads=opened.reader.depth,
         io_engine=opened.reader.engine,
         io_reason=opened.reason,

@@ -41,7 +41,8 @@ class Settings:
 
     memory_bytes: int
     memory_source: str
-    threads: int
+    threads: int  # that may compute; `WorkerStatistics.active_threads` are those that do
+    threads_source: str  # who set how many, or what limits them
     io_threads: int  # reads that each drive sees at once
     io_engine: str  # what reads: "io_uring" or "threads"
     io_reason: str  # why it does

@@ -87,8 +87,8 @@ def _reserve(n_bytes: int) -> int:
     return min(RESERVE_BYTES, n_bytes // 8)
 
 
-def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Return how many threads of this process can run all the time: at least 1.
+def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> tuple[int, str]:
+    """Return how many threads of this process can run all the time, at least 1, and what limits them.
 
     No more than the processors that it may run on (sched_setaffinity, cpusets), and than the quota of each of its
     control groups allows (`cpu.max`, or `cpu.cfs_quota_us` per `cpu.cfs_period_us`). A part of a processor counts as
@@ -98,8 +98,12 @@ def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
         proc: where procfs is mounted.
         cgroups: where the control groups are mounted.
     """
+    processors = len(os.sched_getaffinity(0))
     quotas = [_quota(group) for group in groups_upwards("cpu", proc, cgroups)]
-    return max(1, min([len(os.sched_getaffinity(0)), *(quota for quota in quotas if quota is not None)]))
+    worth = max(1, min((quota for quota in quotas if quota is not None), default=processors))
+    if worth < processors:
+        return worth, f"the CPU quota of its control group, on {processors} processors"
+    return processors, "the processors that this process may use"
 
 
 def _quota(group: Group) -> int | None:

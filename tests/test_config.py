@@ -37,5 +37,5 @@ def test_a_size_that_is_none_is_refused(memory: object) -> None:
 
 
 def test_threads_follow_the_processors_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(config, "usable_cpus", lambda: (3, "three"))
     assert default_threads() == 3

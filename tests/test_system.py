@@ -188,12 +188,15 @@ def test_a_quota_counts_as_processors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str | None, files: dict[str, str], want: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
-    assert usable_cpus(*machine(tmp_path, membership, {name: f"{text}\n" for name, text in files.items()})) == want
+    tree = machine(tmp_path, membership, {name: f"{text}\n" for name, text in files.items()})
+    number, why = usable_cpus(*tree)
+    assert number == want
+    assert ("quota" in why) == (want < 8)
 
 
 def test_the_processors_of_this_process_are_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {3})
-    assert usable_cpus(*machine(tmp_path, "0::/a\n", {"a/cpu.max": "400000 100000"})) == 1
+    assert usable_cpus(*machine(tmp_path, "0::/a\n", {"a/cpu.max": "400000 100000"}))[0] == 1
 
 
 def test_this_process_is_as_big_as_the_system_says() -> None:

@@ -140,12 +140,22 @@ def statistics_object(result: Result, statistics: Statistics) -> dict[str, Any]:
         "bytes_read": statistics.bytes_read,
         "decode_bytes_read": result.decode_bytes_read,
         "peak_rss_bytes": statistics.peak_rss_bytes,
+        "active_threads": statistics.worker.active_threads,
+        "active_reason": statistics.worker.active_reason,
     }
 
 
 def settings_object(statistics: Statistics) -> dict[str, Any]:
     """Return the settings in force as `--json` prints them."""
     return attrs.asdict(statistics.settings)
+
+
+def _threads(statistics: Statistics) -> str:
+    """Say how many threads may compute, and how many did if they were fewer."""
+    worker, said = statistics.worker, f"{statistics.settings.threads} threads"
+    if worker.active_threads < worker.n_threads:
+        said += f" ({worker.active_threads} in the last job: {worker.active_reason})"
+    return said
 
 
 def say_statistics(result: Result, statistics: Statistics) -> None:
@@ -181,7 +191,7 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
         f"{format_slots(settings.slot_counts, settings.slot_bytes)}; "
         f"peak RSS with file pages {format_bytes(statistics.peak_rss_bytes)}",
         f"in force: {settings.kernels} kernels, {settings.activations} activations, {settings.kv_type} KV, "
-        f"{settings.threads} threads, {'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} "
+        f"{_threads(statistics)}, {'direct' if all(mode.direct for mode in settings.io_modes) else 'buffered'} "
         f"reads by {settings.io_engine}, {settings.policy} cache, context {settings.context}, "
         f"prefill chunk {settings.batch_tokens}",
     ]

@@ -46,12 +46,20 @@ class FakeSettings:
 
 
 @attrs.define
+class FakeWorker:
+    n_threads: int = 3
+    active_threads: int = 2
+    active_reason: str = "others have the cores"
+
+
+@attrs.define
 class FakeStatistics:
     n_asked: int  # generations; every one adds as much as the others
     load_s: float = 0.5
     private_bytes: int = 99 << 20
     peak_rss_bytes: int = 123 << 20
     settings: FakeSettings = attrs.Factory(FakeSettings)
+    worker: FakeWorker = attrs.Factory(FakeWorker)
 
     @property
     def cache(self) -> FakeCache:

@@ -130,8 +130,8 @@ def test_the_answer_alone_goes_to_standard_output(engine: FakeEngine, capsys: py
         "prompt: 4 tokens, 5.3 tokens/s; first token after 750.0 ms; loaded in 500.0 ms",
         "experts: 75.0% of 40 lookups hit; read 4.00 KiB, 100 B per generated token",
         "memory: 99.0 MiB of a budget of 1.00 GiB; 20 slots of 2.00 MiB; peak RSS with file pages 123 MiB",
-        "in force: portable kernels, int15 activations, f16 KV, 3 threads, buffered reads by io_uring, "
-        "layer-lru cache, context 128, prefill chunk 32",
+        "in force: portable kernels, int15 activations, f16 KV, 3 threads (2 in the last job: others have the cores), "
+        "buffered reads by io_uring, layer-lru cache, context 128, prefill chunk 32",
     ]
     assert engine.closed
     assert "\x1b" not in err
@@ -240,6 +240,8 @@ def test_json_is_one_object(engine: FakeEngine, capsys: pytest.CaptureFixture[st
             "bytes_read": 1024 + 4096,
             "decode_bytes_read": 800,
             "peak_rss_bytes": 123 << 20,
+            "active_threads": 2,
+            "active_reason": "others have the cores",
         },
     }
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import trio
 
-from mer.compute.cpu import CPUWorker
+from mer.compute.cpu import CPUWorker, Team
 from mer.compute.forward import Forward
 from mer.compute.kernels.step import Step
 from mer.compute.kernels.target import FORM
-from mer.compute.program import Program
+from mer.compute.program import Memory, Program
 from mer.compute.worker import Attend, Batch, Begin, Combine, ComputeWorker, Done, Job, Project
 from mer.errors import ComputeError, ConfigError, NumericsError
+from tests.compute.kernels.test_runtime import count, hold_first
 
 _STEP = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
@@ -102,6 +103,30 @@ async def working(script: Script, n_threads: int = 2) -> AsyncIterator[CPUWorker
     finally:
         worker.close()
         assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_team_says_how_many_threads_took_part_and_why() -> None:
+    room = Memory(64)
+    program, both = Program(), Program()
+    program.add(count, room.address, 1)
+    both.add(hold_first, room.address + 8, 2)  # takes two threads
+    team = Team(3)
+    assert team.active() == (0, "nothing has been computed yet")
+    team.open()
+    try:
+        for n_threads, run, want in (
+            (1, program, (1, "a batch this small has no work for all 3")),
+            (2, both, (2, "a batch this small has no work for all 3")),
+        ):
+            team.start(run, n_threads)
+            team.block()
+            assert team.active() == want
+        team.start(program)
+        team.block()
+        joined, why = team.active()
+        assert (joined == 3) == (why == "all of them")
+    finally:
+        team.close()
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])
