@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -74,15 +74,9 @@ class _Field:
     count: int = 1
 
 
-class _Found(NamedTuple):
-    """A tensor info whose extent is not yet compared with the others' and with the file."""
-
-    offset: int  # from the start of the tensor data
-    n_bytes: int
-    stored_at: int  # where the file says the offset; unique
-    name: str
-    type: GGMLType
-    dims: tuple[int, ...]  # fastest first
+_Found: TypeAlias = tuple[int, int, int, str, GGMLType, tuple[int, ...]]
+"""A tensor info whose extent is not yet compared with the others' and with the file: its offset from the start of the
+tensor data, its bytes, where the file says the offset (which is unique), name, type, and dimensions, fastest first."""
 
 
 def read_part(path: Path, index: int, limits: HeaderLimits) -> GGUFFile:
@@ -292,12 +286,12 @@ def _walk_tensors(
             raise source.error(
                 at - 8, f"the tensor {quoted(name)} has the offset {offset}; it must be a multiple of {alignment}"
             )
-        found[name] = _Found(offset, elements // block_size * block_bytes, at - 8, name, type_, dims)
+        found[name] = offset, elements // block_size * block_bytes, at - 8, name, type_, dims
     data_start = -(-at // alignment) * alignment
     _check_extents(source, data_start, found.values())
     tensors = {
-        name: TensorInfo(name, tuple(reversed(info.dims)), info.type, index, data_start + info.offset, info.n_bytes)
-        for name, info in found.items()
+        name: TensorInfo(name, dims[::-1], type_, index, data_start + offset, n_bytes)
+        for offset, n_bytes, _, name, type_, dims in found.values()
     }
     return tensors, at
 
@@ -327,7 +321,8 @@ def _read_name(source: HeaderSource, at: int, max_bytes: int, what: str) -> tupl
     if not 0 < length <= max_bytes:
         raise source.error(at, f"{what} has a length of {length} bytes; it must have 1 to {max_bytes}")
     end = at + 8 + length
-    source.need(end + 4, at, what)
+    if end + 4 > len(source.data):
+        source.need(end + 4, at, what)
     raw = source.data[at + 8 : end]
     try:
         return raw.decode(), end
