@@ -71,6 +71,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except _AboutFile as error:
         if error.path is None:
             error.path = Path(path)
+            error.reason = error.reason.removeprefix(f"{error.path}: ")  # named where it was raised
         raise
     except OSError as error:
         if error.filename is None:

@@ -72,6 +72,8 @@ def test_an_error_that_does_not_know_its_file_is_told() -> None:
     with pytest.raises(TokenizerError, match=r"^m\.gguf: odd$") as caught, naming("m.gguf"):
         raise TokenizerError("odd")
     assert caught.value.path == Path("m.gguf")
+    with pytest.raises(TokenizerError, match=r"^m\.gguf: odd$"), naming("m.gguf"):
+        raise TokenizerError("m.gguf: odd")
     with pytest.raises(GGUFError, match=r"^first\.gguf: odd$"), naming("second.gguf"):
         raise GGUFError("first.gguf", None, "odd")
     with pytest.raises(OSError, match=r"No space left on device: 'm\.trace'"), naming("m.trace"):
