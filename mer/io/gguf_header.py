@@ -55,6 +55,9 @@ SCALARS: Mapping[int, tuple[str, struct.Struct]] = MappingProxyType(
 )
 UINT32 = 4
 OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # GGML, GGMF, GGJT and GGLA, which GGUF replaced
+PACKED: Mapping[bytes, str] = MappingProxyType(
+    {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+)
 
 _header = struct.Struct("<4sIQQ")
 _u32 = struct.Struct("<I").unpack_from
@@ -123,6 +126,9 @@ def _read_counts(source: HeaderSource) -> tuple[int, int, int]:
         raise source.error(0, "is in a GGML format older than GGUF; convert the original model again")
     if magic == b"vers" and source.data.startswith(b"version https://git-lfs"):
         raise source.error(0, "is a Git LFS pointer, not the model; run 'git lfs pull' or download the file itself")
+    packed = next((name for start, name in PACKED.items() if source.data.startswith(start)), None)
+    if packed is not None:
+        raise source.error(0, f"is packed with {packed}; unpack it, as weights are read where they lie")
     if magic != b"GGUF":
         raise source.error(0, f"is no GGUF file: it starts with {quoted(magic)} instead of b'GGUF'")
     source.need(8, 4, "the version")

@@ -33,7 +33,11 @@ class NewFile:
         self.path = Path(path)
         self._temporary: Path | None = None
         name = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        self._file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            self._file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        except OSError as error:
+            error.filename = os.fspath(path)  # the temporary name would say nothing
+            raise
         self._temporary = name
 
     def __enter__(self) -> Self:

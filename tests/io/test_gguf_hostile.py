@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import socket
@@ -56,6 +57,8 @@ HEADER_CASES = {
     "wrong magic": Case(b"GGUG" + VALID[4:], "is no GGUF file: it starts with b'GGUG'", 0),
     "html": Case(b"<!DOCTYPE html><html>", "is no GGUF file", 0),
     "lfs pointer": Case(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer", 0),
+    "gzip": Case(gzip.compress(VALID), "is packed with gzip; unpack it", 0),
+    "zip": Case(b"PK\x03\x04" + VALID, "is packed with zip; unpack it", 0),
     "ggjt": Case(b"tjgg" + VALID[4:], "older than GGUF", 0),
     "ggml": Case(b"lmgg" + VALID[4:], "older than GGUF", 0),
     "one byte": Case(b"G", "is no GGUF file", 0),
