@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import attrs
-import trio
 
 from mer.compute.cpu import CPUWorker
 from mer.compute.cuda.sizes import kv_block_bytes as device_kv_block_bytes
 from mer.compute.forward import Forward, matrix_types, steps_for
 from mer.compute.kernels.matmul import block_format
-from mer.compute.kernels.step import Step
 from mer.compute.kernels.target import FORM
+from mer.compute.prepare import prepare_kernels
 from mer.compute.scratch import kv_block_bytes
 from mer.compute.weights import DenseWeights
 from mer.compute.worker import ComputeWorker, Tier
@@ -67,7 +66,7 @@ async def open_computing(config: EngineConfig, model: Model, plan: MemoryPlan, r
     if not plan.device.is_cpu:
         return await _open_device(config, model, plan, reader, on_read)
     steps = steps_for(matrix_types(model.dense.values(), model.experts), plan.limits.planes, plan.limits.kv_type)
-    await _compile(steps, config.on_progress)
+    await prepare_kernels(steps, config.on_progress)
     weights = DenseWeights(model.dense)
     await weights.load(reader, on_read)
     activations = activations_in_force(model, plan)
@@ -103,7 +102,7 @@ async def _open_device(
     on_cpu, hybrid = plan.vram.dense == "cpu", config.hybrid != "off"
     if on_cpu or hybrid:
         kinds = matrix_types(model.dense.values() if on_cpu else (), model.experts)
-        await _compile(steps_for(kinds, plan.limits.planes, plan.limits.kv_type), config.on_progress)
+        await prepare_kernels(steps_for(kinds, plan.limits.planes, plan.limits.kv_type), config.on_progress)
     forward = None
     if on_cpu:
         weights = DenseWeights(model.dense)
@@ -142,14 +141,6 @@ def _kv_arithmetic(on_device: str, on_host: str, *, on_cpu: bool) -> str:
     """Return a short name of what KV depends on: where it is computed, and both sides' precision."""
     short = {"float32": "f32", "bfloat16": "bf16"}
     return "+".join(filter(None, (f"{'mix' if on_cpu else 'gpu'}-{short[on_device]}", short.get(on_host, on_host))))
-
-
-async def _compile(steps: Sequence[Step], on_progress: Callable[[Progress], None]) -> None:
-    """Compile or load kernels, off the trio thread."""
-    on_progress(Progress("kernels", 0, len(steps), "kernels"))
-    for number, step in enumerate(steps, 1):
-        await trio.to_thread.run_sync(step.compile)
-        on_progress(Progress("kernels", number, len(steps), "kernels"))
 
 
 def activations_in_force(model: Model, plan: MemoryPlan) -> str:

@@ -21,7 +21,7 @@ from mer.units import parse_bytes
 class Progress:
     """How far a stage of opening an engine has come."""
 
-    stage: str  # "kernels" or "dense weights"
+    stage: str  # "kernels", "compiling kernels" if the cache lacks any, or "dense weights"
     done: int
     total: int
     unit: str  # "kernels" or "bytes"

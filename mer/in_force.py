@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mer.compute.kernels.kv_layout import KV_TILE
-from mer.compute.kernels.step import cache_failure
-from mer.compute.kernels.target import KERNEL_CACHE, WIDE_VECTORS
+from mer.compute.kernels.step import kernel_cache
+from mer.compute.kernels.target import WIDE_VECTORS
 from mer.computing import Computing
 from mer.config import EngineConfig
 from mer.io.arena import Arena
@@ -54,7 +54,7 @@ def settings_in_force(
         vram=None if plan.vram is None else _vram_settings(plan.vram, config.hybrid, pinned),
         kernels=computing.kernels,
         wide_vectors=WIDE_VECTORS,
-        kernel_cache=cache_failure() or str(KERNEL_CACHE),
+        kernel_cache=kernel_cache(),
         activations=computing.activations,
         kv_type=computing.kv_type,
         policy=cache.statistics().policy,

@@ -8,7 +8,6 @@ import pytest
 
 from mer.embedded import embedded_model_path
 from mer.errors import ModelFileError
-from mer.paths import cache_folder
 
 
 def test_the_embedded_model_is_a_mixture_of_experts_under_cc0() -> None:
@@ -22,11 +21,3 @@ def test_a_package_without_its_data_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(ModelFileError, match=r"embedded model is missing.*--model"):
         embedded_model_path()
-
-
-@pytest.mark.parametrize(("base", "want"), [("/x/y", "/x/y/mer"), ("", "~/.cache/mer"), ("relative", "~/.cache/mer")])
-def test_cache_folder(base: str, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", base)
-    assert cache_folder() == Path(want).expanduser()
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path("~/.cache/mer").expanduser()

@@ -14,10 +14,12 @@ from mer.compute.cpu import CPUWorker
 from mer.compute.forward import Forward, steps_for
 from mer.compute.kernels.elementwise import combine
 from mer.compute.matrix import FLOAT_BYTES, float_stride
+from mer.compute.prepare import prepare_kernels
 from mer.compute.program import Program
 from mer.compute.scratch import Limits
 from mer.compute.weights import DenseWeights
 from mer.compute.worker import Batch, Begin, Float32Array, Int32Array
+from mer.config import Progress
 from mer.errors import MerError
 from mer.io.ggml import GGMLType
 from mer.model.spec import ModelSpec, RopeStyle, Routing
@@ -122,7 +124,7 @@ def begin(at: int) -> Begin:
 
 @asynccontextmanager
 async def open_worker(
-    workload: Workload, data: DataFile, n_threads: int, on_progress: Callable[[int, int], None]
+    workload: Workload, data: DataFile, n_threads: int, on_progress: Callable[[Progress], None]
 ) -> AsyncIterator[CPUWorker]:
     """Compile the kernels, start a worker, and stop it when the block is left.
 
@@ -132,16 +134,14 @@ async def open_worker(
         workload: whose experts are run.
         data: where their weights lie.
         n_threads: threads that compute.
-        on_progress: called with the kernels compiled or loaded so far and in all.
+        on_progress: called as kernels are loaded and compiled.
 
     Raises:
         ConfigError: the system refuses a thread.
         MerError: what the block raises, unwrapped.
     """
     steps = steps_for({GGMLType(data.plan.geometry.type)}, 1, "f32")
-    for number, step in enumerate(steps, 1):
-        await trio.to_thread.run_sync(step.compile)
-        on_progress(number, len(steps))
+    await prepare_kernels(steps, on_progress)
     worker = CPUWorker(StreamForward(workload, data, n_threads), n_threads)
     worker.start_threads()
     failure: MerError | None = None

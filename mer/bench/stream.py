@@ -17,6 +17,7 @@ from mer.bench.tally import Tally
 from mer.bench.workload import Workload
 from mer.compute.cpu import CPUWorker
 from mer.compute.kernels.target import FORM
+from mer.config import Progress
 from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
@@ -158,13 +159,13 @@ class StreamRun:
         """Whether every iteration has been run."""
         return self.tally.iterations == len(self._task.workload.events)
 
-    async def run(self, on_kernels: Callable[[int, int], None]) -> None:
+    async def run(self, on_progress: Callable[[Progress], None]) -> None:
         """Open reader, memory and worker, run every iteration, and close them.
 
         If cancelled, a job under way is finished first; the tally keeps the iterations that had ended.
 
         Args:
-            on_kernels: called with the kernels compiled or loaded so far and in all.
+            on_progress: called as kernels are loaded and compiled.
 
         Raises:
             NotEnoughMemory: the buffers do not fit the memory.
@@ -180,7 +181,7 @@ class StreamRun:
             )
             arena = Arena([how.buffers], [how.buffer_bytes])
             stack.callback(arena.close)
-            async with open_worker(workload, self._data, task.threads, on_kernels) as worker:
+            async with open_worker(workload, self._data, task.threads, on_progress) as worker:
                 self.in_force = InForce(
                     **attrs.asdict(how),
                     threads=task.threads,

@@ -73,8 +73,8 @@ class _KernelTimer:
         self.compile_s = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        if progress.stage == "kernels":
-            if progress.done == 0:
+        if progress.unit == "kernels":  # they are loaded, and those that are missing compiled
+            if progress.stage == "kernels" and progress.done == 0:
                 self._begun_s = time.monotonic()
             self.compile_s = time.monotonic() - self._begun_s
         self._report(progress)
@@ -182,6 +182,7 @@ async def _run(
     interrupt: Interrupt,
 ) -> None:
     """Run every case with every budget until all are done or ctrl-C is pressed; `turns` gets what was measured."""
+    bars.start()
     from mer.opening import open_engine
 
     seed = secrets.randbits(32)  # what is learnt in one run of the command does not help the next one

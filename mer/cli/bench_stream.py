@@ -20,8 +20,8 @@ from mer.bench.workload import load_workload
 from mer.cli.console import Bars, load_reporter, note
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
-from mer.config import Progress, default_threads
-from mer.errors import ConfigError
+from mer.config import default_threads
+from mer.errors import ConfigError, GGUFError
 from mer.json_text import json_text
 from mer.paths import cache_folder
 from mer.sched.policies.registry import DEFAULT_POLICY
@@ -70,7 +70,7 @@ def bench_stream(options: StreamOptions) -> Exit:
         _print(results, task, as_json=options.as_json, several=len(policies) > 1, interrupted=False)
         return Exit.OK
     with Bars() as bars:
-        data = open_data(plan) or _make(plan, bars)
+        data = _existing(plan, is_own=options.data is None) or _make(plan, bars)
         extents = [data.extent(*key) for key in np.ndindex(workload.n_layers, workload.n_experts)]
         interrupted = False
         before = _probe(task, policies, extents)
@@ -107,6 +107,21 @@ def _in_range(option: str, value: int | None, most: int, default: int) -> int:
     return value
 
 
+def _existing(plan: DataPlan, *, is_own: bool) -> DataFile | None:
+    """Return the data file that is there; one of mer's own that is damaged counts as none.
+
+    Raises:
+        GGUFError: a file that the user has named holds something else.
+    """
+    try:
+        return open_data(plan)
+    except GGUFError as error:
+        if not is_own:
+            raise
+        note(f"mer: {error}; making it again")
+        return None
+
+
 def _make(plan: DataPlan, bars: Bars) -> DataFile:
     """Make the data file, and say first what that takes."""
     experts = f"{plan.n_layers * plan.n_experts} experts of {format_bytes(plan.geometry.expert_bytes)}"
@@ -140,7 +155,7 @@ async def _take_turns(
             run.tally.on_iteration = partial(_show, bars, stage, len(task.workload.events))
             runs.append(run)
             with interrupt.stopping():
-                await run.run(lambda done, total: report(Progress("kernels", done, total, "kernels")))
+                await run.run(report)
             if interrupt.pressed:
                 return runs
     return runs

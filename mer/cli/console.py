@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
@@ -128,6 +127,10 @@ class Bars:
             self._tasks[stage] = self._progress.add_task(stage, total=total or None, unit=unit)
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
 
+    def start(self) -> None:
+        """Draw that something goes on, before what an engine imports is imported, which takes a while."""
+        self.show("starting", 0, 0, "")
+
     def say_once(self, text: str) -> None:
         """Print a line the first time it is said and no bars are drawn."""
         if not self.enabled and text not in self._said:
@@ -142,27 +145,21 @@ class Bars:
             self._tasks.clear()
 
 
-SLOW_S = 1.0  # kernels that are found in the cache are all there sooner
-
-
-def load_reporter(bars: Bars, clock: Callable[[], float] = time.monotonic) -> Callable[[Progress], None]:
+def load_reporter(bars: Bars) -> Callable[[Progress], None]:
     """Return the `on_progress` of an engine that is opened under these bars.
 
-    Kernels that take their time are being compiled, and a person should know that this happens once.
+    A person should know when kernels are compiled, as it takes its time and happens once.
     """
-    begun_s = clock()
 
     def report(progress: Progress) -> None:
         stage = progress.stage
         if stage == "kernels":
-            compiling = progress.done < progress.total and clock() - begun_s > SLOW_S
-            if compiling:
-                from mer.compute.kernels.step import cache_failure  # imported long before a kernel compiles
+            stage = "loading kernels"
+        elif stage == "compiling kernels":
+            from mer.compute.kernels.step import cache_failure  # imported long before a kernel compiles
 
-                failure = cache_failure()
-                kept = "they are kept, so that this happens once" if failure is None else f"not kept: {failure}"
-                bars.say_once(f"compiling kernels for this processor; {kept}")
-            stage = "compiling kernels" if compiling else "loading kernels"
+            kept = "not kept" if cache_failure() else "they are kept, so that this happens once"
+            bars.say_once(f"compiling {progress.total} kernels for this processor; {kept}")
         bars.show(stage, progress.done, progress.total, progress.unit)
 
     return report

@@ -59,6 +59,14 @@ class NewFile:
             while view:
                 view = view[os.write(self._file, view) :]
 
+    def sync(self) -> None:
+        """Bring what has been written to the disk.
+
+        Raises:
+            OSError: that failed.
+        """
+        os.fsync(self._file)
+
     def commit(self) -> None:
         """Bring everything to the disk and put the file in its place.
 

@@ -77,7 +77,7 @@ class Recorder:
 
 def run(data: DataFile, task: Task, policy: str) -> StreamRun:
     done = StreamRun(task, data, policy)
-    trio.run(done.run, lambda done, total: None)
+    trio.run(done.run, lambda progress: None)
     assert done.complete
     return done
 
@@ -92,7 +92,7 @@ def test_outputs_are_those_of_the_experts_of_each_iteration(data: DataFile, poli
     recorder = Recorder()
     measured = StreamRun(task_of(data, n_slots, threads=2), data, policy)
     measured.tally.outputs = recorder
-    trio.run(measured.run, lambda done, total: None)
+    trio.run(measured.run, lambda progress: None)
     assert measured.complete
     tolerance = 1e-5 if data.plan.geometry.type.name == "F32" else 0.03  # of activations rounded to int8
     for event, output in zip(EVENTS, recorder.outputs, strict=True):

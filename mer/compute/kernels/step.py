@@ -2,85 +2,125 @@
 
 A program is an int64 matrix with one row per step (see `runtime.py`). A step finds its arguments in its row, from
 column `ARG0` on; addresses are integers and floats are passed by address. A step is compiled when its address is first
-asked for, and kept in mer's kernel cache.
+asked for. Those of this package are kept in mer's kernel cache.
 """
 
 from __future__ import annotations
 
-import logging
+import ctypes
+import itertools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
-import numba
 from numba import types
 
-from mer.compute.kernels.numba_api import njit, numba_config
-from mer.compute.kernels.target import KERNEL_CACHE
+from mer.compute.kernels import back_end
+from mer.compute.kernels.front_end import modules_of
+from mer.compute.kernels.object_store import ObjectStore
+from mer.compute.kernels.target import KERNEL_FOLDER
+from mer.paths import cache_folder
 
 ROW_WORDS = 32  # int64 per program row: function, barrier flag, work counter, arguments, an entry (see `entry.py`)
 FUNCTION, BARRIER, COUNTER, ARG0 = range(4)
 ENTRY = 24
-_SIGNATURE = types.void(types.int64, types.int64, types.int64)
+STEP_SIGNATURE: Final = types.void(types.int64, types.int64, types.int64)
 _lock = threading.Lock()
-_log = logging.getLogger(__name__)
-_cache_failure: list[str] = []  # why compiled kernels cannot be kept, once known
-
-
-@contextmanager
-def _kernel_cache() -> Iterator[bool]:
-    """Point numba's on-disk cache to mer's folder while one function is declared; yield whether it can be used."""
-    with _lock:
-        if not _cache_failure:
-            try:
-                KERNEL_CACHE.mkdir(parents=True, exist_ok=True)
-                (KERNEL_CACHE / ".writable").touch()
-            except OSError as error:
-                _cache_failure.append(f"{KERNEL_CACHE}: {error.strerror}")
-                _log.warning("compiled kernels cannot be kept in %s: %s", KERNEL_CACHE, error.strerror)
-        before = numba_config.CACHE_DIR
-        numba_config.CACHE_DIR = str(KERNEL_CACHE)
-        try:
-            yield not _cache_failure
-        finally:
-            numba_config.CACHE_DIR = before
+_serials = itertools.count()
+_store = ObjectStore(lambda: cache_folder() / "kernels" / KERNEL_FOLDER, back_end.facts())
 
 
 def cache_failure() -> str | None:
     """Return why compiled kernels are not kept on disk, or None if they are."""
-    return _cache_failure[0] if _cache_failure else None
+    return _store.failure
 
 
-class Step:
-    """One kernel step, compiled on first use; `address` is its C function's address."""
+def kernel_cache() -> str:
+    """Return the folder of the compiled kernels, or why none are kept."""
+    return _store.failure or str(_store.folder)
 
-    def __init__(self, function: Callable[[int, int, int], None]) -> None:
-        self.name = function.__name__
-        self._function = function
-        self._compiled: Any = None
+
+class Compiled:
+    """A C function made from a Python function, compiled on first use, or found in the cache; `address` is its address.
+
+    Args:
+        function: what numba can compile.
+        signature: numba's; int64 throughout, and void or int64 for the result.
+    """
+
+    def __init__(self, function: Callable[..., Any], signature: Any) -> None:
+        self.name: str = function.__name__
+        self.py_func = function
+        self._signature = signature
+        self._is_kept = function.__module__.startswith(f"{__package__}.")
+        place = f"{function.__module__}.{self.name}".rpartition(f"{__package__}.")[2]
+        self._key = place if self._is_kept else f"{place}.{next(_serials)}"  # unique in this process
         self._address = 0
+        self._was_kept = False
+
+    def find(self) -> bool:
+        """Load the function if it is in the cache, and return whether it is loaded or compiled now; may block."""
+        with _lock:
+            return self._find()
 
     def compile(self) -> bool:
-        """Compile the step, or load it from the cache, and return whether the cache had it."""
-        with _kernel_cache() as keep:  # one thread at a time
-            if self._compiled is None:
-                self._compiled = numba.cfunc(_SIGNATURE, cache=keep, error_model="numpy")(self._function)
-        return bool(self._compiled.cache_hits)
+        """Compile the function, or load it from the cache, and return whether the cache had it; blocks."""
+        with _lock:  # one thread at a time
+            if not self._find():
+                code = back_end.compile_object(self._modules(), self._symbol)
+                self._address = back_end.load_object(code, self._symbol)
+                if self._is_kept:
+                    _store.save(self._key, code)
+            return self._was_kept
 
     @property
     def address(self) -> int:
         """The C function's address, compiled now if it was not."""
         if not self._address:
             self.compile()
-            self._address = int(self._compiled.address)
         return self._address
 
     @property
     def assembly(self) -> str:
         """The machine code as assembly text."""
-        self.compile()
-        return str(self._compiled._library.get_asm_str())
+        return back_end.assembly(self._modules(), self._symbol)
+
+    @property
+    def _symbol(self) -> str:
+        return f"mer.{self._key}"
+
+    def _modules(self) -> list[str | bytes]:
+        return modules_of(self.py_func, self._signature, self._symbol)
+
+    def _find(self) -> bool:
+        if not self._address and self._is_kept:
+            code = _store.load(self._key)
+            if code is not None:
+                self._address, self._was_kept = back_end.load_object(code, self._symbol), True
+        return self._address != 0
+
+
+class Step(Compiled):
+    """One kernel step."""
+
+    def __init__(self, function: Callable[[int, int, int], None]) -> None:
+        super().__init__(function, STEP_SIGNATURE)
+
+
+class CFunction(Compiled):
+    """A C function that Python calls, without holding the GIL meanwhile."""
+
+    def __init__(self, function: Callable[..., Any], signature: Any) -> None:
+        super().__init__(function, signature)
+        result = None if signature.return_type is types.void else ctypes.c_int64
+        self._prototype = ctypes.CFUNCTYPE(result, *(ctypes.c_int64 for _ in signature.args))
+        self._call: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: int) -> Any:
+        """Call the function with integers; blocks until it returns."""
+        if self._call is None:
+            self._call = self._prototype(self.address)
+        return self._call(*arguments)
 
 
 def step(function: Callable[[int, int, int], None]) -> Step:
@@ -88,11 +128,6 @@ def step(function: Callable[[int, int, int], None]) -> Step:
     return Step(function)
 
 
-def nogil_function(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+def nogil_function(signature: Any) -> Callable[[Callable[..., Any]], CFunction]:
     """Declare a function that Python calls without holding the GIL, compiled for one signature."""
-
-    def declare(function: Callable[..., Any]) -> Any:
-        with _kernel_cache() as keep:
-            return njit(signature, nogil=True, cache=keep)(function)
-
-    return declare
+    return lambda function: CFunction(function, signature)

@@ -1,9 +1,9 @@
-"""Which instruction-set form the kernels take, decided once, before numba is imported.
+"""Which instruction-set form the kernels take, decided once, and which features of the processor LLVM may use for it.
 
 The best form that the processor is able to run is taken, unless `MER_KERNELS` names another one. Unless the user has
-set `NUMBA_CPU_FEATURES`, that variable becomes the host's own feature list with a change: with `-prefer-256-bit` for
-AVX-512, which LLVM would use by halves on Intel processors, and without AVX-512 for the AVX2 form. Compiled kernels go
-to the user's cache folder, keyed by mer's version, a hash of the kernel sources, and the form.
+set `NUMBA_CPU_FEATURES`, LLVM is given the host's own feature list with a change: with `-prefer-256-bit` for AVX-512,
+which it would use by halves on Intel processors, and without AVX-512 for the AVX2 form. Compiled kernels go to a folder
+that is named by mer's version, a hash of the kernel sources, and the form.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import enum
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 from llvmlite import binding
 
 from mer.errors import ConfigError
 from mer.io import job_words
-from mer.paths import cache_folder
 from mer.version import VERSION
 
 
@@ -83,28 +81,25 @@ def _source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _features_for(form: Form) -> str | None:
-    """Return the features to compile a form for where they are not the host's own."""
+def _features_for(form: Form) -> str:
+    """Return the features to compile a form for on the processor at hand."""
     features = binding.get_host_cpu_features()
     if form is Form.AVX512_VNNI:
         return str(features.flatten()) + ",-prefer-256-bit"
     if form is Form.AVX2 and features.get("avx512f", False):
         wide = {name: False for name in features if name.startswith(("avx512", "avx10"))}
         return ",".join(f"{'+' if on else '-'}{name}" for name, on in sorted((features | wide).items()))
-    return None
+    return str(features.flatten())
 
 
-def _prepare_numba(form: Form) -> bool:
-    """Set numba's environment and return whether LLVM was told to use 512-bit vectors."""
-    if "numba" in sys.modules:
-        return "-prefer-256-bit" in os.environ.get("NUMBA_CPU_FEATURES", "")
-    if "NUMBA_CPU_FEATURES" not in os.environ and "NUMBA_CPU_NAME" not in os.environ:
-        features = _features_for(form)
-        if features is not None:
-            os.environ["NUMBA_CPU_FEATURES"] = features
-    return form is Form.AVX512_VNNI
+def host_cpu() -> tuple[str, str]:
+    """Return name and features of the processor that kernels are compiled for, as LLVM takes them."""
+    name, features = os.environ.get("NUMBA_CPU_NAME", ""), os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = "" if name.lower() == "generic" else _features_for(FORM)
+    return name or str(binding.get_host_cpu_name()), features
 
 
 FORM = _choose_form()
-WIDE_VECTORS = _prepare_numba(FORM)
-KERNEL_CACHE = cache_folder() / "kernels" / f"{VERSION}-{_source_hash()}-{FORM.value}"
+WIDE_VECTORS = FORM is Form.AVX512_VNNI
+KERNEL_FOLDER = f"{VERSION}-{_source_hash()}-{FORM.value}"

@@ -12,10 +12,12 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 import pytest
+from numba import types
 
+from mer.compute.kernels import job_reads
 from mer.compute.kernels.dispatch import dispatch
-from mer.compute.kernels.job_reads import END, FIRST, await_reads, begin_reads, keep, log_read, next_turn, submit
-from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS
+from mer.compute.kernels.job_reads import END, FIRST, await_reads, begin_reads, next_turn
+from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, nogil_function
 from mer.compute.program import Program
 from mer.io.arena import Arena
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
@@ -40,6 +42,10 @@ from mer.sched.policies.lfru import LFRU
 from mer.testing.simreads import SimReads
 
 N_LAYERS, N_EXPERTS = 5, 7
+
+keep = nogil_function(types.void(*[types.int64] * 3))(job_reads.keep.py_func)
+log_read = nogil_function(types.int64(*[types.int64] * 4))(job_reads.log_read.py_func)
+submit = nogil_function(types.void(types.int64))(job_reads.submit.py_func)
 
 
 def experts(kinds: npt.NDArray[np.int64]) -> ExpertMap:
