@@ -9,9 +9,10 @@ import attrs
 import trio
 
 from mer.config import EngineConfig
+from mer.errors import ConfigError
 from mer.io.chunks import DEFAULT_CHUNK_BYTES
 from mer.io.file_reader import FileReader
-from mer.paths import cache_folder
+from mer.paths import cache_folder, make_private_folder
 from mer.plan import MemoryPlan, Model
 from mer.sched.fingerprint import model_fingerprint
 from mer.sched.governor import PrefetchMode
@@ -30,22 +31,31 @@ def prefetch_mode(config: EngineConfig, plan: MemoryPlan) -> PrefetchMode:
 
 @attrs.frozen
 class Guessing:
-    """A prefetcher, and the file in which its Markov chains are kept."""
+    """A prefetcher, and the file in which its Markov chains are kept, if there is a place for it."""
 
     prefetcher: Prefetcher
-    path: Path
+    path: Path | None
     fingerprint: bytes
 
     def save(self) -> None:
         """Keep what has been learnt; a failure is logged, as it costs the next run its experience and nothing else."""
         markov = self.prefetcher.markov
-        if markov is None or not any(markov.visits):
+        if self.path is None or markov is None or not any(markov.visits):
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.path.parent)
             save_predictor(self.path, markov, self.fingerprint)
         except OSError as error:
             logger.warning("what was learnt for prefetching is lost: %s", error)
+
+
+def _path(fingerprint: bytes) -> Path | None:
+    """Return the file of a model's Markov chains, or None if there is no cache folder, which is logged."""
+    try:
+        return cache_folder() / "predictors" / f"{fingerprint.hex()}.markov"
+    except ConfigError as error:
+        logger.warning("what is learnt for prefetching is not kept: %s", error)
+        return None
 
 
 async def open_guessing(
@@ -56,13 +66,13 @@ async def open_guessing(
     if mode == "off":
         return None
     spec, fingerprint = model.spec, model_fingerprint(model.gguf)
-    path = cache_folder() / "predictors" / f"{fingerprint.hex()}.markov"
+    path = None if mode == "gate" else _path(fingerprint)
 
     def bytes_per_s() -> float:
         statistics = reader.statistics()
         return statistics.bytes_read / statistics.busy_s if statistics.busy_s else 0.0
 
-    def load() -> MarkovPredictor | None:
+    def load(path: Path) -> MarkovPredictor | None:
         try:
             return load_predictor(
                 path, fingerprint=fingerprint, n_layers=spec.n_layers, n_experts=spec.n_experts, top_k=spec.top_k
@@ -84,6 +94,6 @@ async def open_guessing(
         n_layers=spec.n_layers,
         n_experts=spec.n_experts,
         top_k=spec.top_k,
-        markov=None if mode == "gate" else await trio.to_thread.run_sync(load),
+        markov=None if path is None else await trio.to_thread.run_sync(load, path),
     )
     return Guessing(prefetcher, path, fingerprint)

@@ -20,6 +20,7 @@ from mer.io.arena import PAGE_BYTES
 from mer.io.extents import PER_EXPERT_NAME, PROJECTIONS, ExpertMap, map_experts, round_up
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile, read_gguf
+from mer.paths import make_private_folder
 from mer.units import format_bytes
 
 ARCHITECTURE: Final = "mer-bench-stream"
@@ -132,7 +133,7 @@ def make_data(plan: DataPlan, on_progress: Callable[[int, int], None]) -> None:
         DataFileBusy: another process is making a data file.
         OSError: the file cannot be written.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(plan.folder)
     folder = plan.path.parent
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; make it, or name another file with --data")

