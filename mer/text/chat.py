@@ -20,6 +20,7 @@ from mer.io.gguf_file import GGUFFile
 from mer.text.renderer import MAX_TEMPLATE_CHARS, Call, Chat, Renderer
 from mer.text.tokenizer import Tokenizer
 
+MAX_CHAT_CHARS = 1 << 23  # two million tokens
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -142,16 +143,22 @@ class ChatTemplate:
             call: by which another thread can give up.
 
         Raises:
-            RequestError: there are no messages.
+            RequestError: there are no messages, or they have more than 8,388,608 characters.
             TemplateError: the template is malformed, failed, refused the messages, took too much, or mixes them so with
                 control tokens that the two cannot be told apart.
         """
         if not messages:
             raise RequestError("a chat needs at least one message")
         contents = [m.content for m in messages]
+        n_chars = sum(map(len, contents))
+        if n_chars > MAX_CHAT_CHARS:
+            raise RequestError(
+                f"the messages have {n_chars} characters; chats of at most {MAX_CHAT_CHARS} are rendered"
+            )
         key = secrets.token_hex(16)
         marked = [self._mark(content, key) for content in contents]
-        wanted = [marked, [_fence(content) for content in marked]]
+        fence = secrets.token_hex(8)
+        wanted = [marked, [_fence(content, fence) for content in marked]]
         if marked != contents:
             wanted.append(contents)
         rendered, fenced, *unmarked = self._render(messages, wanted, add_generation_prompt, call)
@@ -198,10 +205,10 @@ def _restore(text: str, key: str) -> str:
     return re.sub(key + "([0-9a-f]{6})", lambda match: chr(int(match[1], 16)), text)
 
 
-def _fence(content: str) -> str:
+def _fence(content: str, key: str) -> str:
     """Put unguessable text at both ends, inside of the white space that a template may trim."""
     core = content.strip()
-    return content.replace(core, f"{secrets.token_hex(8)}{core}{secrets.token_hex(8)}", 1) if core else content
+    return content.replace(core, f"{key}{core}{key}", 1) if core else content
 
 
 def _control_ids(parts: Sequence[str | int]) -> list[int]:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -32,14 +33,15 @@ MAX_TEMPLATE_CHARS = 1 << 17  # the longest templates of real models have 30,000
 START_BYTES = 12 << 20  # private memory of the process before it has seen a template: 10.7 MiB measured
 WORK_BYTES = 20 << 20  # what rendering may take beyond that,
 BYTES_PER_TEMPLATE_CHAR = 320  # for the compiled template (280 measured),
-BYTES_PER_CONTENT_BYTE = 64  # and for the messages: copies with up to four bytes a character
+BYTES_PER_CONTENT_BYTE = 64  # for the messages: copies with up to four bytes a character,
+BYTES_PER_MESSAGE = 2048  # and their objects
 CPU_S = 2  # processor time of a call, all its renderings together,
 TEMPLATE_CHARS_PER_S = 1 << 14  # with a second more for so many characters of the template,
 CONTENT_BYTES_PER_S = 1 << 20  # and one for so many bytes of messages
 TEXT_CHARS = 1 << 20  # the longest rendering has so many characters,
 TEXT_CHARS_PER_MESSAGE = 1 << 10  # so many more for each message,
-TEXT_CHARS_PER_CONTENT_BYTE = 8  # and so many for each byte of messages
-LARGE_CONTENT_BYTES = 1 << 20  # after such messages the process is not kept, for it may not give the memory back
+TEXT_CHARS_PER_CONTENT_BYTE = 8  # and so many for each byte of messages,
+MOST_TEXT_CHARS = 1 << 26  # but never more than these
 MOST_DETAIL_CHARS = 80  # of what a template says in an error
 _PATIENCE_S = 60.0  # without an answer; a process that runs is ended before by the limit of its processor time
 
@@ -123,7 +125,7 @@ class Renderer:
         """
         call = Call() if call is None else call
         n_bytes = sum(len(content.encode()) for contents in chat.contents for content in contents)
-        bounds = _Bounds.of(len(self._source), len(chat.roles), n_bytes)
+        bounds = _Bounds.of(len(self._source), len(chat.roles) * len(chat.contents), n_bytes)
         request = {
             "template": self._source,
             "roles": chat.roles,
@@ -146,7 +148,9 @@ class Renderer:
                 raise self._error(self._end_of(process, error, bounds.cpu_s)) from None
             finally:
                 call.end()
-                if n_bytes >= LARGE_CONTENT_BYTES or fields[:1] in ([], [b"no memory"]):
+                # One that large messages have made larger than planned is not kept.
+                answered = bool(fields) and fields[0] != b"no memory"
+                if not answered or _private_bytes(process.pid) > plan_bytes(len(self._source)):
                     self._discard()
         return self._texts(fields, len(chat.contents), bounds)
 
@@ -264,11 +268,21 @@ class _Bounds:
     @classmethod
     def of(cls, template_chars: int, n_messages: int, content_bytes: int) -> _Bounds:
         """Return what a call may take, by the sizes of the template and of the messages in all renderings."""
+        n_chars = TEXT_CHARS + TEXT_CHARS_PER_MESSAGE * n_messages + TEXT_CHARS_PER_CONTENT_BYTE * content_bytes
         return cls(
-            memory_bytes=plan_bytes(template_chars) - START_BYTES + BYTES_PER_CONTENT_BYTE * content_bytes,
+            memory_bytes=plan_bytes(template_chars)
+            - START_BYTES
+            + BYTES_PER_MESSAGE * n_messages
+            + BYTES_PER_CONTENT_BYTE * content_bytes,
             cpu_s=CPU_S + math.ceil(template_chars / TEMPLATE_CHARS_PER_S + content_bytes / CONTENT_BYTES_PER_S),
-            most_chars=TEXT_CHARS + TEXT_CHARS_PER_MESSAGE * n_messages + TEXT_CHARS_PER_CONTENT_BYTE * content_bytes,
+            most_chars=min(n_chars, MOST_TEXT_CHARS),
         )
+
+
+def _private_bytes(pid: int) -> int:
+    """Return the memory of a child that is its own; proc_pid_statm(5)."""
+    _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split())
+    return (resident - shared) * resource.getpagesize()
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:

@@ -235,5 +235,7 @@ def test_messages_are_checked(templates: dict[str, ChatTemplate]) -> None:
         Message("user", "\ud800")
     with pytest.raises(RequestError, match="must be text"):
         Message("user", None)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="at most 8388608"):
+        templates["chatml"].render_tokens([Message("user", "a" * (1 << 22)), Message("user", "a" * (1 << 22) + "a")])
     with pytest.raises(RequestError, match="at least one"):
         templates["chatml"].render_tokens([])

@@ -149,6 +149,20 @@ def test_the_process_is_kept_and_leaves_nothing_behind() -> None:
         os.kill(process.pid, 0)
 
 
+def test_a_process_that_large_messages_made_large_is_not_kept() -> None:
+    keeping = (
+        "{% set ns = namespace(x=[]) %}{% for i in range(40) %}{% set ns.x = ns.x + [m.content ~ i] %}{% endfor %}"
+    )
+    renderer = Renderer("{% set m = messages[0] %}" + keeping + "{{ ns.x | length }}", "some.gguf")
+    large = Chat(["user"], [["a" * (1 << 20)]], {}, HI.now)
+    assert renderer.render(large) == renderer.render(HI) == ["40"]
+    process = renderer._process
+    assert process is not None
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    assert int(status.partition("RssAnon:")[2].split()[0]) << 10 < plan_bytes(1000)
+    renderer.close()
+
+
 def test_closing_ends_what_is_under_way() -> None:
     renderer = Renderer("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "some.gguf")
     begun = threading.Event()
