@@ -9,6 +9,7 @@ Reference: Jinja templates as `tokenizer.chat_template` in the GGUF specificatio
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -61,26 +62,26 @@ class ChatTemplate:
     Args:
         source: the Jinja template.
         tokenizer: the tokenizer of the same model.
-        where: the model file, for errors.
+        path: the model file, for errors.
 
     Raises:
         TemplateError: the template is too long or not valid Unicode.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, where: str = "the model file") -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, path: str | os.PathLike[str] | None = None) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise TemplateError(
-                f"{where}: the chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are supported"
+                f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are supported", path
             )
         try:
             source.encode()
         except UnicodeEncodeError as error:
             raise TemplateError(
-                f"{where}: the chat template is not valid UTF-8 at character {error.start}; convert the model again"
+                f"the chat template is not valid UTF-8 at character {error.start}; convert the model again", path
             ) from None
-        self._where = where
+        self._path = path
         self._tokenizer = tokenizer
-        self._renderer = Renderer(source, where)
+        self._renderer = Renderer(source, path)
 
     @classmethod
     def from_gguf(cls, gguf: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
@@ -90,13 +91,13 @@ class ChatTemplate:
             TemplateError: there is none, it is too long or not valid Unicode.
             GGUFError: it is not a string.
         """
-        where = str(gguf.paths[0])
         source = gguf.get_str("tokenizer.chat_template", None)
         if source is None:
             raise TemplateError(
-                f"{where}: the file has no chat template (tokenizer.chat_template): it can continue a text, not a chat"
+                "the file has no chat template (tokenizer.chat_template): it can continue a text, not a chat",
+                gguf.paths[0],
             )
-        return cls(source, tokenizer, where=where)
+        return cls(source, tokenizer, gguf.paths[0])
 
     def close(self) -> None:
         """End the template's process; calls under way and later ones raise TemplateError."""
@@ -168,8 +169,9 @@ class ChatTemplate:
         tokens = _control_ids(self._tokenizer.split_special(fenced))
         if _control_ids(parts) != tokens or any(self._spell(restored) != plain for plain in unmarked):
             raise TemplateError(
-                f"{self._where}: the chat template treats control tokens inside of messages in a way that cannot be "
-                "told from its own; remove them from the messages"
+                "the chat template treats control tokens inside of messages in a way that cannot be told from its own; "
+                "remove them from the messages",
+                self._path,
             )
         return restored
 

@@ -105,11 +105,11 @@ class Renderer:
 
     Args:
         source: the template.
-        where: the model file, for errors.
+        path: the model file, for errors.
     """
 
-    def __init__(self, source: str, where: str) -> None:
-        self._source, self._where = source, where
+    def __init__(self, source: str, path: str | os.PathLike[str] | None) -> None:
+        self._source, self._path = source, path
         self._turn = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: Callable[[], object] | None = None  # ends the process
@@ -244,7 +244,7 @@ class Renderer:
         raise self._error(f"the chat template failed{line}: {detail}")
 
     def _error(self, text: str) -> TemplateError:
-        return TemplateError(f"{self._where}: {text}")
+        return TemplateError(text, self._path)
 
     def _forget(self) -> None:
         """Leave the process to the parent of a forked child, which may hold locks here that nobody will release."""
