@@ -9,6 +9,7 @@ again, and one line in the log says so.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -31,7 +32,7 @@ class ObjectStore:
     """Object code of kernels by name, in one folder.
 
     Args:
-        folder: returns the folder; it may not exist yet.
+        folder: returns the folder, which may not exist yet; asked when it is first needed.
         facts: what all kernels here depend on besides their names.
     """
 
@@ -40,11 +41,16 @@ class ObjectStore:
         self._said_damage = False
         self._trusted: bool | None = None  # None: not known yet, as there may be no folder
         self.failure: str | None = None  # why nothing is kept, once known
+        self._find_folder = folder
+
+    @functools.cached_property
+    def folder(self) -> Path | None:
+        """The folder, or None if there is none, which is logged."""
         try:
-            self.folder: Path | None = folder()
+            return self._find_folder()
         except ConfigError as error:
-            self.folder = None
             self._fail(str(error))
+            return None
 
     def load(self, name: str) -> bytes | None:
         """Return the object code that was kept under a name, or None if it is not there, or not as it was written."""

@@ -37,7 +37,8 @@ def cache_failure() -> str | None:
 
 def kernel_cache() -> str:
     """Return the folder of the compiled kernels, or why none are kept."""
-    return _store.failure or str(_store.folder)
+    folder = _store.folder
+    return _store.failure or str(folder)
 
 
 class Compiled:

@@ -256,6 +256,7 @@ def test_without_a_folder_nothing_is_kept(caplog: pytest.LogCaptureFixture) -> N
         raise ConfigError("there is no folder")
 
     fresh = ObjectStore(nowhere, "facts")
+    assert caplog.messages == []  # nothing is needed yet
     fresh.save("kernel", CODE)
     assert fresh.load("kernel") is None
     assert fresh.failure == "there is no folder"
