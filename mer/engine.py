@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # these import the kernels' compiler, which a simulated engin
 
 Prompt = str | Sequence[int] | Sequence[Message]
 DEFAULT_MAX_TOKENS = 256
-LONG_TEXT = 1 << 15  # characters from which a prompt is encoded in a thread
+LONG_TEXT = 1 << 12  # characters from which a prompt is encoded in a thread: some 10 ms
 
 
 class _Text:
@@ -141,8 +141,6 @@ class Engine:
         self._template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
         self._chats = trio.CapacityLimiter(1)  # chats are rendered one after the other; waiting for it can be cancelled
-        longest = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1)
-        self._longest_token_bytes = max(1, longest)  # 0 where every token is a control token
         self._closed = ""  # or why
 
     @property
@@ -272,7 +270,7 @@ class Engine:
     async def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt as `encode` does, while the event loop goes on.
 
-        If cancelled while a chat is rendered, the template is stopped. Chats wait for one another. Raises as `encode`.
+        If cancelled, an encoding ends soon, and a template at once. Chats wait for one another. Raises as `encode`.
         """
         self._check()
         return self.encode(await self._encode_slow(prompt))
@@ -282,7 +280,9 @@ class Engine:
         be malicious.
         """
         if isinstance(prompt, str):
-            return await trio.to_thread.run_sync(self.encode, prompt) if len(prompt) > LONG_TEXT else prompt
+            if len(prompt) <= LONG_TEXT:
+                return prompt
+            return await trio.to_thread.run_sync(self._encode_text, prompt, trio.from_thread.check_cancelled)
         items = _items(prompt)
         if not _is_chat(items):
             return items
@@ -377,8 +377,7 @@ class Engine:
             EngineClosed: the prompt is of messages, and the engine is closed.
         """
         if isinstance(prompt, str):
-            self._check_length([prompt])
-            return self._tokenizer.encode(prompt)
+            return self._encode_text(prompt, lambda: None)
         items = _items(prompt)
         if _is_chat(items):
             return self._encode_chat(items, Call())
@@ -404,18 +403,34 @@ class Engine:
             if self._closed:  # which has ended the template's process
                 raise EngineClosed(self._closed) from None
             raise
-        self._check_length(parts)
-        return self._template.encode_parts(parts)
+        refuse = self._refusal(lambda: None)
+        refuse(self._least_tokens(parts))
+        return self._template.encode_parts(parts, progress=refuse)
 
-    def _check_length(self, parts: Sequence[str | int]) -> None:
-        """Refuse a prompt that is certain to be too long, before an encoding that would take long."""
+    def _encode_text(self, text: str, check: Callable[[], None]) -> list[int]:
+        """Return the token ids of a text; stop as soon as there are too many, or `check`, called often, raises."""
+        refuse = self._refusal(check)
+        refuse(self._least_tokens([text]))
+        return self._tokenizer.encode(text, progress=refuse)
+
+    def _least_tokens(self, parts: Sequence[str | int]) -> int:
+        """Return how many tokens a prompt has at least, before an encoding that would take long."""
         n_bytes = sum(len(part.encode("utf-8", "surrogatepass")) for part in parts if isinstance(part, str))
-        least = n_bytes // self._longest_token_bytes + sum(isinstance(part, int) for part in parts)
-        if least > self._plan.context:
-            raise ContextOverflow(
-                f"the prompt is at least {least} tokens long, the engine has {self._plan.context} positions per "
-                f"sequence; shorten the prompt or raise the context (the model allows {self.spec.context_length})"
-            )
+        longest = max(1, self._tokenizer.longest_token_bytes)  # 0 where every token is a control token
+        return n_bytes // longest + sum(isinstance(part, int) for part in parts)
+
+    def _refusal(self, check: Callable[[], None]) -> Callable[[int], None]:
+        """Return what refuses a prompt that has too many tokens already, and calls `check` before."""
+
+        def refuse(n_tokens: int) -> None:
+            check()
+            if n_tokens > self._plan.context:
+                raise ContextOverflow(
+                    f"the prompt is at least {n_tokens} tokens long, the engine has {self._plan.context} positions per "
+                    f"sequence; shorten the prompt or raise the context (the model allows {self.spec.context_length})"
+                )
+
+        return refuse
 
     def _prepare(
         self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None, stop: Sequence[str], ignore_eos: bool
@@ -443,13 +458,15 @@ class Engine:
                 f"the context (the model allows {self.spec.context_length})"
             )
         ends = self._tokenizer.eos_ids
-        if ignore_eos and len(ends) == self._tokenizer.vocab_size:
-            raise RequestError("every token of the model's vocabulary ends a text; ignore_eos leaves none to draw")
+        banned = self._tokenizer.suppressed | ends if ignore_eos else self._tokenizer.suppressed
+        if len(banned) == self._tokenizer.vocab_size:
+            why = "every token of the model's vocabulary ends a text, or must not be drawn"
+            raise RequestError(f"{why}; there is none to draw" + (" with ignore_eos" if ignore_eos else ""))
         send, receive = trio.open_memory_channel[Event](CHANNEL_EVENTS)
         generation = Generation(
             prompt=tuple(ids),
             max_tokens=max_tokens,
-            sampler=Sampler(sampling, ends if ignore_eos else ()),
+            sampler=Sampler(sampling, banned),
             output=_Text(self._tokenizer, ids, [stop] if isinstance(stop, str) else stop),
             end_tokens=frozenset() if ignore_eos else ends,
             events=send,

@@ -156,7 +156,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     home = Home()
     model = load_model(config)
     plan = plan_memory(model, config)
-    tokenizer = Tokenizer.from_gguf(model.gguf)
+    tokenizer = await trio.to_thread.run_sync(Tokenizer.from_gguf, model.gguf)
     with OwnProcessStack() as stack:
         residency = await open_residency(config, model, plan)
         if residency.recorder is not None:

@@ -36,8 +36,9 @@ COMPILER_BYTES = 56 * MiB  # what compiling the kernels of every model adds and 
 # has more code, 37 for Q4_0, 71 for Q5_K.
 COMPILER_BYTES_PER_TYPE = {1: 8 * MiB, 32: 14 * MiB, 256: 26 * MiB}
 FORM_FACTORS = {Form.AVX512_VNNI: 1.0, Form.AVX_VNNI: 1.8, Form.AVX2: 1.8, Form.PORTABLE: 2.5}
-TOKENIZER_BYTES = 2 * MiB
-TOKENIZER_BYTES_PER_TOKEN = 512  # 330 to 400 measured
+TOKENIZER_BYTES = 6 * MiB  # modules, words known already, and what encoding a piece of a text takes
+TOKENIZER_BYTES_PER_TOKEN = 320  # 140 to 160 measured, while it is built 250
+TOKENIZER_BYTES_PER_MERGE = 160  # 90 measured
 HEADER_FACTOR = 6  # Python objects of the header's metadata, per byte of the header: 3.5 to 5.3 measured
 STACK_BYTES = MiB // 2  # touched stack and interpreter state of a thread
 DEFAULT_SEQUENCES = 8
@@ -119,7 +120,7 @@ class Planner:
         self._fixed: dict[str, int] = {
             "interpreter and libraries": max(INTERPRETER_BYTES, private_bytes()),
             "kernel compiler": compiler_bytes(self._kinds),
-            "tokenizer": TOKENIZER_BYTES + spec.vocab_size * TOKENIZER_BYTES_PER_TOKEN,
+            "tokenizer": tokenizer_bytes(model.gguf, spec.vocab_size),
             "prefetch predictor": _predictor_bytes(spec) if config.prefetch in ("markov", "auto") else 0,
             "chat template": _template_bytes(model.gguf),
             "header metadata": model.gguf.header_bytes * HEADER_FACTOR,
@@ -269,6 +270,13 @@ def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def tokenizer_bytes(gguf: GGUFFile, vocab_size: int) -> int:
+    """Return what the tokenizer of a file takes beside its metadata, however long the texts of its tokens are."""
+    merges = gguf.metadata.get("tokenizer.ggml.merges")
+    n_merges = len(merges) if isinstance(merges, list) else 0  # Another type is refused by the tokenizer.
+    return TOKENIZER_BYTES + vocab_size * TOKENIZER_BYTES_PER_TOKEN + n_merges * TOKENIZER_BYTES_PER_MERGE
 
 
 def _predictor_bytes(spec: ModelSpec) -> int:

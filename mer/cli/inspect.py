@@ -14,7 +14,7 @@ from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
 from mer.compute.scratch import kv_block_bytes
 from mer.devices import choose_device
-from mer.errors import MerError, naming
+from mer.errors import MerError
 from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
 from mer.io.gguf import GGUFFile, read_gguf
@@ -24,10 +24,11 @@ from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
 from mer.plan import default_kv_type
 from mer.quoting import one_line
-from mer.text.vocabulary import read_vocabulary
+from mer.text.tokenizer import Tokenizer
 from mer.units import format_bytes
 
 _SHOWN_ITEMS = 4  # of an array
+_SHOWN_ENDS = 12
 _SHOWN_CHARS = 200  # of a text
 
 
@@ -83,11 +84,12 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
         "why_not": None,
     }
     try:
-        spec, experts = _check(gguf)
+        spec, experts, tokenizer = _check(gguf)
     except MerError as error:
         report |= {"runnable": False, "why_not": str(error)}
         return report
     sizes = [extents.n_bytes for layer in experts.experts for extents in layer]
+    report["tokenizer"]["ends"] = sorted(tokenizer.eos_ids)
     report["model"] = {
         key: value
         for key, value in attrs.asdict(spec, value_serializer=_enum_value).items()
@@ -106,14 +108,13 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
     return report
 
 
-def _check(gguf: GGUFFile) -> tuple[ModelSpec, ExpertMap]:
-    """Return specification and expert extents, with everything proven that an engine needs of the file."""
+def _check(gguf: GGUFFile) -> tuple[ModelSpec, ExpertMap, Tokenizer]:
+    """Return specification, expert extents and tokenizer, with everything proven that an engine needs of the file."""
     spec = model_spec(gguf)
     dense_tensors(spec, gguf)
-    with naming(gguf.paths[0]):
-        read_vocabulary(gguf)
+    tokenizer = Tokenizer.from_gguf(gguf)
     experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
-    return spec, experts
+    return spec, experts, tokenizer
 
 
 def _io_modes(gguf: GGUFFile) -> list[IoMode]:
@@ -178,6 +179,7 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
             ("KV cache", f"{report['kv_type']} by default, {format_bytes(report['kv_bytes_per_token'])} a token"),
             ("experts", f"{format_bytes(e['bytes'])} in all, up to {each} each, named {e['naming']}"),
             ("dense weights", format_bytes(report["dense_bytes"])),
+            ("texts end at", _ends_text(gguf, report["tokenizer"]["ends"])),
             ("a token uses", f"{format_bytes(e['bytes_per_token'])} of experts and the dense weights"),
         ]
     types = report["tensor_types"].items()
@@ -197,6 +199,12 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
         shape = " x ".join(map(str, tensor["shape"]))
         where = f"{tensor['bytes']} bytes at {tensor['offset']} of file {tensor['file']}"
         print(one_line(f"{tensor['name']:<32} {tensor['type']:<5} {shape:<20} {where}"))
+
+
+def _ends_text(gguf: GGUFFile, ends: list[int]) -> str:
+    tokens = gguf.get_strings("tokenizer.ggml.tokens")
+    shown = ", ".join(f"{i} {_shortened(tokens[i])}" for i in ends[:_SHOWN_ENDS])
+    return (shown or "no token") + (f" and {len(ends) - _SHOWN_ENDS} more" if len(ends) > _SHOWN_ENDS else "")
 
 
 def _window_text(window: int | None) -> str:

@@ -74,10 +74,13 @@ class SimTokenizer:
 
     vocab_size = 26
     eos_ids = frozenset({END_TOKEN})
+    suppressed: frozenset[int] = frozenset()
+    longest_token_bytes = 1
     space_prefix = False
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, progress: Callable[[int], None]) -> list[int]:
         """Return the ids of a text of letters."""
+        progress(len(text))
         return [ord(letter) - ord("a") for letter in text]
 
     def token_bytes(self, token_id: int) -> bytes:

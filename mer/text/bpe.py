@@ -5,13 +5,28 @@ Reference: Radford et al., "Language Models are Unsupervised Multitask Learners"
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, models
-from tokenizers import Tokenizer as Backend
+import re
+from collections.abc import Callable, Iterator
 
-from mer.errors import RequestError, TokenizerError
 from mer.io.gguf_file import GGUFFile
-from mer.text.pretokenizers import pre_tokenizer
-from mer.text.vocabulary import TokenType, Vocabulary
+from mer.quoting import quoted
+from mer.text.cutting import cut
+from mer.text.joining import join
+from mer.text.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
+from mer.text.spellings import Spellings
+from mer.text.vocabulary import MAX_TOKEN_CHARS, TokenType, Vocabulary, refusal
+from mer.text.words import WordCache
+
+_LONGEST_WORD = 1 << 16
+
+# Here every pattern has the end of a word: a space behind letters, digits and punctuation; punctuation behind letters
+# and digits, but for the apostrophe; between letters and digits.
+CUTS = re.compile(
+    r"(?<=[A-Za-z0-9!\"#%&'()*,\-./:;?@\[\\\]_{}])(?= )"
+    r"|(?<=[A-Za-z0-9])(?=[\n!\"#$%&()*+,\-./:;<=>?@\[\\\]^_`{|}~])"
+    r"|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
+    r"|(?<=[\u4e00-\u9fa5\u3041-\u3096\u30a1-\u30fa])(?=[ \n\uff0c\uff01\uff1f\uff1a\uff1b\u3001\u3002])"
+)
 
 
 def byte_characters() -> list[str]:
@@ -37,67 +52,112 @@ class BpeCodec:
 
     Raises:
         TokenizerError: the merges are missing or malformed, or the pre-tokenizer is not known.
+        GGUFError: a metadata value has the wrong type.
     """
 
     space_prefix = False
 
     def __init__(self, gguf: GGUFFile, vocabulary: Vocabulary) -> None:
         self._tokens = vocabulary.tokens
-        self._types = vocabulary.types
-        for key in ("tokenizer.ggml.pre", "tokenizer.ggml.merges"):
-            if key not in gguf.metadata:
-                raise TokenizerError(f"{key} is missing: a 'gpt2' vocabulary needs it; convert the model again")
-        cutter = pre_tokenizer(gguf.get_str("tokenizer.ggml.pre"))
+        name = gguf.get_str("tokenizer.ggml.pre", None)
+        try:
+            cutter = pre_tokenizer(name or None)
+        except KeyError:
+            known = ", ".join(sorted(PRE_TOKENIZERS))
+            raise refusal(
+                gguf, f"tokenizer.ggml.pre is {quoted(name or '')}, which is not known; known: {known}"
+            ) from None
         self.add_bos = cutter.add_bos
-        user = vocabulary.ids_of(TokenType.USER_DEFINED)
-        vocab = {vocabulary.tokens[i]: i for i in [*vocabulary.ids_of(TokenType.NORMAL), *user]}
-        self._unspeakable = frozenset(b for b, character in enumerate(_CHARACTERS) if character not in vocab)
-        merges = _merges(gguf, vocab, vocabulary)
-        self._backend = Backend(models.BPE(vocab, merges, ignore_merges=cutter.ignore_merges))
-        self._backend.pre_tokenizer = cutter.splitter()
-        normalizer = cutter.normalizer()
-        if normalizer is not None:
-            self._backend.normalizer = normalizer
-        self._backend.add_tokens([AddedToken(vocabulary.tokens[i], normalized=False) for i in user])
+        self._raw = frozenset(vocabulary.ids_of(TokenType.USER_DEFINED))
+        self._user = Spellings({vocabulary.tokens[i]: i for i in self._raw})
+        self._ids = {vocabulary.tokens[i]: i for i in vocabulary.ids_of(TokenType.NORMAL, TokenType.BYTE)}
+        for i in self._raw:  # Printable ASCII reads the same as a text and as bytes.
+            if (
+                vocabulary.tokens[i].isascii()
+                and vocabulary.tokens[i].isprintable()
+                and " " not in vocabulary.tokens[i]
+            ):
+                self._ids.setdefault(vocabulary.tokens[i], i)
+        self._unspeakable = frozenset(b for b, character in enumerate(_CHARACTERS) if character not in self._ids)
+        self._ranks = _read_merges(gguf)
+        self._splitter = cutter.splitter()
+        self._normalizer = cutter.normalizer()
+        self._whole_words = cutter.ignore_merges
+        self._words = WordCache(self._word)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a plain text.
+    def encode(self, text: str, tick: Callable[[], None]) -> Iterator[list[int]]:
+        """Yield the ids of a plain text, piece by piece.
+
+        Characters with a byte that the vocabulary has no token for are left out, as they were in the training: such
+        vocabularies lack control characters and unassigned ones.
+
+        Args:
+            text: any text without lone surrogates.
+            tick: called often; what it raises ends the encoding.
 
         Raises:
-            RequestError: the text has a byte that the vocabulary has no token for.
+            RequestError: the text has a word of more than 65,536 characters.
         """
-        if self._unspeakable:
-            missing = self._unspeakable.intersection(text.encode())
-            if missing:
-                raise RequestError(f"the model's vocabulary has no token for the byte 0x{min(missing):02X} of the text")
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        for part in self._user.split(text, tick):
+            if isinstance(part, int):
+                yield [part]
+                continue
+            for piece in cut(part, CUTS, _LONGEST_WORD):
+                if self._normalizer is not None:
+                    piece = self._normalizer.normalize_str(piece)
+                ids: list[int] = []
+                for word, _ in self._splitter.pre_tokenize_str(piece):
+                    ids += self._words[word]
+                yield ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token with a text stands for."""
         text = self._tokens[token_id]
-        if self._types[token_id] != TokenType.USER_DEFINED:
+        if token_id not in self._raw:
             try:
                 return bytes([_BYTE_OF[character] for character in text])
             except KeyError:
                 pass  # A text with other characters stands for itself.
         return text.encode()
 
+    def _word(self, word: str) -> list[int]:
+        """Return the ids of a word, which is written in byte characters."""
+        if self._whole_words and word in self._ids:
+            return [self._ids[word]]
+        if self._unspeakable:
+            data = bytes([_BYTE_OF[character] for character in word])
+            if not self._unspeakable.isdisjoint(data):
+                spoken = [c if self._unspeakable.isdisjoint(c.encode()) else "\0" for c in data.decode()]
+                parts = "".join(spoken).split("\0")
+                return [i for part in parts for i in self._joined("".join(_CHARACTERS[b] for b in part.encode()))]
+        return self._joined(word)
 
-def _merges(gguf: GGUFFile, vocab: dict[str, int], vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Return the file's merges as pairs, without those that would turn plain text into a control or unused token."""
-    merges: list[tuple[str, str]] = []
-    others: frozenset[str] | None = None
-    for i, line in enumerate(gguf.get_strings("tokenizer.ggml.merges")):
-        left, space, right = line.partition(" ")
-        if not (left and space and right) or " " in right:
-            raise TokenizerError(f"tokenizer.ggml.merges[{i}] is {line!r}; expected two tokens and one space between")
-        if left in vocab and right in vocab and left + right in vocab:
-            merges.append((left, right))
-            continue
-        if others is None:
-            others = frozenset(vocabulary.tokens)
-        for part in (left, right, left + right):
-            if part not in others:
-                raise TokenizerError(f"tokenizer.ggml.merges[{i}] is {line!r}, but {part!r} is not in the vocabulary")
-    return merges
+    def _joined(self, word: str) -> list[int]:
+        ids = []
+        for part in join(word, self._rank):
+            i = self._ids.get(part)
+            if i is None:  # Merges may make what is no token, or one that text must not become.
+                ids += [self._ids[character] for character in part]
+            else:
+                ids.append(i)
+        return ids
+
+    def _rank(self, left: str, right: str) -> int | None:
+        return self._ranks.get(f"{left} {right}")
+
+
+def _read_merges(gguf: GGUFFile) -> dict[str, int]:
+    """Return the file's merges as they are written, two tokens with a space between, with their ranks."""
+    key = "tokenizer.ggml.merges"
+    if key not in gguf.metadata:
+        raise refusal(gguf, f"{key} is missing: a 'gpt2' vocabulary needs it; convert the model again")
+    ranks: dict[str, int] = {}
+    for i, line in enumerate(gguf.get_strings(key)):
+        if line.count(" ") != 1 or line[0] == " " or line[-1] == " ":
+            raise refusal(gguf, f"{key}[{i}] is {quoted(line)}; expected two tokens and one space between")
+        if len(line) > 2 * MAX_TOKEN_CHARS + 1:
+            raise refusal(
+                gguf, f"{key}[{i}] has {len(line)} characters; at most {2 * MAX_TOKEN_CHARS + 1} are supported"
+            )
+        ranks.setdefault(line, i)
+    return ranks

@@ -12,14 +12,14 @@ import datetime
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
 from mer.errors import RequestError, TemplateError
 from mer.io.gguf_file import GGUFFile
 from mer.text.renderer import MAX_TEMPLATE_CHARS, Call, Chat, Renderer
-from mer.text.tokenizer import Tokenizer
+from mer.text.tokenizer import Tokenizer, unheard
 
 MAX_CHAT_CHARS = 1 << 23  # two million tokens
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -118,13 +118,14 @@ class ChatTemplate:
         """Return the chat as token ids that the model can continue; blocks and raises as `render_parts` does."""
         return self.encode_parts(self.render_parts(messages, add_generation_prompt=add_generation_prompt))
 
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+    def encode_parts(self, parts: Sequence[str | int], *, progress: Callable[[int], None] = unheard) -> list[int]:
         """Return the token ids of what `render_parts` gives.
 
-        The beginning-of-sequence token that the file asks for goes first, unless the template has written it.
+        The beginning-of-sequence token that the file asks for goes first, unless the template has written it. What
+        `progress` raises, which is told again and again how many ids there are already, ends the encoding.
         """
         begins = bool(parts) and parts[0] == self._tokenizer.bos_id
-        return self._tokenizer.encode_parts(parts, add_bos=False if begins else None)
+        return self._tokenizer.encode_parts(parts, add_bos=False if begins else None, progress=progress)
 
     def render_parts(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, call: Call | None = None

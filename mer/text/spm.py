@@ -1,26 +1,26 @@
-"""SentencePiece BPE vocabularies (`tokenizer.ggml.model` "llama"): merges rebuilt from scores, byte fallback.
+"""SentencePiece BPE vocabularies (`tokenizer.ggml.model` "llama"): pairs joined by score, byte fallback.
 
 SentencePiece stores no merges. It joins, again and again, the neighbouring pair whose joined text is the token with the
-best score, the leftmost one of equals. A BPE with ranked merges does the same when every way to split a token in two
-tokens is a merge and the merges are ranked by the score of what they make.
+best score, the leftmost one of equals.
 Reference: Kudo and Richardson, "SentencePiece", 2018, section 3.
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 
-from tokenizers import AddedToken, models
-from tokenizers import Tokenizer as Backend
-
-from mer.errors import TokenizerError
 from mer.io.gguf_file import GGUFFile
-from mer.text.vocabulary import TokenType, Vocabulary, read_scores
+from mer.quoting import quoted
+from mer.text.cutting import cut
+from mer.text.joining import join
+from mer.text.spellings import Spellings
+from mer.text.vocabulary import TokenType, Vocabulary, read_scores, refusal
+from mer.text.words import WordCache
 
 SPACE = "\u2581"
+_LONGEST_WORD = 1 << 18
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -33,6 +33,7 @@ class SpmCodec:
 
     Raises:
         TokenizerError: scores or byte tokens are malformed, or some text could not be encoded at all.
+        GGUFError: a metadata value has the wrong type.
     """
 
     add_bos = True
@@ -41,94 +42,93 @@ class SpmCodec:
         self._tokens = vocabulary.tokens
         self.space_prefix = gguf.get_bool("tokenizer.ggml.add_space_prefix", True)
         scores = read_scores(gguf, len(vocabulary.tokens))
-        self._bytes = _byte_tokens(vocabulary)
-        normal = {vocabulary.tokens[i]: i for i in vocabulary.ids_of(TokenType.NORMAL)}
-        for i in vocabulary.ids_of(TokenType.USER_DEFINED):
-            text = vocabulary.tokens[i].replace(" ", SPACE)
-            if normal.setdefault(text, i) != i:
-                raise TokenizerError(f"tokens {normal[text]} and {i} have the same text {text!r}; each needs its own")
-        vocab = normal | {vocabulary.tokens[i]: i for i in self._bytes}
-        unknown = vocabulary.tokens[vocabulary.unknown_id] if vocabulary.unknown_id is not None else None
-        if len(self._bytes) < 256 and not unknown:
-            raise TokenizerError(
-                f"the vocabulary has {len(self._bytes)} of 256 byte tokens and no tokenizer.ggml.unknown_token_id: "
-                "some text could not be encoded"
+        self._bytes = _byte_tokens(gguf, vocabulary)
+        user = {vocabulary.tokens[i].replace(" ", SPACE): i for i in vocabulary.ids_of(TokenType.USER_DEFINED)}
+        normal = [i for i in vocabulary.ids_of(TokenType.NORMAL) if i not in self._bytes]
+        self._ids = {vocabulary.tokens[i]: i for i in normal} | user
+        best_first = sorted({scores[i] for i in self._ids.values()}, reverse=True)
+        place = {score: rank for rank, score in enumerate(best_first)}
+        self._ranks = {i: place[scores[i]] for i in self._ids.values()}
+        self._user = Spellings(user)
+        self._fallback = {value[0]: i for i, value in self._bytes.items()}
+        self._unknown = vocabulary.unknown_id
+        if len(self._fallback) < 256 and self._unknown is None:
+            raise refusal(
+                gguf,
+                f"the vocabulary has {len(self._fallback)} of 256 byte tokens and no tokenizer.ggml.unknown_token_id: "
+                "some text could not be encoded",
             )
-        if unknown:
-            vocab[unknown] = int(vocabulary.unknown_id or 0)
-        merges = rebuild_merges(normal, scores)
-        self._backend = Backend(models.BPE(vocab, merges, byte_fallback=True, unk_token=unknown or None, fuse_unk=True))
-        user = [vocabulary.tokens[i].replace(" ", SPACE) for i in vocabulary.ids_of(TokenType.USER_DEFINED)]
-        self._backend.add_tokens([AddedToken(text, normalized=False) for text in user])
+        self._cuts = re.compile(f"{_no_token_across(self._ids, SPACE)}|{_no_token_across(self._ids, chr(10))}")
+        self._words = WordCache(self._word)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a plain text that opens a prompt or follows a control token; it must not be empty."""
+    def encode(self, text: str, tick: Callable[[], None]) -> Iterator[list[int]]:
+        """Yield the ids of a plain text that opens a prompt or follows a control token, piece by piece.
+
+        Args:
+            text: any text without lone surrogates, not empty.
+            tick: called often; what it raises ends the encoding.
+
+        Raises:
+            RequestError: the text has a word of more than 262,144 characters.
+        """
         if self.space_prefix:
             text = " " + text
-        ids: list[int] = self._backend.encode(text.replace(" ", SPACE), add_special_tokens=False).ids
-        return ids
+        for part in self._user.split(text.replace(" ", SPACE), tick):
+            if isinstance(part, int):
+                yield [part]
+                continue
+            unknown = False  # whether the part so far ends in a character that the vocabulary cannot spell
+            for piece in cut(part, self._cuts, _LONGEST_WORD):
+                ids: list[int] = []
+                for word in self._cuts.split(piece):
+                    ids += self._words[word]
+                if self._unknown in ids:
+                    ids = [i for i, same in groupby(ids) for i in ([i] if i == self._unknown else same)]
+                    if unknown and ids[0] == self._unknown:
+                        del ids[0]
+                if ids:
+                    unknown = ids[-1] == self._unknown
+                yield ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token with a text stands for."""
         value = self._bytes.get(token_id)
         return self._tokens[token_id].replace(SPACE, " ").encode() if value is None else value
 
+    def _word(self, word: str) -> list[int]:
+        ids: list[int] = []
+        for part in join(word, self._rank):
+            i = self._ids.get(part)
+            ids += self._spelled(part) if i is None else [i]
+        return ids
 
-def rebuild_merges(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that join to a token, best score first.
+    def _rank(self, left: str, right: str) -> int | None:
+        i = self._ids.get(left + right)
+        return None if i is None else self._ranks[i]
 
-    Tokens of one score are common for runs of spaces. A run is joined from its left end, so that its parts get shorter
-    to the right, and the pair further left is the one whose left part, or else right part, is longer.
-
-    Args:
-        vocab: text to id of every token that may be joined.
-        scores: [V] score by id.
-
-    Raises:
-        TokenizerError: other tokens of one score compete for a part: SentencePiece would take the one further left,
-            which no ranking does.
-    """
-    ranked: list[tuple[float, int, int, int, str, str]] = []
-    for text, token_id in vocab.items():
-        for cut in range(1, len(text)):
-            left = text[:cut]
-            if left in vocab:
-                right = text[cut:]
-                if right in vocab:
-                    ranked.append((-scores[token_id], -cut, -len(text), token_id, left, right))
-    ranked.sort()
-    merges = [(left, right) for *_, left, right in ranked]
-    start = 0
-    for score, tied in itertools.groupby(ranked, key=operator.itemgetter(0)):
-        n = sum(1 for _ in tied)
-        _check_tie(merges[start : start + n], -score)
-        start += n
-    return merges
+    def _spelled(self, character: str) -> list[int]:
+        """Return the byte tokens of a character that is no token, or the unknown one where some of them are missing."""
+        ids = [self._fallback.get(byte) for byte in character.replace(SPACE, " ").encode()]
+        if None in ids:
+            assert self._unknown is not None
+            return [self._unknown]
+        return [i for i in ids if i is not None]
 
 
-def _check_tie(merges: list[tuple[str, str]], score: float) -> None:
-    begun: dict[str, set[str]] = {}  # {left part: tokens that begin with it}
-    for left, right in merges:
-        begun.setdefault(left, set()).add(left + right)
-    for left, right in merges:
-        text = left + right
-        rivals = begun.get(right)
-        if rivals is None or rivals == {text} or all(len(set(token)) == 1 for token in (text, *rivals)):
-            continue
-        other = next(token for token in rivals if token != text)
-        raise TokenizerError(
-            f"tokens {text!r} and {other!r} compete for the part {right!r} with the same score {score}; "
-            "the scores must rank the tokens"
-        )
+def _no_token_across(tokens: Iterable[str], second: str) -> str:
+    """Return a pattern of the places before a character `second` that are inside of no token, whatever comes before."""
+    across = {text[i - 1] for text in tokens for i in range(1, len(text)) if text[i] == second}
+    return f"(?<=[^{re.escape(''.join(sorted(across)))}])(?={second})" if across else f"(?<=.)(?={second})"
 
 
-def _byte_tokens(vocabulary: Vocabulary) -> dict[int, bytes]:
+def _byte_tokens(gguf: GGUFFile, vocabulary: Vocabulary) -> dict[int, bytes]:
+    """Return what the byte tokens stand for; converters that know no types write them as ordinary ones."""
     found: dict[int, bytes] = {}
-    for i in vocabulary.ids_of(TokenType.BYTE):
+    for i in vocabulary.ids_of(TokenType.BYTE, TokenType.NORMAL):
         match = _BYTE_TOKEN.fullmatch(vocabulary.tokens[i])
-        if match is None:
-            raise TokenizerError(
-                f"token {i} is a byte token but reads {vocabulary.tokens[i]!r}, not '<0x00>' to '<0xFF>'"
-            )
-        found[i] = bytes([int(match[1], 16)])
+        if match is not None:
+            found[i] = bytes([int(match[1], 16)])
+        elif vocabulary.types[i] == TokenType.BYTE:
+            text = quoted(vocabulary.tokens[i])
+            raise refusal(gguf, f"token {i} is a byte token but reads {text}, not '<0x00>' to '<0xFF>'")
     return found

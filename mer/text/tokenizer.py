@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from mer.errors import RequestError, naming
 from mer.io.gguf_file import GGUFFile
 from mer.text.bpe import BpeCodec
+from mer.text.spellings import Spellings
 from mer.text.spm import SpmCodec
 from mer.text.vocabulary import TokenType, Vocabulary, read_vocabulary
 
@@ -19,8 +19,12 @@ class Codec(Protocol):
     add_bos: bool
     space_prefix: bool
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, tick: Callable[[], None]) -> Iterator[list[int]]: ...
     def token_bytes(self, token_id: int) -> bytes: ...
+
+
+def unheard(n_ids: int) -> None:
+    """Take no notice of how many ids there are."""
 
 
 class Tokenizer:
@@ -28,6 +32,10 @@ class Tokenizer:
 
     Control tokens never take part in the encoding of plain text: they are not in the vocabulary that text is encoded
     with, so that no spelling of one in a user's text can become one.
+
+    Building one takes work and memory that grow with the bytes of the metadata, and no more. Decoding what text was
+    encoded to gives the text again, except that a SentencePiece vocabulary writes a space for U+2581, some byte-level
+    ones compose characters (NFC), and what a vocabulary cannot spell is lost.
 
     Args:
         vocabulary: the checked vocabulary.
@@ -39,20 +47,16 @@ class Tokenizer:
         self._codec = codec
         silent = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
         self._silent = frozenset(silent)
-        self._control_ids = {vocabulary.tokens[i]: i for i in silent}
-        # The longest token wins where several begin at one place.
-        longest_first = sorted(self._control_ids, key=len, reverse=True)
-        spellings = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        self._control_pattern = re.compile(spellings)
-        self._control_anywhere = re.compile(f"(?={spellings})")
-        self._longest_control = len(longest_first[0]) if longest_first else 0
+        self._control = Spellings({vocabulary.tokens[i]: i for i in silent})
         self.vocab_size = len(vocabulary.tokens)
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.eos_ids = vocabulary.eos_ids
+        self.suppressed = vocabulary.suppressed
         asked = codec.add_bos if vocabulary.add_bos is None else vocabulary.add_bos
         self.add_bos = asked and vocabulary.bos_id is not None
         self.add_eos = vocabulary.add_eos
+        self.longest_token_bytes = max(map(len, map(self.token_bytes, range(self.vocab_size))))
 
     @classmethod
     def from_gguf(cls, gguf: GGUFFile) -> Tokenizer:
@@ -72,7 +76,14 @@ class Tokenizer:
         """Whether encoding puts a space before the text, which decoding takes away again."""
         return self._codec.space_prefix
 
-    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = False,
+        progress: Callable[[int], None] = unheard,
+    ) -> list[int]:
         """Return the token ids of a text; an end-of-sequence token is never appended, whatever `add_eos` says.
 
         Args:
@@ -80,45 +91,47 @@ class Tokenizer:
             add_bos: whether the beginning-of-sequence token goes first; None is what the file asks for.
             parse_special: whether spellings of control tokens ("</s>", "<|im_end|>") become these tokens. Leave it
                 False for text that is not the program's own.
+            progress: told again and again how many ids there are already; what it raises ends the encoding.
 
         Raises:
-            RequestError: the text is not valid Unicode, or `add_bos` is asked of a vocabulary without that token.
+            RequestError: the text is not valid Unicode, or has a word of more than 65,536 characters, or `add_bos` is
+                asked of a vocabulary without that token.
         """
-        return self.encode_parts(self.split_special(text) if parse_special else [text], add_bos=add_bos)
+        parts = self.split_special(text) if parse_special else [text]
+        return self.encode_parts(parts, add_bos=add_bos, progress=progress)
 
     def split_special(self, text: str) -> list[str | int]:
         """Return a text cut at the spellings of control tokens: plain text as str, control tokens as ids."""
-        parts: list[str | int] = []
-        end = 0
-        for match in self._control_pattern.finditer(text):
-            if match.start() > end:
-                parts.append(text[end : match.start()])
-            parts.append(self._control_ids[match[0]])
-            end = match.end()
-        if end < len(text):
-            parts.append(text[end:])
-        return parts
+        return list(self._control.split(text))
 
     def control_starts(self, text: str) -> list[int]:
         """Return where spellings of control tokens begin, including those that overlap or that the text's end cuts off.
 
         White space at the text's end is looked through, because what follows the text may stand in its place.
         """
-        starts = {match.start() for match in self._control_anywhere.finditer(text)}
-        for end in {len(text), len(text.rstrip())}:
-            for start in range(max(0, end - self._longest_control + 1), end):
-                cut = text[start:end]
-                if any(spelling.startswith(cut) for spelling in self._control_ids):
-                    starts.add(start)
+        starts = self._control.starts(text) | self._control.begun(text) | self._control.begun(text.rstrip())
         return sorted(starts)
 
-    def encode_parts(self, parts: Iterable[str | int], *, add_bos: bool | None = None) -> list[int]:
+    def encode_parts(
+        self,
+        parts: Iterable[str | int],
+        *,
+        add_bos: bool | None = None,
+        progress: Callable[[int], None] = unheard,
+    ) -> list[int]:
         """Return the token ids of plain texts and ids in order; texts that follow one another are encoded as one.
 
         Raises:
-            RequestError: a text is not valid Unicode, or `add_bos` is asked of a vocabulary without that token.
+            RequestError: a text is not valid Unicode, or has a word of more than 65,536 characters, or `add_bos` is
+                asked of a vocabulary without that token.
         """
         ids: list[int] = []
+
+        def encode_plain(text: str) -> None:
+            for piece in self._encode_plain(text, lambda: progress(len(ids))):
+                ids.extend(piece)
+                progress(len(ids))
+
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_id is None:
                 raise RequestError("add_bos=True, but the model's vocabulary has no beginning-of-sequence token")
@@ -128,10 +141,10 @@ class Tokenizer:
             if isinstance(part, str):
                 pending.append(part)
                 continue
-            ids += self._encode_plain("".join(pending))
+            encode_plain("".join(pending))
             pending.clear()
             ids.append(part)
-        ids += self._encode_plain("".join(pending))
+        encode_plain("".join(pending))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -171,11 +184,11 @@ class Tokenizer:
         if not 0 <= token_id < self.vocab_size:
             raise RequestError(f"token id {token_id} is not in the vocabulary, whose ids end at {self.vocab_size - 1}")
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, tick: Callable[[], None]) -> Iterable[list[int]]:
         if not text:
-            return []
+            return ()
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text has a lone surrogate at position {error.start}; give valid Unicode") from None
-        return self._codec.encode(text)
+        return self._codec.encode(text, tick)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from mer.errors import RequestError
-from mer.text.bpe import byte_characters
+from mer.text.bpe import CUTS, byte_characters
 from mer.text.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from mer.text.tokenizer import Tokenizer
 from tests._lib import vocabularies
@@ -123,7 +124,30 @@ WORDS = {
     "gpt-4o": ["I'LL", " pay", " $", "123", "4", ",", "\tOK", "//\n", " ", " Mc", "Donald's", " 世界a"],
     "tekken": ["I", "'LL", " pay", " $", "1", "2", "3", "4", ",", "\tOK", "//\n", " ", " Mc", "Donald", "'s", " 世界a"],
 }
-SAME = {"phi-2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "starcoder": "smollm", "refact": "smollm"}
+WORDS["default"] = [
+    *("I", "'", "LL", " pay", " ", "$", "123", "4", ",", "\t", "OK", "//", "\n ", " McDonald", "'", "s", " 世界a"),
+]
+WORDS["falcon"] = WORDS["default"]
+WORDS["seed-coder"] = [
+    *("I", "'LL", " pay", " $", "1", "2", "3", "4", ",", "\tOK", "//", "\n", " ", " McDonald", "'s", " 世界a"),
+]
+WORDS["deepseek-llm"] = [
+    *("I", "'", "LL", " pay", " $", "1234", ",", "\tOK", "//", "\n", " ", " McDonald", "'", "s", " ", "世界", "a"),
+]
+WORDS["deepseek-coder"] = [
+    *("I", "'", "LL", " pay", " $", "1", "2", "3", "4", ",", "\tOK", "//", "\n", " ", " McDonald", "'", "s", " "),
+    *("世界", "a"),
+]
+LIKE = {
+    "gpt-2": "phi-2 olmo mpt jais trillion gigachat a.x-4.0 mellum exaone4 granite-docling",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe glm4 glm5 chatglm-bpe",
+    "qwen2": "qwen35 hunyuan solar-open megrez deepseek-r1-qwen kormo stablelm2 grok-2 "
+    "bailingmoe bailingmoe2 llada-moe",
+    "gpt-4o": "llama4 minimax-m2 kanana2",
+    "deepseek-v3": "joyai-llm hunyuan-dense",
+}
+SAME = {other: name for name, others in LIKE.items() for other in others.split()}
 
 
 @pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
@@ -152,16 +176,111 @@ def test_llama3_takes_known_words_whole_and_begins_with_bos(tmp_path: Path) -> N
     assert len(plain.encode("qzqz")) > 1
 
 
-def test_a_byte_without_a_token_is_an_error_and_never_dropped(tmp_path: Path) -> None:
-    metadata = metadata_of()
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "smollm"])
+def test_what_a_vocabulary_has_no_bytes_for_is_left_out_and_nothing_else(tmp_path: Path, pre: str) -> None:
+    """As in SmolLM2's, which lacks control characters and the first bytes of unassigned ones."""
+    metadata = metadata_of(pre)
     tokens = metadata["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list)
-    lost = byte_characters()[4]
-    tokens = ["<gone>" if t == lost else t for t in tokens]
+    lost = {byte_characters()[byte] for byte in (0x04, 0x14, 0xF1)}
+    tokens = [f"<gone {i}>" if t in lost else t for i, t in enumerate(tokens)]
     tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata | {"tokenizer.ggml.tokens": tokens}))
     assert tokenizer.decode(tokenizer.encode("fine")) == "fine"
-    with pytest.raises(RequestError, match="0x04"):
-        tokenizer.encode("a\x04b")
+    assert tokenizer.decode(tokenizer.encode("a\x04b \U00045678\x14the token\x14")) == "ab the token"
+    assert tokenizer.encode("\x14", add_bos=False) == []
+
+
+@pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
+def test_texts_are_cut_into_pieces_only_between_words(name: str) -> None:
+    splitter = pre_tokenizer(name).splitter()
+    rng = random.Random(name)
+    alphabet = [
+        "a",
+        "B",
+        "é",
+        "世",
+        "、",
+        " ",
+        "\n",
+        "\t",
+        "\r",
+        "1",
+        "2",
+        "!",
+        ".",
+        "'s",
+        "/",
+        "$",
+        "+",
+        "😀",
+        "\u0301",
+        "\u3000",
+    ]
+    for _ in range(300):
+        text = "".join(rng.choices(alphabet, k=12))
+        words = splitter.pre_tokenize_str(text)
+        ends = {0, len(text), *(end for _, (_, end) in words)}
+        for place in (match.start() for match in CUTS.finditer(text)):
+            assert place in ends, text
+            again = splitter.pre_tokenize_str(text[:place]) + splitter.pre_tokenize_str(text[place:])
+            assert [word for word, _ in again] == [word for word, _ in words], text
+
+
+def test_long_texts_become_the_same_ids_and_endless_words_are_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    original = vocabularies.byte_level_bpe(GPT2)
+    original.encode_special_tokens = True
+    text = "\n".join(vocabularies.training_lines()) * 3
+    assert len(text) > 50_000
+    assert tokenizer.encode(text) == original.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokenizer.encode("世" * 60_000)) == "世" * 60_000
+    with pytest.raises(RequestError, match="a word of more than 65536 characters"):
+        tokenizer.encode("世" * 90_000)
+
+
+def test_encoding_tells_how_many_tokens_there_are_and_can_be_ended(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    told: list[int] = []
+
+    def enough(n_ids: int) -> None:
+        told.append(n_ids)
+        if n_ids > 20_000:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        tokenizer.encode("a word and a word " * 100_000, progress=enough)
+    assert 20_000 < told[-1] < 40_000
+
+
+def test_merges_of_what_is_no_token_do_not_harm(tmp_path: Path) -> None:
+    """Merges through a token that is not there lead on to one that is, and what they leave becomes bytes."""
+    characters = [*byte_characters(), "abcd"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": characters,
+        "tokenizer.ggml.token_type": [1] * 257,
+        "tokenizer.ggml.merges": ["a b", "c d", "x 世", "ab cd"],
+    }
+    tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata))
+    assert tokenizer.encode("abcd") == [256]
+    assert tokenizer.encode("abce") == [ord(c) for c in "abce"]
+
+
+def test_a_user_defined_token_is_never_spelled_in_bytes(tmp_path: Path) -> None:
+    """Text becomes it where it stands as it is, and merges make it only where its bytes are that text."""
+    tokens = [*byte_characters(), "\u0120a", "ab"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [4, 4],
+        "tokenizer.ggml.merges": ["\u0120 a", "a b"],
+    }
+    tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata))
+    for text in (" a", "\u0120a", "ab", "xab a"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("ab") == [257]
+    assert tokenizer.encode("\u0120a") == [256]
+    assert len(tokenizer.encode(" a")) == 2
 
 
 def test_merges_never_make_a_control_token(tmp_path: Path) -> None:
@@ -169,11 +288,12 @@ def test_merges_never_make_a_control_token(tmp_path: Path) -> None:
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     assert isinstance(tokens, list)
     assert isinstance(types, list)
-    the = tokens.index("the")
+    word = next(text for text in tokens if text.isascii() and text.isalpha() and len(text) > 2)
+    the = tokens.index(word)
     types = [3 if i == the else t for i, t in enumerate(types)]
     tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata | {"tokenizer.ggml.token_type": types}))
-    assert the not in tokenizer.encode("the the")
-    assert the in tokenizer.encode("the the", parse_special=True)
+    assert the not in tokenizer.encode(f"{word} {word}")
+    assert the in tokenizer.encode(f"{word} {word}", parse_special=True)
 
 
 def test_end_tokens_are_control_tokens_even_where_the_file_calls_them_text(tmp_path: Path) -> None:

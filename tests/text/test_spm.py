@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import models
 
-from mer.errors import RequestError, TokenizerError
-from mer.text.spm import rebuild_merges
+from mer.errors import RequestError
+from mer.planner import tokenizer_bytes
+from mer.text.joining import join
 from mer.text.tokenizer import Tokenizer
 from tests._lib import vocabularies
 
@@ -82,39 +82,58 @@ def joined(text: str, scores: dict[str, float]) -> list[str]:
 
 @settings(max_examples=400)
 @given(st.data())
-def test_any_ranked_vocabulary_joins_as_the_definition_says(data: st.DataObject) -> None:
+def test_any_scores_join_as_the_definition_says(data: st.DataObject) -> None:
     pieces = list("abc")
     for _ in range(data.draw(st.integers(1, 8))):
         piece = data.draw(st.sampled_from(pieces)) + data.draw(st.sampled_from(pieces))
         pieces += [piece] if piece not in pieces else []
     drawn = data.draw(st.lists(st.integers(-9, 0), min_size=len(pieces), max_size=len(pieces)))
     scores = dict(zip(pieces, map(float, drawn), strict=True))
-    try:
-        merges = rebuild_merges({piece: i for i, piece in enumerate(pieces)}, list(scores.values()))
-    except TokenizerError:
-        # Only where joined tokens tie, and not all of the tied are runs of one character.
-        tied = [piece for piece in pieces[3:] if list(scores.values())[3:].count(scores[piece]) > 1]
-        assert any(len(set(piece)) > 1 for piece in tied)
-        return
-    backend = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    ranks = {piece: -rank for piece, rank in zip(pieces, drawn, strict=True)}
     text = data.draw(st.text("abc", max_size=20))
-    assert backend.encode(text).tokens == joined(text, scores)
+    assert join(text, lambda left, right: ranks.get(left + right)) == joined(text, scores)
 
 
 def test_runs_of_one_score_are_joined_from_the_left() -> None:
     lengths = [1, 2, 3, 4, 5, 7, 9, 14, 16]
     scores = {"a" * n: -1.0 for n in lengths}
-    vocab = {piece: i for i, piece in enumerate(scores)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, rebuild_merges(vocab, list(scores.values()))))
     for n in range(1, 70):
-        assert backend.encode("a" * n).tokens == joined("a" * n, scores)
+        assert join("a" * n, lambda left, right: 0 if left + right in scores else None) == joined("a" * n, scores)
 
 
-def test_competing_tokens_of_one_score_are_refused() -> None:
-    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}
-    with pytest.raises(TokenizerError, match=r"'ab' and 'bc' compete for the part 'b'"):
-        rebuild_merges(vocab, [0.0] * 5)
-    assert rebuild_merges(vocab, [0.0, 0.0, 0.0, 0.0, 1.0]) == [("b", "c"), ("a", "b")]
+def test_joining_asks_for_a_number_of_pairs_that_grows_with_the_text_alone() -> None:
+    """Every run of one character up to 1,024 is a token, the longer ones better: each join offers two more pairs."""
+    for n in (1000, 20_000):
+        asked = 0
+
+        def rank(left: str, right: str) -> int | None:
+            nonlocal asked
+            asked += 1
+            return 1024 - len(left + right) if len(left + right) <= 1024 else None
+
+        assert "".join(join("a" * n, rank)) == "a" * n
+        assert asked <= 3 * n
+
+
+def test_a_vocabulary_of_long_nested_tokens_needs_no_more_than_the_plan_assumes(tmp_path: Path) -> None:
+    n = 4000
+    tokens = ["<unk>", *dict.fromkeys("a" * (1 + i % 1000) + "bcdefgh"[i // 1000] * (i // 1000) for i in range(n))]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [float(-i) for i in range(len(tokens))],
+        "tokenizer.ggml.token_type": [2] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    gguf = vocabularies.parsed(tmp_path, metadata)
+    tracemalloc.start()
+    try:
+        tokenizer = Tokenizer.from_gguf(gguf)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < tokenizer_bytes(gguf, len(tokens))
+    assert tokenizer.decode(tokenizer.encode("a" * 5000)) == "a" * 5000
 
 
 @settings(max_examples=300)
