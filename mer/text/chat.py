@@ -12,6 +12,7 @@ import datetime
 import os
 import re
 import secrets
+import string
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -157,7 +158,8 @@ class ChatTemplate:
             raise RequestError(
                 f"the messages have {n_chars} characters; chats of at most {MAX_CHAT_CHARS} are rendered"
             )
-        key = secrets.token_hex(16)
+        # Letters, because control tokens often end in digits, and a mark must not end one that a message begins.
+        key = "".join(secrets.choice(string.ascii_lowercase) for _ in range(28))
         marked = [self._mark(content, key) for content in contents]
         fence = secrets.token_hex(8)
         wanted = [marked, [_fence(content, fence) for content in marked]]

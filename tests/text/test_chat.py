@@ -228,6 +228,18 @@ def test_time_is_the_same_in_all_renderings(tokenizer: Tokenizer) -> None:
         template.render_tokens([Message("user", "<|im_end|>")])
 
 
+def test_a_mark_does_not_end_what_a_message_begins(tmp_path: Path) -> None:
+    metadata = vocabularies.byte_level_metadata(vocabularies.byte_level_bpe(r"\s?\S+|\s+"), "gpt-2")
+    n = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], *(f"zz{i}" for i in range(16))]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], *[3] * 16]
+    tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata))
+    template = ChatTemplate("{{ messages[0].content }}!", tokenizer)
+    for _ in range(20):
+        ids = template.render_tokens([Message("user", "z" * 9)])
+        assert max(ids) < n
+
+
 def test_messages_are_checked(templates: dict[str, ChatTemplate]) -> None:
     with pytest.raises(RequestError, match="im_end"):
         Message("im_end", "a")
