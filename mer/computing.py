@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
+import numba
 
 from mer.compute.cpu import CPUWorker
 from mer.compute.cuda.sizes import kv_block_bytes as device_kv_block_bytes
@@ -17,6 +18,7 @@ from mer.compute.scratch import kv_block_bytes
 from mer.compute.weights import DenseWeights
 from mer.compute.worker import ComputeWorker, Tier
 from mer.config import EngineConfig, Progress
+from mer.errors import ConfigError
 from mer.io.operation import Reader
 from mer.plan import MemoryPlan, Model
 from mer.sched.policies.registry import DEFAULT_POLICY, CacheShape, make_policy
@@ -24,6 +26,10 @@ from mer.sched.policies.registry import DEFAULT_POLICY, CacheShape, make_policy
 
 class Worker(ComputeWorker, Protocol):
     """A compute worker with threads of its own."""
+
+    @property
+    def failure(self) -> str:
+        """Why nothing can be computed any more; empty as long as it can."""
 
     def start_threads(self) -> None:
         """Start the threads."""
@@ -59,6 +65,10 @@ async def open_computing(config: EngineConfig, model: Model, plan: MemoryPlan, r
         NotEnoughMemory: the device has not the memory that the plan counts on.
         ConfigError: the device cannot be used.
     """
+
+    numba_config: Any = numba.config
+    if numba_config.DISABLE_JIT:
+        raise ConfigError("NUMBA_DISABLE_JIT is set, and nothing computes without compiled kernels; unset it")
 
     def on_read(done: int, total: int) -> None:
         config.on_progress(Progress("dense weights", done, total, "bytes"))

@@ -102,8 +102,19 @@ def _callable(_instance: Any, attribute: attrs.Attribute[Any], value: object) ->
         raise ConfigError(f"{attribute.name} is {value!r}; it must be a function")
 
 
-def _optional_bytes(value: int | str | None) -> int | None:
-    return None if value is None else parse_bytes(value)
+def _bytes(name: str, value: int | str | None) -> int | None:
+    try:
+        return None if value is None else parse_bytes(value)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _memory_bytes(value: int | str | None) -> int | None:
+    return _bytes("memory", value)
+
+
+def _vram_bytes(value: int | str | None) -> int | None:
+    return _bytes("vram", value)
 
 
 def _device(_instance: Any, _attribute: attrs.Attribute[Any], value: object) -> None:
@@ -120,7 +131,7 @@ class EngineConfig:
     """
 
     path: Path = attrs.field(converter=_path)  # the GGUF file, or any part of a split one
-    memory: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes for the whole process
+    memory: int | None = attrs.field(default=None, converter=_memory_bytes)  # bytes for the whole process
     threads: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # compute threads
     io_threads: int | None = attrs.field(
         default=None, validator=optional(_at_least(1))
@@ -145,7 +156,7 @@ class EngineConfig:
     prefix_reuse: bool = attrs.field(default=True, validator=_bool)  # of what was computed for the same tokens before
     prefetch: PrefetchSetting = attrs.field(default="auto", validator=_one_of("off", "markov", "gate", "auto"))
     device: str = attrs.field(default="auto", validator=_device)  # "auto", "cpu", "cuda" or "cuda:N"
-    vram: int | None = attrs.field(default=None, converter=_optional_bytes)  # bytes of the device's own memory
+    vram: int | None = attrs.field(default=None, converter=_vram_bytes)  # bytes of the device's own memory
     hybrid: Hybrid = attrs.field(default="auto", validator=_one_of("auto", "off"))
     vram_slots: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # caps the slots there
     on_progress: Callable[[Progress], None] = attrs.field(default=_ignore, validator=_callable)

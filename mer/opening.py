@@ -262,6 +262,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 )
                 stack.callback(engine.release)
                 stack.callback(engine.close)  # however it ends
+                reader.on_failure = engine.fail
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(_compute, worker, engine)
                 if residency.recorder is not None:
@@ -274,7 +275,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
 async def _compute(worker: Worker, engine: Engine) -> None:
     """Run the worker; one that ends by itself can compute nothing more, so that the engine closes."""
     await worker.run()
-    engine.fail("its compute worker has stopped, because its device failed")
+    engine.fail(worker.failure)
 
 
 def _kv_layout(model: Model, computing: Computing) -> KVLayout:

@@ -8,19 +8,21 @@ from collections.abc import Iterable
 from mer.errors import ConfigError
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_FACTORS = {"b": 1} | {
+_FACTORS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
     name: base**power
     for power, letter in enumerate("kmgtp", 1)
     for name, base in ((letter, 1024), (letter + "ib", 1024), (letter + "b", 1000))
 }
-_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SIZE = re.compile(r"\s*(\d{1,3}(?:,\d{3}){1,9}|\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(value: int | str) -> int:
     """Return a number of bytes given as an int or as text such as "8GiB", "8G" (both 2**30) or "8GB" (10**9).
 
+    A number without a unit is one of bytes. Every form in which mer prints sizes is taken.
+
     Raises:
-        ConfigError: the text is not a size, has no unit (a bare "8" is ambiguous), or the size is negative.
+        ConfigError: the text is not a size, or the size is negative.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(f"{value!r} is not a size; write an int of bytes or text such as '8GiB' or '512MiB'")
@@ -34,7 +36,7 @@ def parse_bytes(value: int | str) -> int:
         raise ConfigError(
             f"{value!r} is not a size; write for example '8GiB', '8G' (both 2**30), '8GB' (10**9) or '512MiB'"
         )
-    whole, _, fraction = match[1].partition(".")
+    whole, _, fraction = match[1].replace(",", "").partition(".")
     return int(whole + fraction) * int(factor) // int("1" + "0" * len(fraction))
 
 

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import trio
 
 import mer
+from mer.config import IoEngine
 from mer.io.files import ModelFile
 from mer.sched.events import PrefillEvent, TokenEvent
 from mer.sched.sampling import Sampler
@@ -558,4 +560,53 @@ async def test_a_mirror_that_is_no_copy_is_refused(tmp_path: Path) -> None:
             pass
     with pytest.raises(mer.ConfigError, match="another drive"):
         async with mer.open_engine(path, memory=MEMORY, mirrors=[path]):
+            pass
+
+
+# --- what an engine cannot do without ---
+
+
+async def test_a_compute_thread_that_dies_closes_the_engine_with_its_reason(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(control: int, number: int, n_threads: int) -> None:
+        raise MemoryError("for the test")
+
+    monkeypatch.setattr("mer.compute.cpu.follow", dying)
+    async with mer.open_engine(tiny.path, memory=MEMORY, slots=4, threads=2) as engine:
+        with pytest.raises(mer.ComputeError, match=r"compute thread . died: MemoryError: for the test"):
+            await engine.generate([5], max_tokens=1)
+        with pytest.raises(mer.EngineClosed, match=r"compute thread . died: MemoryError: for the test"):
+            await engine.generate([5], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("io_engine", "method"),
+    [("auto", "RingReader._collect"), ("threads", "ThreadReader._finish")],
+    ids=["auto", "threads"],
+)
+async def test_a_reader_that_dies_closes_the_engine_with_its_reason(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, io_engine: IoEngine, method: str
+) -> None:
+    async with mer.open_engine(tiny.path, memory=MEMORY, slots=4, threads=1, io_engine=io_engine) as engine:
+        if io_engine == "auto" and engine.statistics().settings.io_engine != "io_uring":
+            pytest.skip("this system has no io_uring")
+
+        def dying(*_arguments: object) -> None:
+            raise ValueError("for the test")
+
+        place = {"RingReader": "mer.io.ring_reader", "ThreadReader": "mer.io.reader"}[method.split(".")[0]]
+        monkeypatch.setattr(f"{place}.{method}", dying)
+        with pytest.raises(mer.EngineClosed):
+            await engine.generate([5], max_tokens=1)
+        with pytest.raises(mer.EngineClosed, match="reading has stopped: ValueError: for the test"):
+            await engine.generate([5], max_tokens=1)
+
+
+async def test_without_compiled_kernels_an_engine_does_not_open(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(mer.ConfigError, match="NUMBA_DISABLE_JIT is set"):
+        async with mer.open_engine(tiny.path, memory=MEMORY):
             pass

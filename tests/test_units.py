@@ -26,13 +26,37 @@ def test_a_size_is_its_number_times_its_unit(whole: int, thousandths: int, unit:
 def test_bytes_may_be_plain() -> None:
     assert parse_bytes(0) == 0
     assert parse_bytes(12345) == 12345
-    assert parse_bytes("12345B") == 12345
+    for text in ("12345B", "12345", "12,345", "12,345 bytes", "12345 bytes", " 12345 B "):
+        assert parse_bytes(text) == 12345
+    assert parse_bytes("1,234,567") == 1234567
+    assert parse_bytes("8") == 8
+
+
+@given(st.integers(0, 2**60))
+def test_what_is_printed_can_be_read(n_bytes: int) -> None:
+    assert parse_bytes(format_bytes(n_bytes)) == pytest.approx(n_bytes, rel=0.006)
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        *("8", "", "GiB", "8XB", "-1GiB", "1e3K", "1.5B", "8 G iB", "٣GiB", "0x10K", "1,5G", "9" * 5000 + "G"),
+        *(
+            "",
+            "GiB",
+            "8XB",
+            "-1GiB",
+            "1e3K",
+            "1.5B",
+            "8 G iB",
+            "٣GiB",
+            "0x10K",
+            "1,5G",
+            "1,23",
+            "12,34",
+            "1,,234",
+            "1,2345",
+            "9" * 5000 + "G",
+        ),
         *(-1, True, 1.5, None, b"8G"),
     ],
     ids=lambda value: repr(value)[:12],

@@ -13,7 +13,8 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open as long as the process
 
     # NumPy's OpenBLAS, which mer has no use for, would reserve tens of MiB of the data limit for each of its threads.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if not os.environ.get("OPENBLAS_NUM_THREADS"):
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
     from mer.cli.app import run_app
 

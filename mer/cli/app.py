@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from mer.cli.bench import bench_app
 from mer.cli.console import StdoutConsole, note, stderr_console
+from mer.cli.environment import forget_empty, named
 from mer.cli.exits import Exit, exit_for
 from mer.cli.interrupt import Interrupt
 from mer.cli.options import CacheOptions, EngineOptions, GenerationOptions
@@ -40,6 +41,7 @@ Json = Annotated[bool, Parameter(negative="", help="Print one JSON object instea
 
 def run_app(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; what went wrong is a line on standard error."""
+    forget_empty()
     try:
         code = app(
             list(arguments),
@@ -61,7 +63,7 @@ def run_app(arguments: Sequence[str]) -> int:
         _forget_stdout()
         return Exit.OK
     except MerError as error:
-        note(f"mer: {error}")
+        note(f"mer: {named(error, arguments)}")
         return exit_for(error)
     except OSError as error:
         note(f"mer: {error}")

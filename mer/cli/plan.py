@@ -103,13 +103,13 @@ def _print(report: dict[str, Any]) -> None:
     print(f"device {report['device']} ({report['device_reason']})")
     if (vram := report["vram"]) is not None:
         print(f"VRAM {format_bytes(vram['budget_bytes'])} ({vram['budget_source']}); ", end="")
-        print(f"the smallest that works is {format_bytes(vram['floor_bytes'])}")
+        print(f"the smallest that works is {_mebibytes_up(vram['floor_bytes'])}")
         _print_parts(vram)
         print(f"dense weights, KV and attention on the {vram['dense']} ({vram['dense_reason']})")
         slots = format_slots(vram["slot_counts"], vram["slot_bytes"])
         print(f"{slots} for {report['experts']} experts: {vram['slots'] / report['experts']:.0%} stay there")
     print(f"budget {format_bytes(report['budget_bytes'])} ({report['budget_source']}); ", end="")
-    print(f"the smallest that works is {format_bytes(report['floor_bytes'])}")
+    print(f"the smallest that works is {_mebibytes_up(report['floor_bytes'])}")
     _print_parts(report)
     slots = format_slots(report["slot_counts"], report["slot_bytes"])
     print(f"{slots} for {report['experts']} experts: {report['slots'] / report['experts']:.0%} stay in memory")
@@ -134,3 +134,8 @@ def _print_parts(report: dict[str, Any]) -> None:
     for name, n_bytes in (report["parts"] | {"unused": report["unused_bytes"]}).items():
         if n_bytes:
             print(f"  {name:<26} {format_bytes(n_bytes):>9}")
+
+
+def _mebibytes_up(n_bytes: int) -> str:
+    """Return a size that is not below what it stands for, so that it can be given as a budget."""
+    return f"{-(-n_bytes // (1 << 20))} MiB"

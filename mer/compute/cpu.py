@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import threading
 import time
@@ -50,6 +52,11 @@ from mer.threads import start_thread
 _INLINE_TOKENS = 16  # a larger batch is taken over in a thread of trio's, so that the event loop goes on meanwhile
 
 
+logger = logging.getLogger(__name__)
+_left: list[object] = []  # what threads that cannot be ended work with
+_PATIENCE_S = 0.2  # for such a thread
+
+
 class Team:
     """Threads that run programs together.
 
@@ -65,20 +72,27 @@ class Team:
         self._threads: list[threading.Thread] = []
         self._finished = -1  # eventfd
         self._running = False
+        self.failure = ""  # why a thread has ended by itself: programs would never finish
 
     def open(self) -> None:
         """Start the threads.
 
         Raises:
-            ConfigError: the system refuses a thread.
+            ConfigError: the system refuses a thread or a descriptor.
         """
         control = self._control.address
-        self._finished = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            self._finished = os.eventfd(0, os.EFD_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(
+                f"the system refuses a descriptor for the compute threads ({error.strerror}); raise the limit on open "
+                "files (ulimit -n)"
+            ) from error
         prepare(control, self.n_threads)
         self._control.view(control + FINISHED, 8).view("q")[0] = self._finished
         try:
             for number in range(self.n_threads):
-                self._threads.append(start_thread(follow, control, number, self.n_threads, name=f"mer-cpu-{number}"))
+                self._threads.append(start_thread(self._follow, control, number, name=f"mer-cpu-{number}"))
         except RuntimeError as error:
             started = len(self._threads)
             self.close()
@@ -87,13 +101,26 @@ class Team:
                 "use fewer threads or raise the limit on processes (ulimit -u)"
             ) from error
 
+    def _follow(self, control: int, number: int) -> None:
+        """Run programs until stopped; whoever waits hears of a thread that ends before."""
+        try:
+            follow(control, number, self.n_threads)
+        except Exception as error:
+            logger.exception("a compute thread has died")
+            self.failure = self.failure or f"compute thread {number} died: {type(error).__name__}: {error}"
+            os.eventfd_write(self._finished, 1)
+
     def start(self, program: Program, n_threads: int | None = None) -> None:
         """Let the threads run a program; it must stay as it is until `wait` or `block`, one of which must follow.
 
         Args:
             program: the program, of at least one row.
             n_threads: how many of the threads take part; by default all.
+
+        Raises:
+            ComputeError: a thread has died.
         """
+        self._check()
         self._running = True
         start(self._control.address, program.address, program.length, n_threads or self.n_threads)
 
@@ -116,7 +143,11 @@ class Team:
         return int(self._control.view(self._control.address + offset, 8).view(np.int64)[0])
 
     async def wait(self) -> None:
-        """Wait until the program has finished; if cancelled, it goes on."""
+        """Wait until the program has finished; if cancelled, it goes on.
+
+        Raises:
+            ComputeError: a thread has died, so that it never will.
+        """
         await trio.lowlevel.wait_readable(self._finished)
         self.block()
 
@@ -125,15 +156,25 @@ class Team:
         if self._running:
             os.read(self._finished, 8)
             self._running = False
+            self._check()
+
+    def _check(self) -> None:
+        if self.failure:
+            raise ComputeError(self.failure)
 
     def close(self) -> None:
         """Stop the threads once a program that is running has finished. Closing twice is allowed."""
         if self._finished < 0:
             return
-        self.block()
+        with contextlib.suppress(ComputeError):
+            self.block()
         stop(self._control.address)
         for thread in self._threads:
-            thread.join()
+            thread.join(_PATIENCE_S if self.failure else None)
+        if any(thread.is_alive() for thread in self._threads):  # at a barrier that the dead one does not come to
+            _left.append(self)
+            self._finished = -1
+            return
         self._threads = []
         os.close(self._finished)
         self._finished = -1
@@ -174,6 +215,8 @@ class CPUWorker:
         Closing twice is allowed.
         """
         self._team.close()
+        if self._team.failure:
+            _left.append((self._forward, self._program))
         self._forward = None
         self._program = Program()
 
@@ -181,8 +224,13 @@ class CPUWorker:
         """Compute nothing more, in a forked child: threads and memory are the parent's."""
         self._forward = None
 
+    @property
+    def failure(self) -> str:
+        """Why nothing can be computed any more; empty as long as it can."""
+        return self._team.failure
+
     async def run(self) -> None:
-        """Serve jobs in order until the job channel is closed or the task is cancelled."""
+        """Serve jobs in order until the job channel is closed, the task is cancelled, or a thread has died."""
         with self._results:
             async for job in self._jobs:
                 begun = time.perf_counter()
@@ -204,6 +252,8 @@ class CPUWorker:
                     self._results.send_nowait(done)  # the next pass of the event loop is the receiver's
                 except trio.WouldBlock:
                     await self._results.send(done)
+                if self._team.failure:
+                    return
 
     def statistics(self) -> WorkerStatistics:
         """Return a snapshot of the counters."""

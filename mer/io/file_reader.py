@@ -6,7 +6,7 @@ import abc
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -34,6 +34,10 @@ def land(work: Work, meter: ReadMeter, now_s: float) -> None:
     operation.on_landed(operation)
 
 
+def ignore_failure(_reason: str) -> None:
+    """Do nothing."""
+
+
 class FileReader(abc.ABC):
     """A reader of model files; see `Reader` for what it promises, and `ChunkQueue` for what is read when.
 
@@ -50,6 +54,7 @@ class FileReader(abc.ABC):
         engine: how it gets the kernel to read: "threads" or "io_uring".
         default_depth: reads of each drive that are under way at once, where nothing else is asked for.
         depth: the number in force.
+        on_failure: told, in the trio thread, why the reader can read nothing more; may be set at any time.
         chunk_bytes: the largest read.
 
     Args:
@@ -105,6 +110,7 @@ class FileReader(abc.ABC):
         self._told = False  # whether it is
         self._open = False  # written in the trio thread
         self._disowned = False
+        self.on_failure: Callable[[str], None] = ignore_failure
         self._meter = ReadMeter()
 
     def __enter__(self) -> Self:
@@ -226,6 +232,11 @@ class FileReader(abc.ABC):
             assert self._token is not None
             with contextlib.suppress(trio.RunFinishedError):  # nobody is left to tell
                 self._token.run_sync_soon(self._land)
+
+    def _fail(self, error: BaseException) -> None:
+        """Read nothing more, as what reads has died of an error that is a defect; in the trio thread."""
+        self._open = False
+        self.on_failure(f"reading has stopped: {type(error).__name__}: {error}")
 
     @abc.abstractmethod
     def _land(self) -> None:

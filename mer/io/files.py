@@ -20,6 +20,7 @@ from mer.io.patient import not_opened, patiently
 logger = logging.getLogger(__name__)
 
 _FRUITLESS_TRIES: Final = 4  # reads in a row that may bring nothing new before an extent is given up
+_SECTOR_BYTES: Final = 512  # the least that a drive reads
 
 
 @attrs.frozen
@@ -97,8 +98,9 @@ class ModelFile:
             try:
                 n_read = os.preadv(self._fd, [memory[read.begin :]], start + read.begin)
             except OSError as error:
-                raise read.failure(error.errno, error.strerror) from error
-            read.add(n_read)
+                read.refused(error.errno, error.strerror, cause=error)
+            else:
+                read.add(n_read)
         if not self.mode.direct:
             os.posix_fadvise(self._fd, start, len(memory), os.POSIX_FADV_DONTNEED)
 
@@ -141,6 +143,7 @@ class PartialRead:
         self._file, self._start, self._needed = file, start, needed
         self._got = 0
         self._fruitless = 0
+        self._grain = file.mode.alignment if file.mode.direct else 1  # reads start at multiples of it
 
     @property
     def complete(self) -> bool:
@@ -157,7 +160,7 @@ class PartialRead:
             self._got = self.begin + n_read
             self._fruitless = 0
             # a direct read must start aligned again, so after an odd short read a few bytes are read twice
-            self.begin = self._got - self._got % self._file.mode.alignment if self._file.mode.direct else self._got
+            self.begin = self._got - self._got % self._grain
             return
         self._fruitless += 1
         if self._start + self._got >= os.fstat(self._file.fileno()).st_size:
@@ -165,13 +168,24 @@ class PartialRead:
         elif self._fruitless > _FRUITLESS_TRIES:
             reason = f"{self._fruitless} reads in a row brought nothing beyond {self._got} bytes"
         else:
+            self._grain = min(self._grain, _SECTOR_BYTES)  # perhaps the drive gives no more than a sector at a time
+            self.begin = self._got - self._got % self._grain
             return
         raise self._file.failure(self._start, self._needed, reason)
 
-    def failure(self, number: int | None, reason: str | None = None) -> ReadError:
-        """Return the error of a read that the system has refused with an error number."""
+    def refused(self, number: int | None, reason: str | None = None, *, cause: OSError | None = None) -> None:
+        """Note that the system has refused a read at `begin` with an error number.
+
+        Raises:
+            ReadError: always, unless only the file's alignment was not kept to, which the next read keeps to.
+        """
+        if number == errno.EINVAL and self._file.mode.direct and self.begin % self._file.mode.alignment:
+            self._fruitless += 1
+            self._grain = self._file.mode.alignment
+            self.begin -= self.begin % self._grain
+            return
         text = reason or (os.strerror(number) if number else "read error")
-        return self._file.failure(self._start, self._needed, text, number)
+        raise self._file.failure(self._start, self._needed, text, number) from cause
 
 
 def _open(path: Path) -> tuple[int, IoMode]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from itertools import count
 from math import inf
 from typing import Any, ClassVar
+
+import trio
 
 from mer.errors import ConfigError, ReadError
 from mer.io.chunks import Chunk, Work
@@ -136,6 +139,15 @@ class ThreadReader(FileReader):
 
     def _work(self, copy: int) -> None:
         """Read chunks until told to end; runs in each of the threads."""
+        try:
+            self._read_chunks(copy)
+        except Exception as error:
+            logger.exception("a thread that reads has died")
+            assert self._token is not None
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._fail, error)
+
+    def _read_chunks(self, copy: int) -> None:
         while (chunk := self._take(copy)) is not None:
             if not self._finish(chunk, self._read(chunk)):
                 break
@@ -167,7 +179,7 @@ class ThreadReader(FileReader):
             file.read_into(operation.buffer.data[chunk.begin : chunk.end], start, needed)
         except ReadError as failure:
             return failure
-        except (OSError, MemoryError) as failure:  # whatever happens, the operation must land
+        except Exception as failure:  # whatever happens, the operation must land
             return ReadError(file.path, start, needed, repr(failure))
         return None
 

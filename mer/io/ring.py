@@ -35,6 +35,7 @@ _OFFSETS: Final = struct.Struct("<7I")  # head, tail, ring_mask, ring_entries, .
 _EVENTFD_DISABLED: Final = 1  # IORING_CQ_EVENTFD_DISABLED, since Linux 5.8
 _WORD: Final = struct.Struct("<I")
 _WORD_MASK: Final = 0xFFFFFFFF
+_FRUITLESS_CALLS: Final = 8  # in a row that the kernel may be interrupted in, or take nothing, before reads fail
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -125,21 +126,31 @@ class Ring:
         self._prepared.append(token)
 
     def submit(self) -> None:
-        """Let the kernel begin what was prepared; what it refuses completes with the error number."""
+        """Let the kernel begin what was prepared; what it refuses completes with the error number.
+
+        So does, with EINTR or EAGAIN, what it has not taken after a few calls that were interrupted or took nothing.
+        """
+        fruitless = 0
         while self._prepared:
             _WORD.pack_into(self._rings, self._sq_tail, self._tail)
             try:
-                taken = _call(_ENTER, self._fd, len(self._prepared))
-            except InterruptedError:
-                continue
+                taken, refusal = _call(_ENTER, self._fd, len(self._prepared)), errno.EAGAIN
             except OSError as error:
-                self._known += [(token, -(error.errno or errno.EIO)) for token in self._prepared]
-                self._tail = (self._tail - len(self._prepared)) & _WORD_MASK
-                _WORD.pack_into(self._rings, self._sq_tail, self._tail)
-                self._prepared.clear()
-                os.eventfd_write(self._event, 1)
-                return
+                taken, refusal = 0, error.errno or errno.EIO
+                if refusal != errno.EINTR:
+                    fruitless = _FRUITLESS_CALLS
             del self._prepared[:taken]
+            fruitless = 0 if taken else fruitless + 1
+            if fruitless >= _FRUITLESS_CALLS:
+                self._refuse(refusal)
+
+    def _refuse(self, number: int) -> None:
+        """Take back what was prepared and let it complete with an error number."""
+        self._known += [(token, -number) for token in self._prepared]
+        self._tail = (self._tail - len(self._prepared)) & _WORD_MASK
+        _WORD.pack_into(self._rings, self._sq_tail, self._tail)
+        self._prepared.clear()
+        os.eventfd_write(self._event, 1)
 
     def completed(self) -> list[tuple[int, int]]:
         """Return what has completed since the last call: tokens, and bytes read or negative error numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -20,6 +21,8 @@ from mer.io.metering import ReaderStatistics
 from mer.io.operation import ReadOperation, check_promotion
 from mer.io.priority import Priority
 from mer.io.ring import Ring, RingAddresses
+
+logger = logging.getLogger(__name__)
 
 
 @attrs.define(eq=False)
@@ -189,6 +192,9 @@ class RingReader(FileReader):
                     await trio.lowlevel.wait_readable(ring.fileno())
                 self._waiting, self._wait_s = trio.CancelScope(), math.inf
                 self._collect(ring)
+        except Exception as error:  # an error of a system task would end the whole run
+            logger.exception("the task that reads has died")
+            self._fail(error)
         finally:
             self._open = False
             ring.close()
@@ -223,8 +229,9 @@ class RingReader(FileReader):
             partial = reading.partial or PartialRead(file, start, needed)
             try:
                 if result < 0:
-                    raise partial.failure(-result)
-                partial.add(result)
+                    partial.refused(-result)
+                else:
+                    partial.add(result)
                 if not partial.complete:
                     reading.partial = partial
                     self._prepare(ring, reading)

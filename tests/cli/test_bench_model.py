@@ -127,7 +127,7 @@ def test_csv(capsys: pytest.CaptureFixture[str]) -> None:
         (["-p", "256"], 2, "pp256 needs 257 positions; the model was trained for 256"),
         (["-o", "xml"], 2, "xml"),
         (["--policy", "lru"], 2, "lru"),
-        (["--memory", "8"], 2, "not a size"),
+        (["--memory", "8X"], 2, "not a size"),
         (["--memory", "64MiB"], 4, "the smallest that works"),
         (["--memories", "2GiB,64MiB"], 4, "the smallest that works"),
         (["--memories", "2GiB,"], 2, "--memories"),

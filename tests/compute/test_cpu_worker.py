@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import trio
 
+from mer.compute import cpu
 from mer.compute.cpu import CPUWorker, Team
 from mer.compute.forward import Forward
+from mer.compute.kernels.runtime import follow
 from mer.compute.kernels.step import Step
 from mer.compute.kernels.target import FORM
 from mer.compute.program import Memory, Program
@@ -308,3 +310,43 @@ async def test_a_thread_that_the_system_refuses_is_an_error_and_leaves_none_behi
     with pytest.raises(ConfigError, match=rf"refuses compute thread {refused} of 3 .*use fewer threads"):
         worker.start_threads()
     assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize("when", ["before a job", "in a job"])
+async def test_a_thread_that_dies_ends_the_worker_with_its_reason(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The thread's part of the job is never done: nobody may wait for it."""
+    release, started = threading.Event(), threading.Event()
+
+    def dying(control: int, number: int, n_threads: int) -> None:
+        if number == 1:
+            if when == "in a job":
+                release.wait()
+            else:
+                started.wait()
+            raise MemoryError("for the test")
+        follow(control, number, n_threads)
+
+    monkeypatch.setattr(cpu, "follow", dying)
+    worker = CPUWorker(cast(Forward, Script(act=lambda _layer: release.set())), 2)
+    worker.start_threads()
+    dying_thread = next(thread for thread in threading.enumerate() if thread.name == "mer-cpu-1")
+    started.set()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.run)
+            job = Job((Begin(some_batch()), Attend(0), Combine(0)))
+            await worker.jobs.send(job)
+            done = await worker.results.receive()
+            if done.error is None:  # the others have done it all; the next one fails
+                await trio.to_thread.run_sync(dying_thread.join)
+                await worker.jobs.send(job)
+                done = await worker.results.receive()
+            assert isinstance(done.error, ComputeError)
+            assert "compute thread 1 died: MemoryError: for the test" in str(done.error)
+            with pytest.raises(trio.EndOfChannel):
+                await worker.results.receive()
+        assert "compute thread 1 died" in worker.failure
+    finally:
+        release.set()
+        worker.close()
+        worker.close()

@@ -83,6 +83,38 @@ def test_errors_are_results(path: Path) -> None:
     ring.close()
 
 
+@pytest.mark.parametrize("number", [0, errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EFAULT])
+def test_a_kernel_that_takes_nothing_is_not_asked_for_ever(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import mer.io.ring as module
+
+    ring = Ring(4)
+    calls: list[int] = []
+
+    def fake(_number: int, *arguments: int) -> int:
+        calls.append(arguments[1])
+        assert len(calls) < 100
+        if number:
+            raise OSError(number, os.strerror(number))
+        return 0
+
+    fd = os.open(path, os.O_RDONLY)
+    memory = np.zeros(4096, dtype=np.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_call", fake)
+        for token in range(3):
+            ring.read(fd, memory.ctypes.data, 100, 0, token)
+        ring.submit()
+    assert complete(ring, 3) == dict.fromkeys(range(3), -(number or errno.EAGAIN))
+    assert len(calls) > 1 or number not in (0, errno.EINTR)
+    ring.read(fd, memory.ctypes.data, 77, 0, 9)
+    ring.submit()
+    assert complete(ring, 1) == {9: 77}
+    ring.close()
+    os.close(fd)
+
+
 def test_what_the_kernel_refuses_completes_with_its_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mer.io.ring as module
 

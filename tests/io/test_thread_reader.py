@@ -143,6 +143,30 @@ async def test_short_reads_go_on(
     assert not any(left.values())
 
 
+@pytest.mark.parametrize("most", [512, 1536, 5000])
+@pytest.mark.parametrize("refuses_sectors", [False, True])
+async def test_a_drive_may_give_little_at_a_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch, most: int, *, refuses_sectors: bool
+) -> None:
+    def fake(fd: int, buffers: list[Any], offset: int) -> int:
+        assert offset % 512 == 0
+        if refuses_sectors and offset % 4096:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        got = os.pread(plain, min(most, len(buffers[0])), offset)
+        buffers[0][: len(got)] = got
+        return len(got)
+
+    plain = os.open(path, os.O_RDONLY)
+    with ThreadReader([path], chunk_bytes=65536) as reader:
+        patch_preadv(monkeypatch, fake)
+        if refuses_sectors and most < 4096:
+            with pytest.raises(ReadError, match="reads in a row brought nothing"):
+                await read_extent(reader, 0, 7, SIZE - 7)
+        else:
+            assert (await read_extent(reader, 0, 7, SIZE - 7) == content(0, 0, 7, SIZE - 7)).all()
+    os.close(plain)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EAGAIN, errno.EINTR, errno.EINVAL, errno.ESTALE])
 async def test_an_error_is_reported_at_once_with_its_place(
     path: Path, monkeypatch: pytest.MonkeyPatch, number: int

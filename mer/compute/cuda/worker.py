@@ -126,6 +126,7 @@ class CUDAWorker:
         self.resident_rows = limits.resident_rows(spec) if experts.alike else 0  # see `ComputeWorker`
         self._y = device.zeros(limits.batch_tokens * spec.top_k, spec.d_model)
         self._passes = None
+        self._failure = ""
         if isinstance(dense, DeviceForward):
             self._passes = TokenPasses(device, dense, self._run_chosen, spec.n_layers)
         self._thread = CallThread("mer-cuda-0")
@@ -155,6 +156,11 @@ class CUDAWorker:
             self._experts = self._passes = None
             self._device.close()
 
+    @property
+    def failure(self) -> str:
+        """Why nothing can be computed any more; empty as long as it can."""
+        return self._failure
+
     def disown(self) -> None:
         """Let a forked child be: its copy of the thread does not run, so that no job of its gets to the device."""
 
@@ -165,6 +171,7 @@ class CUDAWorker:
                 done = await self._run_job(job)
                 await self._results.send(done)
                 if isinstance(done.error, DeviceError) and done.error.fatal:
+                    self._failure = f"its device failed: {done.error}"
                     return
 
     def statistics(self) -> WorkerStatistics:
