@@ -210,6 +210,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             bytes_read=lambda: fetcher.bytes_read,
             prefetcher=None if guessing is None else guessing.prefetcher,
             on_routed=residency.routed,
+            where=str(config.path),
         )
         settings = settings_in_force(config, plan, model, computing, pinned, arena, opened, cache, job_reads_reason)
         load_s = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -237,6 +238,31 @@ async def test_damaged_experts_fail_those_they_compute_and_nobody_else(tmp_path:
     failed = {number for number, result in got.items() if isinstance(result, mer.NumericsError)}
     assert 0 < len(failed) < len(prompts)
     assert all(got[number] == want[number] for number in set(got) - failed)
+
+
+@pytest.mark.parametrize("slots", [3, 16])
+async def test_experts_that_are_damaged_in_memory_are_read_again(tiny: TinyModel, slots: int) -> None:
+    async with mer.open_engine(tiny.path, memory=MEMORY, slots=slots, prefetch="off") as engine:
+        want = await engine.generate([7, 8, 9], max_tokens=6)
+        cache = engine._scheduler._store.cache
+        for layer in range(engine.spec.n_layers):
+            for key, resident in cache.items():
+                if key[0] == layer:
+                    ctypes.memset(resident.addresses[2], 0xFF, 64)  # NaN in the first row of the down matrix
+            before = engine.statistics().bytes_read
+            assert (await engine.generate([7, 8, 9], max_tokens=6)).tokens == want.tokens
+            assert engine.statistics().bytes_read > before
+        assert engine.statistics().scheduler.failed == 0
+        assert engine.statistics().pool.pinned == 0
+
+
+async def test_experts_that_are_damaged_in_the_file_are_read_twice_and_named(tmp_path: Path) -> None:
+    rows = np.full_like(tiny_model(tmp_path / "sound.gguf").weights["blk.1.ffn_down_exps.weight"], np.nan)
+    path = tiny_model(tmp_path / "damaged.gguf", tensors={"blk.1.ffn_down_exps.weight": rows}).path
+    async with mer.open_engine(path, memory=MEMORY) as engine:
+        with pytest.raises(mer.NumericsError, match=r"damaged\.gguf: .*also with experts read again.* get the file"):
+            await engine.generate([7], max_tokens=2)
+        assert engine.statistics().scheduler.batches == 2
 
 
 async def test_a_sampler_that_raises_fails_its_own_generation(

@@ -88,6 +88,7 @@ class Scheduler:
         prefetcher: guesses what layers to come need, or None.
         on_routed: told of each layer's union of experts in a batch: layer, rows, numbers of the experts in order.
         worth_bytes: see `LayerRun`.
+        where: the model file, for errors.
     """
 
     def __init__(
@@ -105,7 +106,9 @@ class Scheduler:
         prefetcher: Prefetcher | None = None,
         on_routed: Callable[[int, int, Seq[int]], None] | None = None,
         worth_bytes: int = WORTH_BYTES,
+        where: str = "the model file",
     ) -> None:
+        self._where = where
         self._prefetcher = prefetcher
         link = WorkerLink(worker.jobs, worker.results)
         self._walk = LayerWalk(
@@ -357,19 +360,47 @@ class Scheduler:
         assert done.logits is not None
         assert done.damaged is not None
         now_s, bytes_read = trio.current_time(), self._bytes_read()
-        for member, logits in zip(members, done.logits, strict=True):
+        damaged = set(done.damaged.tolist())
+        sound = [
+            damaged.isdisjoint(range(m.rows.start, m.rows.stop)) and bool(np.isfinite(logits).all())
+            for m, logits in zip(members, done.logits, strict=True)
+        ]
+        forgotten = 0 if all(sound) else self._forget_used()
+        for member, logits, is_sound in zip(members, done.logits, sound, strict=True):
             sequence, rows = member.sequence, member.rows
             if not member.alive:
                 continue
+            if not is_sound:
+                self._doubt(sequence, forgotten)
+                continue
+            sequence.doubted = False
             was_prefill = sequence.status is Status.PREFILL
             n_rows = rows.stop - rows.start
             if was_prefill and not sequence.tokens:
                 self._counters.prompt_tokens += n_rows
             wants_token = sequence.computed(n_rows)
-            if np.any((done.damaged >= rows.start) & (done.damaged < rows.stop)) or not np.isfinite(logits).all():
-                sequence.fail(NumericsError("the model gave NaN or infinity: the weights are damaged"))
-            elif wants_token:
+            if wants_token:
                 sequence.advance(logits, now_s, bytes_read)
                 self._counters.completion_tokens += sequence.error is None
             if sequence.error is None:
                 self._share(sequence)
+
+    def _forget_used(self) -> int:
+        """Drop the experts that the last batch has used, any of which may be damaged in memory; return how many."""
+        return sum(self._store.forget(layer, experts) for layer, experts in self._walk.used)
+
+    def _doubt(self, sequence: Sequence, forgotten: int) -> None:
+        """Let rows that gave NaN be computed again with experts that are read anew; fail them if that was done before.
+
+        A bit that has flipped in memory, or on the way there, is mended so. Nothing was noted of these rows, and what
+        they have written to the KV is written again.
+        """
+        if forgotten and not sequence.doubted:
+            sequence.doubted = True
+            return
+        again = ", also with experts read again" if sequence.doubted else ""
+        sequence.fail(
+            NumericsError(
+                f"{self._where}: the model gave NaN or infinity{again}: the weights are damaged; get the file again"
+            )
+        )

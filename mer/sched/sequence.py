@@ -52,6 +52,7 @@ class Sequence:
     status: Status = Status.WAITING
     cancelled: bool = False
     error: MerError | None = None
+    doubted: bool = False  # its last rows gave NaN; they are computed again, with experts that are read anew
     kv_tokens: int = 0  # positions whose KV is there, computed by this sequence or taken from others
     cached_tokens: int = 0  # prompt tokens among them that were taken from others
     tokens: list[int] = attrs.Factory(list)

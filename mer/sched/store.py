@@ -248,6 +248,20 @@ class ExpertStore:
             else:
                 self._discard((layer, loaded.expert))
 
+    def forget(self, layer: int, experts: Iterable[int]) -> int:
+        """Drop those of a layer's experts that are resident and not pinned, so that they are read again; count them.
+
+        What a worker holds in memory of its own cannot be forgotten: with a tier, nothing is.
+        """
+        forgotten = 0
+        for expert in experts if self._tier is None else ():
+            resident = self.cache[layer, expert] if (layer, expert) in self.cache else None
+            if resident is not None and self.pool.state(resident.slot) is SlotState.READY:
+                self.cache.drop((layer, expert))
+                self.pool.release(resident.slot)
+                forgotten += 1
+        return forgotten
+
     def _discard(self, key: ExpertKey) -> None:
         resident = self.cache.drop(key)
         self.pool.unpin(resident.slot)

@@ -47,6 +47,9 @@ class LayerWalk:
         prefetcher: guesses what layers to come need, or None.
         on_routed: told of each layer's union of experts in a batch: layer, rows, numbers of the experts in order.
         worth_bytes: see `LayerRun`.
+
+    Attributes:
+        used: the experts of each layer that the last batch has come to.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class LayerWalk:
         self._prefetcher = prefetcher
         self._on_routed = on_routed
         self._worth_bytes = worth_bytes
+        self.used: list[tuple[int, Seq[int]]] = []  # by the last batch: layer, numbers of its experts
 
     async def run(self, members: list[Member], batch: Batch) -> Done | None:
         """Run the layers; return None as soon as nobody wants the batch any more."""
         store = self._store
+        self.used.clear()
         operations: list[Operation] = [Begin(batch)]
         if self._prefetcher is not None:
             self._prefetcher.begin_pass()
@@ -120,6 +125,7 @@ class LayerWalk:
             assert done.expert_ids is not None
             ids = done.expert_ids
             union = union_of(ids, members)
+            self.used.append((layer, union))
             routed = partial(self._routed, layer, union, done, members)
             resident = store.pin_resident(layer, union)
             if resident is not None:
@@ -166,6 +172,7 @@ class LayerWalk:
             union = sorted(set(ids.ravel().tolist()))  # of those who have left meanwhile too
             used = [read for read in reads if read.layer == number]
             self._store.cache.passed(number, union, len(used))
+            self.used.append((number, union))
             for read in used:
                 self._store.keep(read)
             if self._on_routed is not None:
