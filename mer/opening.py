@@ -10,6 +10,7 @@ from types import TracebackType
 
 import trio
 
+from mer.address_space import check_address_space
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.computing import Computing, Worker, open_computing
 from mer.config import Activations, EngineConfig, Hybrid, IoEngine, KVType, PrefetchSetting, Progress
@@ -156,6 +157,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     home = Home()
     model = load_model(config)
     plan = plan_memory(model, config)
+    check_address_space(plan.used_bytes - private_bytes())
     tokenizer = await trio.to_thread.run_sync(Tokenizer.from_gguf, model.gguf)
     with OwnProcessStack() as stack:
         residency = await open_residency(config, model, plan)

@@ -16,6 +16,15 @@ def main() -> None:
     if not os.environ.get("OPENBLAS_NUM_THREADS"):
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+    from mer.address_space import check_libraries_fit
+    from mer.errors import NotEnoughMemory
+
+    try:
+        check_libraries_fit()  # what does not fit ends in the middle of an import
+    except NotEnoughMemory as error:
+        print(f"mer: {error}", file=sys.stderr)
+        sys.exit(4)
+
     from mer.cli.app import run_app
 
     sys.exit(run_app(sys.argv[1:]))
