@@ -32,6 +32,7 @@ class NewFile:
     def __init__(self, path: str | os.PathLike[str], mode: int = PRIVATE) -> None:
         self.path = Path(path)
         self._temporary: Path | None = None
+        self._process = os.getpid()
         name = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
             self._file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -93,7 +94,7 @@ class NewFile:
                 with naming(self.path):
                     os.close(file)
         finally:
-            if temporary is not None:
+            if temporary is not None and os.getpid() == self._process:  # else a forked child's parent goes on with it
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
 

@@ -255,10 +255,9 @@ class ExpertStore:
         """
         forgotten = 0
         for expert in experts if self._tier is None else ():
-            resident = self.cache[layer, expert] if (layer, expert) in self.cache else None
-            if resident is not None and self.pool.state(resident.slot) is SlotState.READY:
-                self.cache.drop((layer, expert))
-                self.pool.release(resident.slot)
+            key = layer, expert
+            if key in self.cache and self.pool.state(self.cache[key].slot) is SlotState.READY:
+                self.pool.release(self.cache.drop(key).slot)
                 forgotten += 1
         return forgotten
 

@@ -122,3 +122,18 @@ def test_permissions_are_what_the_umask_leaves(mode: int, want: int, tmp_path: P
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "missing" / "file", b"")
+
+
+def test_a_forked_child_leaves_the_file_to_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    with NewFile(path) as file:
+        file.write(b"abc")
+        child = os.fork()
+        if child == 0:
+            try:
+                file.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        file.commit()
+    assert path.read_bytes() == b"abc"
