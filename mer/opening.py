@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 
 import trio
@@ -15,10 +15,12 @@ from mer.compute.kernels.kv_layout import KV_TILE
 from mer.computing import Computing, Worker, open_computing
 from mer.config import Activations, EngineConfig, Hybrid, IoEngine, KVType, PrefetchSetting, Progress
 from mer.engine import Engine
+from mer.errors import EngineClosed
 from mer.home import Home, OwnProcessStack, apart_from_children
 from mer.in_force import settings_in_force
 from mer.io.arena import Arena
 from mer.io.fetch import Fetcher
+from mer.io.file_reader import FileReader
 from mer.io.mirror import mirror_paths
 from mer.io.open_reader import open_reader
 from mer.io.pool import BufferPool, demand_reserve
@@ -147,6 +149,26 @@ async def open_engine(
                 engine.close()
 
 
+@contextmanager
+def _reading(reader: FileReader) -> Iterator[None]:
+    """Let what waits for a reader fail when the reader does.
+
+    Raises:
+        EngineClosed: the reader can read nothing more.
+    """
+    failures: list[str] = []
+    with trio.CancelScope() as scope:
+
+        def stop(why: str) -> None:
+            failures.append(why)
+            scope.cancel()
+
+        reader.on_failure = stop
+        yield
+    if failures:
+        raise EngineClosed(f"the engine could not be opened: {failures[0]}")
+
+
 async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engine] = trio.TASK_STATUS_IGNORED) -> None:
     """Open a model, report the engine through `task_status`, and serve until it is closed or cancelled.
 
@@ -173,7 +195,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             )
         )
         reader = opened.reader
-        computing = await open_computing(config, model, plan, reader)
+        with _reading(reader):
+            computing = await open_computing(config, model, plan, reader)
         worker = computing.worker
         dense_bytes_read = reader.statistics().bytes_read
         arena = Arena(plan.slot_counts, plan.classes.slot_bytes)

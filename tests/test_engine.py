@@ -629,6 +629,18 @@ async def test_a_reader_that_dies_closes_the_engine_with_its_reason(
             await engine.generate([5], max_tokens=1)
 
 
+async def test_a_reader_that_dies_while_an_engine_opens_is_why_it_does_not(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(*_arguments: object) -> None:
+        raise ValueError("for the test")
+
+    monkeypatch.setattr("mer.io.reader.ThreadReader._finish", dying)
+    with pytest.raises(mer.EngineClosed, match="not be opened: reading has stopped: ValueError: for the test"):
+        async with mer.open_engine(tiny.path, memory=MEMORY, slots=4, threads=1, io_engine="threads"):
+            pass
+
+
 async def test_without_compiled_kernels_an_engine_does_not_open(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
