@@ -170,19 +170,13 @@ def test_a_thread_that_is_held_up_holds_up_only_the_unit_it_has(n_threads: int) 
 
 
 def test_nobody_waits_for_a_thread_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[int] = []
+    follow = Team._follow
 
-    def start_but_one(function: object, control: int, number: int, n_threads: int, *, name: str) -> threading.Thread:
-        started.append(number)
-        if number == 1:
-            target, arguments = (lambda: None), ()
-        else:
-            target, arguments = function, (control, number, n_threads)  # type: ignore[assignment]
-        thread = threading.Thread(target=target, args=arguments, name=name)
-        thread.start()
-        return thread
+    def follow_but_one(it: Team, control: int, number: int) -> None:
+        if number != 1:
+            follow(it, control, number)
 
-    monkeypatch.setattr("mer.compute.cpu.start_thread", start_but_one)
+    monkeypatch.setattr(Team, "_follow", follow_but_one)
     memory = Memory(4 * 10)
     program = Program()
     for _ in range(100):
@@ -190,7 +184,6 @@ def test_nobody_waits_for_a_thread_that_never_comes(monkeypatch: pytest.MonkeyPa
         program.barrier()
     with team(3) as it:
         run(it, program)
-    assert started == [0, 1, 2]
     assert (memory.ints(memory.address, 10) == 100).all()
 
 
