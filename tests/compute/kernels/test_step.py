@@ -49,15 +49,7 @@ def output(done: subprocess.CompletedProcess[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-COMPILE_ALL = """
-from mer.compute.forward import steps_for
-from mer.compute.kernels.matmul import STEPS
-from mer.compute.scratch import KV_KINDS
-from mer.io.ggml import GGMLType
-kinds = [GGMLType(kind) for kind in STEPS]
-steps = {step.name: step for planes in (1, 2) for kv in KV_KINDS for step in steps_for(kinds, planes, kv)}
-print(*(f"{name} {step.compile()}" for name, step in steps.items()), sep="\\n")
-"""
+COMPILE_ALL = "from tests._lib.all_kernels import main; main([])"
 
 
 def test_the_second_process_finds_every_kernel_in_the_cache() -> None:
