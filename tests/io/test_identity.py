@@ -28,7 +28,7 @@ async def test_a_part_that_is_replaced_after_its_header_was_read_is_not_read(tmp
         twin.write_bytes(paths[2].read_bytes())
         twin.replace(paths[2])
         assert (await read_extent(reader, 2, 0, 10)).tobytes() == part(2)[:10]  # what is open stays what it was
-    with pytest.raises(FileChanged, match=r"00003-of-00003.gguf is not as it was .*another file has taken its name"):
+    with pytest.raises(FileChanged, match=r"00003-of-00003.gguf: is not as it was .*another file has taken its name"):
         ThreadReader(header.paths, expected=header.identities).__enter__()
 
 
