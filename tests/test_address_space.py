@@ -57,7 +57,7 @@ def test_the_limit_counts_what_is_mapped_and_what_is_to_come(monkeypatch: pytest
         else:
             with pytest.raises(NotEnoughMemory, match="ulimit -v") as caught:
                 check_address_space(needed)
-            assert caught.value.needed_bytes > limit
+            assert caught.value.needed_bytes > caught.value.budget_bytes == limit
 
 
 def test_no_limit_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
