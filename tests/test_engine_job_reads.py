@@ -184,7 +184,8 @@ def test_after_a_slow_read_jobs_read_nothing_for_a_while(tmp_path: Path, monkeyp
         impatient(monkeypatch)
         monkeypatch.setattr("mer.io.fetch._LOANS_TO_SKIP", 10**9)
         _, statistics = await generate(model(tmp_path), PROMPTS, slots=12, io_engine="io_uring")
-        assert 0 < statistics.fetcher.by_jobs == statistics.fetcher.handed_over < 0.1 * statistics.fetcher.started
+        fetcher = statistics.fetcher  # a read may have landed before its job looked; that one was not slow
+        assert 0 < fetcher.handed_over <= fetcher.by_jobs < 0.1 * fetcher.started
 
     trio.run(main)
 
