@@ -3,9 +3,9 @@
 Usage: python benchmarks/neighbours.py MODEL [--memory SIZE] [--tokens N] [--rounds N] [--loops N ...] [--vs BINARY]
 
 For each number of busy loops (processes that never sleep, of the same niceness) every number of threads generates the
-same tokens in turns. The ratio is that of the default to the best fixed number, by medians; what others take shows in
-the rate beside no loop at all. --vs lets llama.cpp's llama-bench generate as many tokens with as many threads as the
-processors in its turn.
+same tokens in turns, whose order rotates. The ratio is that of the default to the best fixed number, by medians; what
+others take shows in the rate beside no loop at all. --vs lets llama.cpp's llama-bench generate as many tokens in its
+turn, with as many threads as the default.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ async def main(arguments: argparse.Namespace) -> None:
             rates: dict[int | None, list[float]] = {threads: [] for threads in engines}
             llama: list[float] = []
             with busy_loops(loops):
-                for _ in range(arguments.rounds):
-                    for threads, engine in engines.items():
-                        rates[threads].append(await rate(engine, arguments.tokens))
+                for number in range(arguments.rounds):
+                    turns = list(engines)
+                    for threads in turns[number % len(turns) :] + turns[: number % len(turns)]:
+                        rates[threads].append(await rate(engines[threads], arguments.tokens))
                     if arguments.vs is not None:
                         case = Case(n_gen=arguments.tokens)
                         line = command(arguments.vs, path, case, default_threads(), "f16")
