@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import resource
-from pathlib import Path
 from typing import Final
 
 from mer.errors import NotEnoughMemory
+from mer.system import mapped_bytes
 from mer.units import format_bytes
 
 # What the interpreter, NumPy, numba and LLVM map before anything of a model is read: 400 MiB, and room to import them.
@@ -38,10 +37,7 @@ def check_address_space(anonymous_bytes: int) -> None:
     Raises:
         NotEnoughMemory: the limit is too small.
     """
-    status = Path("/proc/self/status").read_text()
-    mapped = re.search(r"^VmSize:\s+(\d+) kB", status, re.MULTILINE)
-    mapped_bytes = int(mapped[1]) * 1024 if mapped else 0
-    _check(mapped_bytes + max(0, anonymous_bytes) + HEAP_BYTES, "for this budget and this model")
+    _check(mapped_bytes() + max(0, anonymous_bytes) + HEAP_BYTES, "for this budget and this model")
 
 
 def _check(needed_bytes: int, what: str) -> None:

@@ -28,6 +28,11 @@ def peak_rss_bytes(proc: Path = PROC) -> int:
     return _kib((proc / "self/status").read_text(), "VmHWM")
 
 
+def mapped_bytes(proc: Path = PROC) -> int:
+    """Return the size of this process's address space (VmSize), whatever of it is in memory."""
+    return _kib((proc / "self/status").read_text(), "VmSize")
+
+
 def cgroup_limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Return the smallest memory limit of this process's control groups (v1 or v2), or None if there is none.
 
