@@ -257,14 +257,14 @@ class ExpertStore:
         for expert in experts if self._tier is None else ():
             key = layer, expert
             if key in self.cache and self.pool.state(self.cache[key].slot) is SlotState.READY:
-                self.pool.release(self.cache.drop(key).slot)
+                self.pool.release(self._left(self.cache.drop(key)))
                 forgotten += 1
         return forgotten
 
     def _discard(self, key: ExpertKey) -> None:
-        resident = self.cache.drop(key)
-        self.pool.unpin(resident.slot)
-        self.pool.release(resident.slot)
+        slot = self._left(self.cache.drop(key))
+        self.pool.unpin(slot)
+        self.pool.release(slot)
 
     def _pinned(self, expert: int, resident: Resident) -> LoadedExpert:
         self.pool.pin(resident.slot)
@@ -309,7 +309,7 @@ class ExpertStore:
 
     def _taken(self, victim: ExpertKey) -> None:
         """Forget a resident whose slot a job has taken; called by the fetcher."""
-        self.pool.refill(self.cache.evict(victim).slot)
+        self.pool.refill(self._left(self.cache.evict(victim)))
 
     def drop(self, reads: Iterable[JobRead]) -> None:
         """Give up what a job that has failed has read."""
@@ -471,11 +471,13 @@ class ExpertStore:
             victim = self.cache.evict_for(layer, self._evictable(kind), kind=kind)
         if victim is None and ticket.priority is Priority.DEMAND and self._ahead:
             victim = self.cache.evict_for(layer, self._evictable(kind, spare_ahead=False), kind=kind)
-        if victim is None:
-            return None
-        if victim.speculation is not None:
-            self._speculation[victim.speculation].evicted_unused += 1
-        return victim.slot
+        return None if victim is None else self._left(victim)
+
+    def _left(self, resident: Resident) -> int:
+        """Return the slot of an expert that has left the cache, after counting the guess that brought it in vain."""
+        if resident.speculation is not None:
+            self._speculation[resident.speculation].evicted_unused += 1
+        return resident.slot
 
     def _evictable(self, kind: int, *, spare_ahead: bool = True) -> Callable[[ExpertKey], bool]:
         """Return whether an expert's slot is of a kind, unpinned, and, with `spare_ahead`, not what is read ahead."""

@@ -372,3 +372,18 @@ async def test_nothing_leaves_for_a_guess_while_the_worker_may_use_any_expert(au
         rig.store.keeps_all = False
         assert rig.store.price((1, 4)) is not None
         rig.check_conservation()
+
+
+async def test_a_guess_that_is_forgotten_before_its_use_was_in_vain(autojump_clock: MockClock) -> None:
+    async with open_rig(4) as rig:
+        await rig.use(0, 0)
+        assert rig.store.prefetch((0, 1), 0.99)
+        await rig.settle()
+        loaded, _ = rig.store.claim(1, (0,))
+        await rig.settle()
+        assert rig.store.forget(0, (0, 1, 2)) == 2
+        assert rig.store.forget(1, (0,)) == 0, "it is pinned"
+        assert rig.resident() == {(1, 0)}
+        assert counts(rig, PREFETCH) == {"issued": 1, "evicted_unused": 1}
+        rig.check_conservation()
+        assert loaded == []
