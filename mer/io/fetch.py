@@ -30,6 +30,7 @@ ExpertKey: TypeAlias = tuple[int, int]
 
 DEFAULT_READ_DEADLINE_S: Final = 30.0
 _ROUNDING_S: Final = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once
+_LOOK_EVERY_S: Final = 1.0
 _LATE_S: Final = 1.0  # a look that comes so late: the process was stopped, or the event loop held up
 _LOANS_TO_SKIP: Final = 64  # after reads that a job has not waited for: the disk is slow, and the way to it no matter
 _DOWN: Final = 2  # index of the down projection: gate and up come before it in the order of parts
@@ -189,6 +190,7 @@ class Fetcher:
         self._in_flight: dict[ExpertKey, Fetch] = {}
         self._outstanding: dict[ReadOperation, tuple[Fetch, int]] = {}  # started and not landed
         self._written_off: set[ReadOperation] = set()  # of them
+        self._excused_s: dict[ReadOperation, float] = {}  # of them: how long nobody could hear of their end
         self._retries: list[tuple[float, int, Fetch, int]] = []  # a heap: when, in which order, which part
         self._next_look_s = inf  # when the outstanding reads are looked at for stuck ones
         self._changed = trio.Event()
@@ -396,9 +398,7 @@ class Fetcher:
             while self._retries and self._retries[0][0] <= now_s:
                 _, _, fetch, index = heapq.heappop(self._retries)
                 self._retry(fetch, index)
-            if now_s - self._next_look_s > _LATE_S:  # what has come meanwhile is still to be heard of
-                self._next_look_s = now_s + _LATE_S
-            elif self._next_look_s <= now_s:
+            if self._next_look_s <= now_s:
                 self._look_for_stuck(now_s)
             with trio.move_on_at(min(self._next_look_s, self._retries[0][0] if self._retries else inf)):
                 await self._changed.wait()
@@ -463,13 +463,14 @@ class Fetcher:
             self._outstanding[fetch._reads[index]] = fetch, index
         self._counts.reads_started += len(indices)
         if self._next_look_s == inf:
-            self._next_look_s = trio.current_time() + self._deadline_s
+            self._next_look_s = trio.current_time() + min(self._deadline_s, _LOOK_EVERY_S)
             self._changed.set()
 
     def _read_landed(self, fetch: Fetch, index: int, read: ReadOperation) -> None:
         """Account for one read that has ended, and for the whole fetch if that decides it."""
         del self._outstanding[read]
         self._written_off.discard(read)
+        self._excused_s.pop(read, None)
         fetch._reading.discard(index)
         if read.error is None:
             self._counts.reads_landed += 1
@@ -532,12 +533,20 @@ class Fetcher:
             self._counts.retried += 1
 
     def _look_for_stuck(self, now_s: float) -> None:
-        """Give up reads that have been at one chunk for the deadline or longer; see to it that none is missed."""
+        """Give up reads that have been at one chunk for the deadline or longer; see to it that none is missed.
+
+        A look that comes late says that the process did not run, which is no fault of the disk. One look at the end
+        would not do: the process may have been stopped until shortly before it.
+        """
+        late_s = now_s - self._next_look_s
+        if late_s > _LATE_S:
+            for read in self._outstanding:
+                self._excused_s[read] = self._excused_s.get(read, 0.0) + late_s
         oldest_s = 0.0
         for read, (fetch, _) in list(self._outstanding.items()):
             if read in self._written_off or read not in self._outstanding:
                 continue
-            stalled_s = self._reader.stalled_s(read)
+            stalled_s = self._reader.stalled_s(read) - self._excused_s.get(read, 0.0)
             if stalled_s < self._deadline_s - _ROUNDING_S:
                 oldest_s = max(oldest_s, stalled_s)
                 continue
@@ -548,7 +557,7 @@ class Fetcher:
                 path, reason = self._reader.paths[read.file], f"no answer for {format_duration(stalled_s)}"
                 self._fail(fetch, read.file, ReadTimeout(path, read.start, read.needed, reason))
         waiting = len(self._outstanding) > len(self._written_off)
-        self._next_look_s = now_s + self._deadline_s - oldest_s if waiting else inf
+        self._next_look_s = now_s + min(self._deadline_s - oldest_s, _LOOK_EVERY_S) if waiting else inf
 
     def _fail(self, fetch: Fetch, file: int, error: ReadError) -> None:
         """End a fetch because a read of a file has failed for good."""

@@ -403,9 +403,31 @@ async def test_while_the_process_was_stopped_nothing_was_hanging(mock_clock: Moc
             await wait_all_tasks_blocked()
             await fetch.wait()
             rig.check_bytes(fetch)
+        for _ in range(28):
+            mock_clock.jump(1)
+            await wait_all_tasks_blocked()
+        assert fetch.error is None
         mock_clock.jump(1)
         await wait_all_tasks_blocked()
         assert isinstance(fetch.error, ReadTimeout) is not returns
+        disk.let_return()
+
+
+async def test_stops_do_not_count_wherever_they_fall(mock_clock: MockClock) -> None:
+    async with open_rig(experts=big_experts(N_BYTES), profile=INSTANT) as (rig, disk):
+        hang_part(rig, disk, 0, 1)
+        fetch = rig.start(0, 0)
+        await wait_all_tasks_blocked()
+        for seconds in (1, 1, 26, 1, 1, 40, 1):  # the first stop ends before the deadline, the second behind it
+            mock_clock.jump(seconds)
+            await wait_all_tasks_blocked()
+        assert fetch.error is None
+        for _ in range(23):
+            assert fetch.error is None
+            mock_clock.jump(1)
+            await wait_all_tasks_blocked()
+        with pytest.raises(ReadTimeout, match=r"no answer for 30\.00 s"):
+            await fetch.wait()
         disk.let_return()
 
 
