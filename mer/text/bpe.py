@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import groupby
 
 from mer.io.gguf_file import GGUFFile
 from mer.quoting import quoted
@@ -127,8 +128,8 @@ class BpeCodec:
         if self._unspeakable:
             data = bytes([_BYTE_OF[character] for character in word])
             if not self._unspeakable.isdisjoint(data):
-                spoken = [c if self._unspeakable.isdisjoint(c.encode()) else "\0" for c in data.decode()]
-                parts = "".join(spoken).split("\0")
+                spoken = groupby(data.decode(), lambda character: self._unspeakable.isdisjoint(character.encode()))
+                parts = ["".join(characters) for can_be, characters in spoken if can_be]
                 return [i for part in parts for i in self._joined("".join(_CHARACTERS[b] for b in part.encode()))]
         return self._joined(word)
 

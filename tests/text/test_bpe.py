@@ -187,6 +187,7 @@ def test_what_a_vocabulary_has_no_bytes_for_is_left_out_and_nothing_else(tmp_pat
     tokenizer = Tokenizer.from_gguf(vocabularies.parsed(tmp_path, metadata | {"tokenizer.ggml.tokens": tokens}))
     assert tokenizer.decode(tokenizer.encode("fine")) == "fine"
     assert tokenizer.decode(tokenizer.encode("a\x04b \U00045678\x14the token\x14")) == "ab the token"
+    assert tokenizer.decode(tokenizer.encode("##\0\x14\0x")) == "##\0\0x", "what can be spelled beside it is kept"
     assert tokenizer.encode("\x14", add_bos=False) == []
 
 
