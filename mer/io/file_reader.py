@@ -235,8 +235,8 @@ class FileReader(abc.ABC):
 
     def _fail(self, error: BaseException) -> None:
         """Read nothing more, as what reads has died of an error that is a defect; in the trio thread."""
-        self._open = False
         self.on_failure(f"reading has stopped: {type(error).__name__}: {error}")
+        self.close()  # or idle threads would wait for ever
 
     @abc.abstractmethod
     def _land(self) -> None:

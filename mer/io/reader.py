@@ -146,17 +146,18 @@ class ThreadReader(FileReader):
             assert self._token is not None
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._fail, error)
+        finally:
+            with self._lock:
+                self._alive -= 1
+                last = self._alive == 0
+            if last:  # before that a read might still use them
+                self._close_files()
 
     def _read_chunks(self, copy: int) -> None:
         while (chunk := self._take(copy)) is not None:
             if not self._finish(chunk, self._read(chunk)):
                 break
             del chunk  # an idle thread keeps no memory alive
-        with self._lock:
-            self._alive -= 1
-            last = self._alive == 0
-        if last:  # before that a read might still use them
-            self._close_files()
 
     def _take(self, copy: int) -> Chunk | None:
         """Wait for a chunk to read; None when the thread is to end."""

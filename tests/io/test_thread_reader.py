@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import trio
 
-from mer.errors import ConfigError, FileChanged, ReadError
+from mer.errors import ConfigError, EngineClosed, FileChanged, ReadError
 from mer.io.identity import FileIdentity
 from mer.io.operation import ReadOperation, read_extent
 from mer.io.priority import Priority
@@ -396,6 +396,32 @@ def test_a_read_may_end_after_the_event_loop(path: Path, monkeypatch: pytest.Mon
     join(threads)  # an exception in them would be a warning, and so a failure
     assert landed == []
     assert open_fds() == before
+
+
+async def test_when_one_thread_dies_none_is_left(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(_reader: ThreadReader, chunk: object, error: object) -> bool:
+        raise ValueError("for the test")
+
+    before = open_fds()
+    failed = trio.Event()
+    said: list[str] = []
+
+    def on_failure(why: str) -> None:
+        said.append(why)
+        failed.set()
+
+    with ThreadReader([path], n_threads=3) as reader:
+        threads = io_threads()
+        assert len(threads) == 3
+        reader.on_failure = on_failure
+        monkeypatch.setattr(ThreadReader, "_finish", dying)
+        reader.start(Landings().operation(0, 100))
+        await failed.wait()
+        assert said == ["reading has stopped: ValueError: for the test"]
+        join(threads)
+        assert open_fds() == before
+        with pytest.raises(EngineClosed):
+            reader.start(Landings().operation(0, 100))
 
 
 async def test_idle_threads_keep_no_memory_alive(path: Path) -> None:
