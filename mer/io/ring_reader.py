@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -31,6 +32,7 @@ class _Reading:
 
     chunk: Chunk
     partial: PartialRead | None = None  # once less has come than was asked for
+    in_place: bool = False  # the kernel has no thread for it: it is begun in ours
 
 
 class RingUnavailable(ConfigError):
@@ -224,6 +226,10 @@ class RingReader(FileReader):
         start = operation.start + chunk.begin
         needed = min(operation.needed, chunk.end) - chunk.begin
         error = None
+        if result == -errno.ECANCELED and not reading.in_place:  # what a thread of the kernel that it lacks would do
+            reading.in_place = True
+            self._prepare(ring, reading)
+            return
         if result < needed or reading.partial is not None:
             file = self._drives[chunk.copy][operation.file]
             partial = reading.partial or PartialRead(file, start, needed)
@@ -270,7 +276,9 @@ class RingReader(FileReader):
         self._reading[token] = reading
         self._busy[chunk.copy] += 1
         address, offset = operation.address + begin, operation.start + begin
-        ring.read(file.fileno(), address, chunk.end - begin, offset, token, aside=operation.untouched)
+        ring.read(
+            file.fileno(), address, chunk.end - begin, offset, token, aside=operation.untouched and not reading.in_place
+        )
 
     def _land(self) -> None:
         ended, self._ended, self._told = self._ended, [], False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from mer.errors import EngineClosed, ReadError
+from mer.io import ring as ring_module
 from mer.io.arena import map_anonymous
 from mer.io.open_reader import open_reader
 from mer.io.operation import ReadOperation, read_extent
@@ -226,6 +228,31 @@ async def test_only_reads_into_untouched_memory_go_aside(path: Path, monkeypatch
     assert seen == [True, False]
 
 
+@pytest.mark.parametrize("cancelled", [1, 2])
+async def test_a_read_that_no_thread_of_the_kernel_takes_is_begun_in_ours(
+    path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: int
+) -> None:
+    """The kernel cancels a read that it puts aside where the limit on processes allows it no thread."""
+    seen: list[bool] = []
+
+    class NoThreads(Ring):
+        def read(self, *arguments: int, aside: bool = False) -> None:
+            seen.append(aside)
+            super().read(*arguments, aside=aside)
+
+        def completed(self) -> list[tuple[int, int]]:
+            return [(token, -errno.ECANCELED if len(seen) <= cancelled else n) for token, n in super().completed()]
+
+    monkeypatch.setattr("mer.io.ring_reader.Ring", NoThreads)
+    with RingReader([path]) as reader:
+        if cancelled == 1:
+            assert (await read_extent(reader, 0, 1, 100) == content(0, 0, 1, 100)).all()
+        else:
+            with pytest.raises(ReadError, match="Operation canceled"):
+                await read_extent(reader, 0, 1, 100)
+    assert seen == [True, False]
+
+
 # --- closing ---
 
 
@@ -313,6 +340,31 @@ async def test_the_first_that_can_be_had_is_used_and_the_reason_given(
     refusal = r"refuses io_uring \(Operation not permitted\); read with threads"
     with pytest.raises(RingUnavailable, match=refusal), open_reader([path], io_engine="io_uring"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.EINVAL])
+@pytest.mark.parametrize("step", ["setup", "map", "eventfd", "register"])
+async def test_whatever_step_of_the_ring_is_refused_threads_read_and_nothing_is_left(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: str
+) -> None:
+    def refused(*_arguments: object, **_settings: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = open_fds()
+    with monkeypatch.context() as patch:
+        if step in ("setup", "register"):
+            call, refusals = ring_module._call, {"setup": ring_module._SETUP, "register": ring_module._REGISTER}
+            patch.setattr(ring_module, "_call", lambda n, *rest: (refused if n == refusals[step] else call)(n, *rest))
+        elif step == "map":
+            real = mmap.mmap
+            patch.setattr(mmap, "mmap", lambda fd, *rest, **more: (real if fd < 0 else refused)(fd, *rest, **more))
+        else:
+            patch.setattr("mer.io.ring.os.eventfd", refused)
+        with open_reader([path]) as opened:
+            assert opened.reader.engine == "threads"
+            assert opened.reason == f"the system refuses io_uring ({os.strerror(number)})"
+            assert (await read_extent(opened.reader, 0, 1, 100) == content(0, 0, 1, 100)).all()
+    await settled(lambda: open_fds() == before)
 
 
 async def test_files_that_allow_no_direct_reads_are_read_by_threads(
