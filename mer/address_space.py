@@ -1,11 +1,13 @@
-"""Room in the address space (RLIMIT_AS, `ulimit -v`), asked for before libraries end the process for want of it."""
+"""Room in the address space (RLIMIT_AS, RLIMIT_DATA), asked for before libraries end the process for want of it."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
-from mer.errors import NotEnoughMemory
+from mer.errors import ConfigError, NotEnoughMemory
 from mer.system import mapped_bytes
 from mer.units import format_bytes
 
@@ -14,6 +16,8 @@ LIBRARY_BYTES: Final = 512 << 20
 # The C library reserves 64 MiB for the heap of each thread, and does without where it cannot; LLVM and OpenBLAS, which
 # do not, share what is left.
 HEAP_BYTES: Final = 256 << 20
+# Of what they map, 128 MiB are private and writable, before LLVM compiles anything.
+LIBRARY_DATA_BYTES: Final = 160 << 20
 
 
 def address_space_limit() -> int | None:
@@ -22,13 +26,27 @@ def address_space_limit() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
+def data_limit() -> int | None:
+    """Return the limit on what of it is private and writable in bytes (RLIMIT_DATA), or None if there is none."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def check_libraries_fit() -> None:
     """Refuse an address space in which the libraries could not even be loaded.
 
     Raises:
-        NotEnoughMemory: the limit is too small.
+        NotEnoughMemory: a limit is too small.
     """
     _check(LIBRARY_BYTES, "to load its libraries")
+    limit = data_limit()
+    if limit is not None and limit < LIBRARY_DATA_BYTES:
+        raise NotEnoughMemory(
+            f"the data of a process is limited to {format_bytes(limit)} (RLIMIT_DATA), and mer needs about "
+            f"{format_bytes(LIBRARY_DATA_BYTES)} to load its libraries: raise the limit (ulimit -d)",
+            budget_bytes=limit,
+            needed_bytes=LIBRARY_DATA_BYTES,
+        )
 
 
 def check_address_space(anonymous_bytes: int) -> None:
@@ -38,6 +56,34 @@ def check_address_space(anonymous_bytes: int) -> None:
         NotEnoughMemory: the limit is too small.
     """
     _check(mapped_bytes() + max(0, anonymous_bytes) + HEAP_BYTES, "for this budget and this model")
+
+
+@contextmanager
+def naming_refusals() -> Iterator[None]:
+    """Turn the system's refusal of memory or of a thread, which Python's own errors tell of, into one of mer's.
+
+    How much a library allocates in between cannot be foretold; what is large is asked for by `check_address_space`.
+
+    Raises:
+        NotEnoughMemory: in place of MemoryError.
+        ConfigError: in place of RuntimeError for a thread that could not be started.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        limits = [limit for limit in (address_space_limit(), data_limit()) if limit is not None]
+        raise NotEnoughMemory(
+            "the system refuses more memory: give a smaller --memory, or raise the limits on this process "
+            "(ulimit -v, ulimit -d)",
+            budget_bytes=min(limits, default=0),
+            needed_bytes=mapped_bytes(),
+        ) from error
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        raise ConfigError(
+            "the system refuses a thread; raise the limit on processes (ulimit -u), or that of the control group"
+        ) from error
 
 
 def _check(needed_bytes: int, what: str) -> None:

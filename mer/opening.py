@@ -10,7 +10,7 @@ from types import TracebackType
 
 import trio
 
-from mer.address_space import check_address_space
+from mer.address_space import check_address_space, naming_refusals
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.computing import Computing, Worker, open_computing
 from mer.config import Activations, EngineConfig, Hybrid, IoEngine, KVType, PrefetchSetting, Progress
@@ -175,6 +175,11 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     For services that own the nursery: `engine = await nursery.start(mer.run_engine, config)`. Raises as `open_engine`
     does.
     """
+    with naming_refusals():
+        await _run(config, task_status)
+
+
+async def _run(config: EngineConfig, task_status: trio.TaskStatus[Engine]) -> None:
     begun_s = time.perf_counter()
     home = Home()
     model = load_model(config)

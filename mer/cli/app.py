@@ -13,6 +13,7 @@ from typing import Annotated
 import trio
 from cyclopts import App, CycloptsError, Group, Parameter
 
+from mer.address_space import naming_refusals
 from mer.cli.bench import bench_app
 from mer.cli.console import StdoutConsole, note, stderr_console
 from mer.cli.environment import forget_empty, named
@@ -43,14 +44,15 @@ def run_app(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; what went wrong is a line on standard error."""
     forget_empty()
     try:
-        code = app(
-            list(arguments),
-            exit_on_error=False,
-            print_error=False,
-            console=StdoutConsole(),
-            error_console=stderr_console(),
-            result_action="return_value",
-        )
+        with naming_refusals():
+            code = app(
+                list(arguments),
+                exit_on_error=False,
+                print_error=False,
+                console=StdoutConsole(),
+                error_console=stderr_console(),
+                result_action="return_value",
+            )
         sys.stdout.flush()
         return Exit.OK if code is None else int(code)
     except CycloptsError as error:

@@ -141,7 +141,7 @@ def map_anonymous(n_bytes: int) -> mmap.mmap:
     except (OSError, OverflowError) as error:
         raise NotEnoughMemory(
             f"the system refuses a mapping of {format_bytes(n_bytes)} ({error}); lower the memory budget, or raise "
-            "the limit on address space (ulimit -v) or on overcommitted memory",
+            "the limit on address space (ulimit -v), on data (ulimit -d) or on overcommitted memory",
             budget_bytes=n_bytes,
             needed_bytes=n_bytes,
         ) from error
