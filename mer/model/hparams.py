@@ -169,8 +169,7 @@ def _vocab_size(gguf: GGUFFile, arch: str) -> int:
 def _rope_scale(gguf: GGUFFile, arch: str) -> float:
     """Return what positions are multiplied by; a factor without a scaling type means linear, as in llama.cpp.
 
-    Under a type that the file names, a factor of 0 is none, as in llama.cpp. A lone factor of 0 is refused: nothing
-    says whether it is meant or damaged.
+    A factor of 0 is none, as there.
     """
     type_key = f"{arch}.rope.scaling.type"
     keys = (f"{arch}.rope.scaling.factor", f"{arch}.rope.scale_linear")  # the second is the older name
@@ -182,8 +181,7 @@ def _rope_scale(gguf: GGUFFile, arch: str) -> float:
         raise UnsupportedModel(
             f"{type_key} = {quoted(kind)} is not implemented; 'none' and 'linear' work", gguf.paths[0]
         )
-    named = kind == "linear" or factor_key == keys[1]
-    if factor_key not in gguf.metadata or (named and gguf.metadata[factor_key] == 0.0):
+    if gguf.get_float(factor_key, default=0.0) == 0:
         return 1.0
     return 1.0 / _real(gguf, factor_key, None, maximum=1e6)
 

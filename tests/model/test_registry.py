@@ -104,7 +104,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *(("rope.dimension_count", value) for value in (0, 15, 18, -2)),
     *(("attention.layer_norm_rms_epsilon", value) for value in (0.0, -1e-5, 2.0, math.nan, math.inf, 1)),
     *(("rope.freq_base", value) for value in (0.0, -1.0, math.nan, math.inf, 1e30)),
-    *(("rope.scaling.factor", value) for value in (0.0, -2.0, math.nan, 1e9)),
+    *(("rope.scaling.factor", value) for value in (-2.0, math.nan, 1e9)),
     *(("expert_count", value) for value in (-1, 2**32 - 1, 8.0)),
     *(("expert_used_count", value) for value in (0, -1, 6, 2**31)),
     *(("attention.sliding_window", value) for value in (-1, True)),
@@ -256,6 +256,7 @@ def test_a_window_below_the_context_is_read(tmp_path: Path, arch: Any, window: i
     ("metadata", "scale"),
     [
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, 1.0),
+        ({"rope.scaling.factor": 0.0}, 1.0),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 0.25),
         ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1.0),
         ({"rope.scaling.factor": 4.0, "rope.scale_linear": 8.0}, 0.25),
