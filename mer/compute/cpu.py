@@ -134,7 +134,7 @@ class Team:
         if joined < team and read(CROWDED_NS) > time.monotonic_ns():
             return joined, "others have the cores"
         if joined < team:
-            return joined, "the others came too late for the last job"
+            return joined, "the last job ended before the others began"
         if team < self.n_threads:
             return joined, f"a batch this small has no work for all {self.n_threads}"
         return joined, "all of them"

@@ -42,8 +42,8 @@ _NEEDS: dict[Form, tuple[tuple[str, ...], ...]] = {
 def _host_features() -> dict[str, bool]:
     """The features that numba will compile for; the CPU name "generic" alone stands for none of them."""
     generic = os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic"
-    chosen = os.environ.get("NUMBA_CPU_FEATURES", "" if generic else None)
-    if chosen is None:
+    chosen = os.environ.get("NUMBA_CPU_FEATURES", "")
+    if not chosen and not generic:
         return dict(binding.get_host_cpu_features())
     return {item[1:]: item[0] == "+" for item in chosen.split(",") if item}
 
@@ -94,9 +94,9 @@ def _features_for(form: Form) -> str:
 
 def host_cpu() -> tuple[str, str]:
     """Return name and features of the processor that kernels are compiled for, as LLVM takes them."""
-    name, features = os.environ.get("NUMBA_CPU_NAME", ""), os.environ.get("NUMBA_CPU_FEATURES")
-    if features is None:
-        features = "" if name.lower() == "generic" else _features_for(FORM)
+    name, features = os.environ.get("NUMBA_CPU_NAME", ""), os.environ.get("NUMBA_CPU_FEATURES", "")
+    if not features and name.lower() != "generic":
+        features = _features_for(FORM)
     return name or str(binding.get_host_cpu_name()), features
 
 

@@ -167,7 +167,7 @@ def test_a_form_that_the_processor_lacks_is_an_error(form: str, features: str, m
         (HASWELL + ",+avxvnni", "avx-vnni"),
         (HASWELL, "avx2"),
         ("+avx2,+fma", "portable"),
-        ("", "portable"),
+        ("+sse2", "portable"),
     ],
 )
 def test_the_best_form_that_the_processor_has_is_chosen(features: str, form: str) -> None:
@@ -176,7 +176,7 @@ def test_the_best_form_that_the_processor_has_is_chosen(features: str, form: str
 
 
 def test_an_empty_choice_is_none() -> None:
-    assert output(python(SHOW_FORM, MER_KERNELS="")) == output(python(SHOW_FORM))
+    assert output(python(SHOW_FORM, MER_KERNELS="", NUMBA_CPU_FEATURES="")) == output(python(SHOW_FORM))
 
 
 SHOW_FEATURES = """
