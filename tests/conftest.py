@@ -1,7 +1,7 @@
-"""While the whole suite runs, the kernels that it needs are compiled beside it.
+"""While the whole suite runs, the kernels that it needs are compiled beside it, once for all of its processes.
 
-Compiling all of them takes one core some minutes, in which most tests leave the other one idle. A test that comes
-first compiles what it needs by itself; both keep it in the same cache, so that no result depends on who did.
+A test that comes first compiles what it needs by itself; both keep it in the same cache, so that no result depends on
+who did.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Start compiling, unless only some tests are asked for."""
     config = session.config
     if config.option.file_or_dir or config.option.collectonly or config.option.markexpr != "not demo":
+        return
+    if hasattr(config, "workerinput"):  # one of several processes of pytest-xdist, whose parent compiles
         return
     command = [sys.executable, "-m", "tests._lib.all_kernels", "then-products-of", "portable"]
     config.stash[_COMPILER] = subprocess.Popen(
