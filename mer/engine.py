@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,11 +176,13 @@ class Engine:
 
         In a forked child this ends the child's copy of the engine's tasks, and the parent's engine goes on.
         """
-        if not self._closed:
-            if not self._home.forked:
-                self._home.check()
-            self._closed = "the engine is closed"
-        self._stop.cancel()
+        if self._closed:
+            return
+        if not self._home.forked:
+            self._home.check()
+        self._closed = "the engine is closed"
+        with suppress(RuntimeError) if self._home.forked else nullcontext():  # a child may have no run to stop
+            self._stop.cancel()
 
     def fail(self, reason: str) -> None:
         """Stop the engine as `close` does, because it can compute nothing more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
@@ -140,5 +141,6 @@ def _separate(runner: Any) -> None:
             end.setblocking(False)
             os.dup2(end.fileno(), number, inheritable=False)
             end.close()
+    runner.entry_queue.lock = threading.RLock()  # a thread that is not here may have held the old one
     manager._epoll.register(numbers[0][0], select.EPOLLIN)
     manager._epoll.register(numbers[1][0], select.EPOLLIN | select.EPOLLONESHOT)

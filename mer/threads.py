@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
 STACK_BYTES = 512 << 10
 _lock = threading.Lock()  # threading.stack_size is one setting for the whole process
+
+
+def _begin_child() -> None:
+    """Replace the lock in a forked child, as a thread that is not there may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_child)
 
 
 def start_thread(target: Callable[..., Any], *arguments: Any, name: str) -> threading.Thread:

@@ -192,7 +192,7 @@ def test_a_guest_run_serves_its_own_tasks_only(tiny: TinyModel) -> None:
 
 
 CHILDREN = """
-import json, multiprocessing, os, sys, time
+import json, multiprocessing, os, sys, threading, time
 import mer, trio
 
 said = {}
@@ -218,6 +218,23 @@ def wait_for(pid):
     os.kill(pid, 9)
     said["hung"] = pid
 
+def fork_while_held(lock):
+    held, forked = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            forked.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    pid = os.fork()
+    if pid:
+        forked.set()
+        thread.join()
+    return pid
+
 async def main(path, io_engine):
     async with mer.open_engine(path, memory="8GiB", slots=6, threads=2, io_engine=io_engine) as engine:
         want = await engine.generate([5, 6, 7], max_tokens=20)
@@ -233,7 +250,7 @@ async def main(path, io_engine):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(busy)
                 await begun.wait()
-                pid = os.fork()
+                pid = fork_while_held(trio.lowlevel.current_trio_token()._reentry_queue.lock)
                 if pid == 0:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                     if how == "call":
@@ -256,7 +273,8 @@ async def main(path, io_engine):
             said[how + " after"] = (await engine.generate([5, 6, 7], max_tokens=20)).tokens == want.tokens
         child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(attempt(engine, None) == "nothing"))
         await trio.to_thread.run_sync(child.start)
-        await trio.to_thread.run_sync(wait_for, child.pid)
+        await trio.to_thread.run_sync(child.join)
+        said["outside"] = child.exitcode
         said["end"] = (await engine.generate([5, 6, 7], max_tokens=20)).tokens == want.tokens
 
 pid = os.getpid()
@@ -276,4 +294,5 @@ def test_a_forked_child_is_refused_and_leaves_without_harm(tiny: TinyModel, io_e
     said = json.loads(done.stdout)
     assert "hung" not in said
     assert (said["call"], said["close"]) == ("ForeignCall", "closed")
+    assert said["outside"] == 1, "closing where no run is does nothing"
     assert all(value is True for name, value in said.items() if "after" in name or name == "end"), said
