@@ -8,13 +8,15 @@ them and runs LLVM once.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import _dynfunc, types  # type: ignore[attr-defined]
-from numba.core import cgutils, compiler, funcdesc, typed_passes
+from numba.core import cgutils, compiler, funcdesc, typed_passes, untyped_passes
 from numba.core.codegen import CodeLibrary, CPUCodeLibrary
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
@@ -91,20 +93,37 @@ class _Lowering(typed_passes.NativeLowering):
 
 
 class _KernelCompiler(compiler.CompilerBase):
-    """Numba's pipeline up to the lowering, which is `_Lowering`."""
+    """Those passes of numba's that kernels need, up to the lowering, which is `_Lowering`.
+
+    Kernels have no closures, `with`, exceptions made at run time, or functions to be inlined: numba's own pipeline
+    looks for each of them, and works out the flow of control again after each look.
+    """
 
     def define_pipelines(self) -> list[Any]:
         """See `numba.core.compiler.CompilerBase`."""
-        passes, defaults = PassManager("mer_kernel"), compiler.DefaultPassBuilder
-        passes.passes.extend(defaults.define_untyped_pipeline(self.state).passes)
-        passes.passes.extend(defaults.define_typed_pipeline(self.state).passes)
-        passes.add_pass(typed_passes.NoPythonSupportedFeatureValidation, "ensure that features are supported")
-        passes.add_pass(typed_passes.IRLegalization, "ensure that the IR can be lowered")
-        passes.add_pass(typed_passes.AnnotateTypes, "annotate types")
-        passes.add_pass(_Lowering, "lower without compiling")
-        passes.add_pass(typed_passes.NoPythonBackend, "collect the result")
-        passes.finalize()
-        return [passes]
+        return [_pipeline()]
+
+
+@functools.cache
+def _pipeline() -> Any:
+    """Return the passes; made once, as numba takes its time to sort out which needs which."""
+    passes = PassManager("mer_kernel")
+    passes.add_pass(untyped_passes.TranslateByteCode, "analyze bytecode")
+    passes.add_pass(untyped_passes.FixupArgs, "fix up arguments")
+    passes.add_pass(untyped_passes.IRProcessing, "process IR")
+    passes.add_pass(untyped_passes.RewriteSemanticConstants, "rewrite semantic constants")
+    passes.add_pass(untyped_passes.DeadBranchPrune, "prune dead branches")
+    passes.add_pass(untyped_passes.GenericRewrites, "rewrite constant indices")
+    passes.add_pass(untyped_passes.ReconstructSSA, "assign each variable once")
+    passes.add_pass(typed_passes.NopythonTypeInference, "infer types")
+    passes.add_pass(typed_passes.PreLowerStripPhis, "remove phi nodes")
+    passes.add_pass(typed_passes.NoPythonSupportedFeatureValidation, "ensure that features are supported")
+    passes.add_pass(typed_passes.IRLegalization, "ensure that the IR can be lowered")
+    passes.add_pass(typed_passes.AnnotateTypes, "annotate types")
+    passes.add_pass(_Lowering, "lower without compiling")
+    passes.add_pass(typed_passes.NoPythonBackend, "collect the result")
+    passes.finalize()
+    return passes
 
 
 _CONSTANT = ("kind", "planes")  # parameters for each of whose values a helper has code of its own
@@ -127,6 +146,34 @@ def helper(function: Callable[..., Any]) -> Any:
     return made
 
 
+_SCALARS = (types.Integer, types.Float, types.Boolean, types.IntegerLiteral)
+_signatures: dict[tuple[Any, ...], Any] = {}
+
+
+@contextmanager
+def _remembering(typing: Any) -> Iterator[None]:
+    """Let numba resolve each call of a built-in on scalars once in a process, under the compiler's lock.
+
+    By itself it tries all of NumPy's signatures of `+` again at each `+`, which takes a fifth of its time.
+    """
+    resolve = typing.resolve_function_type
+
+    def remembered(function: Any, arguments: Any, keywords: Any) -> Any:
+        if keywords or not isinstance(function, types.Function) or not all(isinstance(a, _SCALARS) for a in arguments):
+            return resolve(function, arguments, keywords)
+        key = function, *arguments
+        signature = _signatures.get(key)
+        if signature is None:
+            signature = _signatures[key] = resolve(function, arguments, keywords)
+        return signature
+
+    typing.resolve_function_type = remembered
+    try:
+        yield
+    finally:
+        del typing.resolve_function_type
+
+
 def modules_of(function: Callable[..., Any], signature: Any, symbol: str) -> list[str | bytes]:
     """Return the modules that make a C function of a kernel, as text or bitcode; `symbol` is the C function's name.
 
@@ -140,10 +187,11 @@ def modules_of(function: Callable[..., Any], signature: Any, symbol: str) -> lis
         cpu_target.options.parse_as_flags(flags, _OPTIONS)
         context = cpu_target.target_context
         library = _KernelLibrary(context.codegen(), symbol)
-        result = compiler.compile_extra(
-            cpu_target.typing_context, context, function, signature.args, signature.return_type, flags, {},
-            library=library, pipeline_class=_KernelCompiler,
-        )  # fmt: skip
+        with _remembering(cpu_target.typing_context):
+            result = compiler.compile_extra(
+                cpu_target.typing_context, context, function, signature.args, signature.return_type, flags, {},
+                library=library, pipeline_class=_KernelCompiler,
+            )  # fmt: skip
         found: dict[int, list[str | bytes]] = {}
         library.collect(found)
         entry = _entry(result.fndesc.llvm_func_name, len(signature.args), signature.return_type, symbol)

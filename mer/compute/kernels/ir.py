@@ -25,9 +25,16 @@ V16I8, V16I16, V16I32, V16F32 = (ir.VectorType(t, 16) for t in (I8, I16, I32, F3
 _LLVM_MAJOR = binding.llvm_version_info[0]
 
 
+_constants: dict[tuple[str, int, str], ir.Constant] = {}
+
+
 def const(vector: ir.VectorType, value: float | int) -> ir.Constant:
-    """Return a vector constant with every lane equal to `value`."""
-    return ir.Constant(vector, [value] * vector.count)
+    """Return a vector constant with every lane equal to `value`; the same object each time, which keeps its text."""
+    key = str(vector.element), vector.count, repr(value)  # 0.0 equals -0.0
+    made = _constants.get(key)
+    if made is None:
+        made = _constants[key] = ir.Constant(vector, [value] * vector.count)
+    return made
 
 
 def i64(value: int) -> ir.Constant:
