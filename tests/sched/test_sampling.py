@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mer.config import Sampling
 from mer.errors import RequestError
+from mer.sched import sampling as sampling_module
 from mer.sched.sampling import Sampler
 
 finite = st.floats(-1e4, 1e4, width=32)
@@ -45,7 +46,23 @@ def distribution(logits: Sequence[float], sampling: Sampling, banned: set[int]) 
     st.sets(st.integers(0, 1), max_size=1),
     st.integers(0, 2**40),
 )
+@pytest.mark.parametrize("head", [1, 3, 256])
 def test_every_draw_is_the_inverse_of_the_distribution_function(
+    head: int,
+    values: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    banned: set[int],
+    seed: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling_module, "_HEAD", head)
+        check_draws(values, temperature, top_k, top_p, min_p, banned, seed)
+
+
+def check_draws(
     values: list[float], temperature: float, top_k: int, top_p: float, min_p: float, banned: set[int], seed: int
 ) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
@@ -64,6 +81,25 @@ def test_every_draw_is_the_inverse_of_the_distribution_function(
         if np.abs(cumulative - u).min() > 1e-9:
             assert drawn == list(want)[int((cumulative < u).sum())]
     assert logits.tolist() == np.array(values, np.float32).tolist(), "the caller's logits are not touched"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, seed=5),
+        Sampling(temperature=1.0, seed=5),
+        Sampling(temperature=3.0, top_p=0.99, seed=5),
+        Sampling(temperature=1.5, min_p=0.02, seed=5),
+    ],
+)
+def test_a_large_vocabulary_gives_the_draws_of_all_of_it_sorted(
+    monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    rng = np.random.default_rng(1)
+    rows = np.round(rng.normal(scale=3, size=(20, 30_001)), 1).astype(np.float32)  # with many that are equal
+    drawn = [Sampler(sampling).draw(row) for row in rows]
+    monkeypatch.setattr(sampling_module, "_HEAD", 1 << 20)
+    assert drawn == [Sampler(sampling).draw(row) for row in rows]
 
 
 def test_frequencies_are_the_distribution() -> None:
