@@ -175,18 +175,13 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     For services that own the nursery: `engine = await nursery.start(mer.run_engine, config)`. Raises as `open_engine`
     does.
     """
-    with naming_refusals():
-        await _run(config, task_status)
-
-
-async def _run(config: EngineConfig, task_status: trio.TaskStatus[Engine]) -> None:
     begun_s = time.perf_counter()
     home = Home()
-    model = load_model(config)
-    plan = plan_memory(model, config)
-    check_address_space(plan.used_bytes - private_bytes())
-    tokenizer = await trio.to_thread.run_sync(Tokenizer.from_gguf, model.gguf)
-    with OwnProcessStack() as stack:
+    with naming_refusals(), OwnProcessStack() as stack:
+        model = load_model(config)
+        plan = plan_memory(model, config)
+        check_address_space(plan.used_bytes - private_bytes())
+        tokenizer = await trio.to_thread.run_sync(Tokenizer.from_gguf, model.gguf)
         residency = await open_residency(config, model, plan)
         if residency.recorder is not None:
             stack.callback(residency.recorder.close)
