@@ -113,6 +113,7 @@ async def open_engine(
         ReadError: bytes could not be read.
         ProfileError: the heat profile is malformed or of another model.
         TraceError: the trace exists and is malformed or of another model.
+        OSError: the heat profile or the trace cannot be opened; it names the file.
         ForeignCall: the call does not come from a task of trio's.
     """
     Home()  # refuses anything but a task of trio's before anything is read

@@ -68,7 +68,8 @@ def run_app(arguments: Sequence[str]) -> int:
         note(f"mer: {named(error, arguments)}")
         return exit_for(error)
     except OSError as error:
-        note(f"mer: {error}")
+        named_file = error.filename is not None and error.strerror
+        note(f"mer: {error.filename}: {error.strerror}" if named_file else f"mer: {error}")
         return Exit.FAILED
 
 
