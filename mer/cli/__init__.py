@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
 def main() -> None:
     """Run the command line of this process and exit with its code."""
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background of a shell
+    if listens:
+        signal.signal(signal.SIGINT, _leave)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started this process
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open as long as the process
@@ -27,4 +31,17 @@ def main() -> None:
 
     from mer.cli.app import run_app
 
-    sys.exit(run_app(sys.argv[1:]))
+    try:
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = run_app(sys.argv[1:])
+        if listens:
+            signal.signal(signal.SIGINT, _leave)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _leave(_number: int, _frame: object) -> None:
+    """Leave on ctrl-C while modules are imported and while the interpreter ends: nothing is there to clean up."""
+    os._exit(130)
