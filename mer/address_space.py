@@ -22,13 +22,16 @@ LIBRARY_DATA_BYTES: Final = 160 << 20
 
 def address_space_limit() -> int | None:
     """Return the limit on this process's address space in bytes (RLIMIT_AS), or None if there is none."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return None if limit == resource.RLIM_INFINITY else limit
+    return _limit(resource.RLIMIT_AS)
 
 
 def data_limit() -> int | None:
     """Return the limit on what of it is private and writable in bytes (RLIMIT_DATA), or None if there is none."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return _limit(resource.RLIMIT_DATA)
+
+
+def _limit(number: int) -> int | None:
+    limit, _ = resource.getrlimit(number)
     return None if limit == resource.RLIM_INFINITY else limit
 
 
@@ -38,15 +41,9 @@ def check_libraries_fit() -> None:
     Raises:
         NotEnoughMemory: a limit is too small.
     """
-    _check(LIBRARY_BYTES, "to load its libraries")
-    limit = data_limit()
-    if limit is not None and limit < LIBRARY_DATA_BYTES:
-        raise NotEnoughMemory(
-            f"the data of a process is limited to {format_bytes(limit)} (RLIMIT_DATA), and mer needs about "
-            f"{format_bytes(LIBRARY_DATA_BYTES)} to load its libraries: raise the limit (ulimit -d)",
-            budget_bytes=limit,
-            needed_bytes=LIBRARY_DATA_BYTES,
-        )
+    _check_address_space(LIBRARY_BYTES, "to load its libraries")
+    what, cure = "the data of a process is limited to {} (RLIMIT_DATA)", "raise the limit (ulimit -d)"
+    _check(data_limit(), LIBRARY_DATA_BYTES, what, "to load its libraries", cure)
 
 
 def check_address_space(anonymous_bytes: int) -> None:
@@ -55,7 +52,7 @@ def check_address_space(anonymous_bytes: int) -> None:
     Raises:
         NotEnoughMemory: the limit is too small.
     """
-    _check(mapped_bytes() + max(0, anonymous_bytes) + HEAP_BYTES, "for this budget and this model")
+    _check_address_space(mapped_bytes() + max(0, anonymous_bytes) + HEAP_BYTES, "for this budget and this model")
 
 
 @contextmanager
@@ -86,12 +83,16 @@ def naming_refusals() -> Iterator[None]:
         ) from error
 
 
-def _check(needed_bytes: int, what: str) -> None:
-    limit = address_space_limit()
+def _check_address_space(needed_bytes: int, purpose: str) -> None:
+    what = "the address space is limited to {} (RLIMIT_AS)"
+    cure = "raise the limit (ulimit -v), or give a smaller --memory"
+    _check(address_space_limit(), needed_bytes, what, purpose, cure)
+
+
+def _check(limit: int | None, needed_bytes: int, what: str, purpose: str, cure: str) -> None:
     if limit is not None and limit < needed_bytes:
         raise NotEnoughMemory(
-            f"the address space is limited to {format_bytes(limit)} (RLIMIT_AS), and mer needs about "
-            f"{format_bytes(needed_bytes)} {what}: raise the limit (ulimit -v), or give a smaller --memory",
+            f"{what.format(format_bytes(limit))}, and mer needs about {format_bytes(needed_bytes)} {purpose}: {cure}",
             budget_bytes=limit,
             needed_bytes=needed_bytes,
         )

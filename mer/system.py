@@ -33,11 +33,6 @@ def mapped_bytes(proc: Path = PROC) -> int:
     return _kib((proc / "self/status").read_text(), "VmSize")
 
 
-def data_bytes(proc: Path = PROC) -> int:
-    """Return what of it counts against the limit on data (VmData): private and writable, whatever is in memory."""
-    return _kib((proc / "self/status").read_text(), "VmData")
-
-
 def cgroup_limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Return the smallest memory limit of this process's control groups (v1 or v2), or None if there is none.
 

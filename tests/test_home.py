@@ -273,8 +273,11 @@ async def main(path, io_engine):
             said[how + " after"] = (await engine.generate([5, 6, 7], max_tokens=20)).tokens == want.tokens
         child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(attempt(engine, None) == "nothing"))
         await trio.to_thread.run_sync(child.start)
-        await trio.to_thread.run_sync(child.join)
+        await trio.to_thread.run_sync(child.join, 60)
         said["outside"] = child.exitcode
+        if child.exitcode is None:
+            child.kill()
+            said["hung"] = child.pid
         said["end"] = (await engine.generate([5, 6, 7], max_tokens=20)).tokens == want.tokens
 
 pid = os.getpid()

@@ -67,11 +67,11 @@ class Sampler:
             cumulative = np.cumsum(p)
             likely = int(np.count_nonzero((p >= s.min_p * p[0]) & (p > 0)))
             nucleus = int(np.searchsorted(cumulative, s.top_p)) + 1 if s.top_p < 1 else len(p) + 1
-            kept = min(likely, nucleus, len(p))
-            cut = likely < len(p) or nucleus <= len(p)
+            kept = min(likely, nucleus)
+            complete = every or likely < len(p) or nucleus <= len(p)  # what can be drawn is in `order`
             unfiltered = s.top_p == 1 and s.min_p == 0
-            if every or cut or (unfiltered and uniform < cumulative[-1]):
-                mass = cumulative[kept - 1] if every or cut else 1.0
+            if complete or (unfiltered and uniform < cumulative[-1]):
+                mass = cumulative[kept - 1] if complete else 1.0
                 index = int(np.searchsorted(cumulative[:kept], uniform * mass, side="right"))
                 return int(order[min(index, kept - 1)])
             n *= 8
