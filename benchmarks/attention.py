@@ -19,14 +19,14 @@ import time
 import numba
 import numpy as np
 
-from mer.compute.cpu import Team
+from mer.compute.cpu.matrix import float_stride
+from mer.compute.cpu.program import Memory, Program
+from mer.compute.cpu.scratch import KV_KINDS
+from mer.compute.cpu.worker import Team
 from mer.compute.kernels.attention import ATTENTION, split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.step import COUNTER
 from mer.compute.kernels.target import FORM
-from mer.compute.matrix import float_stride
-from mer.compute.program import Memory, Program
-from mer.compute.scratch import KV_KINDS
 
 KV_BYTES = 512 << 20
 

@@ -33,10 +33,10 @@ import trio
 
 import mer
 from mer.compute.cuda.device import TORCH_CPU, Device
-from mer.compute.cuda.kernels import DeviceExpert, TorchKernels, Work
 from mer.compute.cuda.opening import choose_kernels
+from mer.compute.cuda.products import DeviceExpert, TorchKernels, Work
 from mer.compute.cuda.weights import DeviceMatrix
-from mer.compute.reference import ReferenceModel
+from mer.compute.reference.model import ReferenceModel
 from mer.io.ggml import GGMLType
 
 TYPES = [GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.MXFP4, GGMLType.F16, GGMLType.BF16]

@@ -17,14 +17,14 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from mer.compute.cpu import Team
+from mer.compute.cpu.matrix import Activations, Matrix, PackedArea, float_stride, multiply, stored_bytes
+from mer.compute.cpu.program import Memory, Program
+from mer.compute.cpu.worker import Team
 from mer.compute.kernels.matmul import STEPS
 from mer.compute.kernels.runtime import run_alone
 from mer.compute.kernels.step import COUNTER
 from mer.compute.kernels.target import FORM
 from mer.compute.kernels.tile import FORMATS
-from mer.compute.matrix import Activations, Matrix, PackedArea, float_stride, multiply, stored_bytes
-from mer.compute.program import Memory, Program
 from mer.io.ggml import GGMLType
 
 ROWS, COLS = 4096, 14336  # Mixtral's down projection

@@ -18,8 +18,8 @@ import trio
 
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
-from mer.io.operation import ReadOperation
-from mer.io.reader import ThreadReader
+from mer.io.reader import ReadOperation
+from mer.io.thread_reader import ThreadReader
 
 OPERATION_BYTES = 16 * 1024 * 1024  # about one matrix of a large expert
 SLOTS = 4

@@ -39,8 +39,9 @@ from mer.errors import (
 
 if TYPE_CHECKING:
     from mer.engine import Engine, TokenStream
-    from mer.opening import open_engine, run_engine
-    from mer.plan import MemoryPlan, Model, load_model, plan_memory
+    from mer.model.loading import Model, load_model
+    from mer.opening.engine import open_engine, run_engine
+    from mer.plan.plan import MemoryPlan, plan_memory
     from mer.sched.events import Completion, PrefillEvent, Timings, TokenEvent, Usage
     from mer.sched.heat import HeatProfile, ProfileError
     from mer.sched.kv_file import PrefixFileError
@@ -53,9 +54,9 @@ _LATE = {
     "Completion": "mer.sched.events",
     "Engine": "mer.engine",
     "HeatProfile": "mer.sched.heat",
-    "MemoryPlan": "mer.plan",
+    "MemoryPlan": "mer.plan.plan",
     "Message": "mer.text.chat",
-    "Model": "mer.plan",
+    "Model": "mer.model.loading",
     "PrefillEvent": "mer.sched.events",
     "PrefixFileError": "mer.sched.kv_file",
     "ProfileError": "mer.sched.heat",
@@ -66,10 +67,10 @@ _LATE = {
     "TokenStream": "mer.engine",
     "TraceError": "mer.sched.trace",
     "Usage": "mer.sched.events",
-    "load_model": "mer.plan",
-    "open_engine": "mer.opening",
-    "plan_memory": "mer.plan",
-    "run_engine": "mer.opening",
+    "load_model": "mer.model.loading",
+    "open_engine": "mer.opening.engine",
+    "plan_memory": "mer.plan.plan",
+    "run_engine": "mer.opening.engine",
 }
 
 __all__ = [

@@ -32,7 +32,8 @@ from mer.text.stop import StopMatcher
 from mer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # these import the kernels' compiler, which a simulated engine does without
-    from mer.plan import MemoryPlan, Model
+    from mer.model.loading import Model
+    from mer.plan.plan import MemoryPlan
     from mer.stats import Statistics
 
 Prompt = str | Sequence[int] | Sequence[Message]

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import attrs
 
-from mer.compute.worker import WorkerStatistics
+from mer.compute.messages import WorkerStatistics
 from mer.io.fetch_counts import FetcherStatistics
 from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics
 from mer.io.pool import PoolStatistics
-from mer.sched.experts import CacheStatistics
+from mer.sched.cache import CacheStatistics
 from mer.sched.kv import KVStatistics
 from mer.sched.prefetch import PrefetchStatistics
 from mer.sched.recorder import TraceStatistics

@@ -598,7 +598,7 @@ async def test_a_compute_thread_that_dies_closes_the_engine_with_its_reason(
     def dying(control: int, number: int, n_threads: int) -> None:
         raise MemoryError("for the test")
 
-    monkeypatch.setattr("mer.compute.cpu.follow", dying)
+    monkeypatch.setattr("mer.compute.cpu.team.follow", dying)
     async with mer.open_engine(tiny.path, memory=MEMORY, slots=4, threads=2) as engine:
         with pytest.raises(mer.ComputeError, match=r"compute thread . died: MemoryError: for the test"):
             await engine.generate([5], max_tokens=1)
@@ -621,7 +621,7 @@ async def test_a_reader_that_dies_closes_the_engine_with_its_reason(
         def dying(*_arguments: object) -> None:
             raise ValueError("for the test")
 
-        place = {"RingReader": "mer.io.ring_reader", "ThreadReader": "mer.io.reader"}[method.split(".")[0]]
+        place = {"RingReader": "mer.io.ring_reader", "ThreadReader": "mer.io.thread_reader"}[method.split(".")[0]]
         monkeypatch.setattr(f"{place}.{method}", dying)
         with pytest.raises(mer.EngineClosed):
             await engine.generate([5], max_tokens=1)
@@ -635,7 +635,7 @@ async def test_a_reader_that_dies_while_an_engine_opens_is_why_it_does_not(
     def dying(*_arguments: object) -> None:
         raise ValueError("for the test")
 
-    monkeypatch.setattr("mer.io.reader.ThreadReader._finish", dying)
+    monkeypatch.setattr("mer.io.thread_reader.ThreadReader._finish", dying)
     with pytest.raises(mer.EngineClosed, match="not be opened: reading has stopped: ValueError: for the test"):
         async with mer.open_engine(tiny.path, memory=MEMORY, slots=4, threads=1, io_engine="threads"):
             pass

@@ -17,9 +17,9 @@ import trio
 import mer
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import DeviceExperts
-from mer.compute.cuda.kernels import TorchKernels
+from mer.compute.cuda.products import TorchKernels
 from mer.compute.cuda.sizes import kv_block_bytes
-from mer.compute.reference import ReferenceModel
+from mer.compute.reference.model import ReferenceModel
 from mer.engine import Engine
 from mer.errors import ComputeError, ConfigError, DeviceError, EngineClosed, NotEnoughMemory
 from tests._lib.tiny_models import TinyModel, Type, tiny_model

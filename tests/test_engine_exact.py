@@ -12,7 +12,7 @@ import pytest
 import trio
 
 import mer
-from mer.compute.reference import ReferenceModel
+from mer.compute.reference.model import ReferenceModel
 from mer.config import Activations, KVType
 from mer.engine import Engine
 from mer.sched.events import TokenEvent

@@ -39,7 +39,7 @@ async def test_memory_goes_back_with_the_engine(tmp_path: Path, monkeypatch: pyt
         return memory
 
     monkeypatch.setattr("mer.io.arena.map_anonymous", recorded)
-    monkeypatch.setattr("mer.compute.program.map_anonymous", recorded)
+    monkeypatch.setattr("mer.compute.cpu.program.map_anonymous", recorded)
     model = tiny_model(tmp_path / "m.gguf", n_layers=3, n_experts=6, d_model=128, d_ff=256, n_heads=4)
     async with mer.open_engine(model.path, memory="8GiB", slots=4, threads=2, prefetch=prefetch) as engine:  # type: ignore[arg-type]
         done = await engine.generate("the cat", max_tokens=12, ignore_eos=True)

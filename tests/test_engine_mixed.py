@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import mer
-from mer.compute.reference import ReferenceModel
+from mer.compute.reference.model import ReferenceModel
 from mer.engine import Engine
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 

@@ -12,15 +12,15 @@ from mer.bench.datafile import DataFile
 from mer.bench.network import begin
 from mer.bench.tally import Tally
 from mer.bench.workload import Workload
-from mer.compute.cpu import CPUWorker
-from mer.compute.worker import Attend, Combine, Done, Operation, Project, RunExperts, nothing
+from mer.compute.cpu.worker import CPUWorker
+from mer.compute.messages import Attend, Combine, Done, Operation, Project, RunExperts, nothing
 from mer.errors import MerError
 from mer.io.arena import PAGE_BYTES, Arena
 from mer.io.fetch import Fetch, Fetcher
-from mer.io.operation import Reader
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
-from mer.sched.experts import ExpertCache
+from mer.io.reader import Reader
+from mer.sched.cache import ExpertCache
 from mer.sched.keys import ExpertKey
 from mer.sched.layer import WORTH_BYTES, LayerRun, WorkerLink
 from mer.sched.policy import Policy

@@ -10,15 +10,15 @@ import trio
 
 from mer.bench.datafile import DataFile
 from mer.bench.workload import Workload
-from mer.compute.cpu import CPUWorker
-from mer.compute.forward import Forward, steps_for
+from mer.compute.cpu.forward import Forward, steps_for
+from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride
+from mer.compute.cpu.prepare import prepare_kernels
+from mer.compute.cpu.program import Program
+from mer.compute.cpu.scratch import Limits
+from mer.compute.cpu.weights import DenseWeights
+from mer.compute.cpu.worker import CPUWorker
 from mer.compute.kernels.elementwise import combine
-from mer.compute.matrix import FLOAT_BYTES, float_stride
-from mer.compute.prepare import prepare_kernels
-from mer.compute.program import Program
-from mer.compute.scratch import Limits
-from mer.compute.weights import DenseWeights
-from mer.compute.worker import Batch, Begin, Float32Array, Int32Array
+from mer.compute.messages import Batch, Begin, Float32Array, Int32Array
 from mer.config import Progress
 from mer.errors import MerError
 from mer.io.ggml import GGMLType

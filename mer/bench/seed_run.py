@@ -14,11 +14,11 @@ from mer.bench.network import begin
 from mer.bench.seed_cache import SeedCache
 from mer.bench.tally import Tally
 from mer.bench.workload import Workload
-from mer.compute.worker import Attend, Combine, Float32Array, LoadedExpert, Operation, Project, RunExperts
+from mer.compute.messages import Attend, Combine, Float32Array, LoadedExpert, Operation, Project, RunExperts
 from mer.errors import ReadError
 from mer.io.arena import Arena
 from mer.io.extents import aligned_hull
-from mer.io.operation import Reader, ReadOperation
+from mer.io.reader import Reader, ReadOperation
 from mer.sched.layer import WorkerLink
 
 MAX_DEMAND_READS: Final = 16  # of one iteration that are under way at once

@@ -15,15 +15,15 @@ from mer.bench.seed_cache import simulate_seed
 from mer.bench.seed_run import SeedRun, seed_buffers, seed_reads
 from mer.bench.tally import Tally
 from mer.bench.workload import Workload
-from mer.compute.cpu import CPUWorker
+from mer.compute.cpu.worker import CPUWorker
 from mer.compute.kernels.target import FORM
 from mer.config import Progress
 from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.io.files import IoMode
-from mer.io.operation import Reader
-from mer.io.reader import ThreadReader
+from mer.io.reader import Reader
+from mer.io.thread_reader import ThreadReader
 from mer.sched.heat import HeatProfile
 from mer.sched.layer import WorkerLink
 from mer.sched.policies.registry import POLICIES, CacheShape, make_policy

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from mer.compute.worker import Float32Array
+from mer.compute.messages import Float32Array
 
 
 def _ignore(_iterations: int) -> None:

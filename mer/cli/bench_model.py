@@ -24,7 +24,8 @@ from mer.cli.interrupt import Interrupt
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.config import EngineConfig, KVType, Progress, default_threads
 from mer.errors import ConfigError
-from mer.plan import Model, load_model, plan_memory
+from mer.model.loading import Model, load_model
+from mer.plan.plan import plan_memory
 from mer.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ async def _run(
 ) -> None:
     """Run every case with every budget until all are done or ctrl-C is pressed; `turns` gets what was measured."""
     bars.start()
-    from mer.opening import open_engine
+    from mer.opening.engine import open_engine
 
     seed = secrets.randbits(32)  # what is learnt in one run of the command does not help the next one
     number = 0

@@ -72,7 +72,8 @@ def _report(bars: Bars, stage: str, done: int, total: int) -> None:
 def default_memory(model: Path, options: EngineOptions) -> str:
     """Return half of the model's size as text, or what holds a tenth of its experts where that is more."""
     from mer.config import EngineConfig
-    from mer.plan import load_model, plan_memory
+    from mer.model.loading import load_model
+    from mer.plan.plan import plan_memory
 
     config = EngineConfig(path=model, **options.arguments())
     parsed = load_model(config)
@@ -91,7 +92,7 @@ async def _converse(
     code = Exit.INTERRUPTED
     with Bars() as bars, interrupt.stopping():
         bars.start()
-        from mer.opening import open_engine
+        from mer.opening.engine import open_engine
 
         async with open_engine(model, **engine_options.arguments(), on_progress=load_reporter(bars)) as engine:
             bars.clear()

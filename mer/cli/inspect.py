@@ -10,10 +10,9 @@ from typing import Any
 import attrs
 import numpy as np
 
+from mer.compute.cpu.scratch import kv_block_bytes
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
-from mer.compute.scratch import kv_block_bytes
-from mer.devices import choose_device
 from mer.errors import MerError
 from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
@@ -22,7 +21,8 @@ from mer.json_text import json_text
 from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
-from mer.plan import default_kv_type
+from mer.plan.device import choose_device
+from mer.plan.memory import default_kv_type
 from mer.quoting import one_line
 from mer.text.tokenizer import Tokenizer
 from mer.units import format_bytes

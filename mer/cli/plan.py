@@ -10,7 +10,9 @@ from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.config import EngineConfig, default_threads
 from mer.json_text import json_text
-from mer.plan import MemoryPlan, VRAMPlan, load_model, plan_memory
+from mer.model.loading import load_model
+from mer.plan.plan import MemoryPlan, plan_memory
+from mer.plan.vram import VRAMPlan
 from mer.units import format_bytes, format_slots
 
 

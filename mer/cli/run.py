@@ -126,7 +126,7 @@ async def run(
     kept = ""
     with Bars() as bars, interrupt.stopping():
         bars.start()
-        from mer.opening import open_engine
+        from mer.opening.engine import open_engine
 
         async with open_engine(task.model, **options, on_progress=load_reporter(bars)) as engine:
             bars.clear()

@@ -12,8 +12,8 @@ import attrs
 from mer.errors import ConfigError, ReadError
 from mer.io.arena import PAGE_BYTES
 from mer.io.copies import Copy
-from mer.io.operation import ReadOperation
 from mer.io.priority import Priority
+from mer.io.reader import ReadOperation
 
 DEFAULT_THREADS: Final = 4  # reads at once
 DEFAULT_CHUNK_BYTES: Final = 2 * 1024 * 1024

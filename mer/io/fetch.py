@@ -19,9 +19,9 @@ from mer.io.breaker import CircuitBreaker
 from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
 from mer.io.fetch_counts import ClassCounts, FetcherStatistics, ReadCounts
 from mer.io.job_reads import JobRead, JobReads
-from mer.io.operation import Reader, ReadOperation
 from mer.io.pool import BufferPool, SlotState
 from mer.io.priority import Priority
+from mer.io.reader import Reader, ReadOperation
 from mer.io.retry import delay_s
 from mer.units import format_duration
 

@@ -18,8 +18,8 @@ from mer.io.files import IoMode, ModelFile
 from mer.io.identity import FileIdentity
 from mer.io.metering import ReaderStatistics, ReadMeter
 from mer.io.mirror import verify_mirror
-from mer.io.operation import ReadOperation, check_operation
 from mer.io.priority import Priority
+from mer.io.reader import ReadOperation, check_operation
 
 
 def land(work: Work, meter: ReadMeter, now_s: float) -> None:

@@ -49,8 +49,8 @@ from mer.io.job_words import (
     WAITED_NS,
     WEIGHTS,
 )
-from mer.io.operation import Reader, ReadOperation
 from mer.io.ranks import Ranks
+from mer.io.reader import Reader, ReadOperation
 from mer.io.ring import RingAddresses
 
 _GIVE_UP_NS: Final = 50_000_000

@@ -11,8 +11,8 @@ import attrs
 
 from mer.config import IoEngine
 from mer.io.file_reader import FileReader
-from mer.io.reader import ThreadReader
 from mer.io.ring_reader import RingReader, RingUnavailable
+from mer.io.thread_reader import ThreadReader
 
 
 @attrs.frozen(eq=False)

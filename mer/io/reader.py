@@ -1,207 +1,210 @@
-"""A reader made of threads, past the page cache where the filesystem allows it."""
+"""Reads of model files into memory the caller provides: the Reader protocol, and what every reader is given."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import threading
-import time
-from collections.abc import Sequence
-from itertools import count
-from math import inf
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Protocol
 
+import attrs
+import numpy as np
 import trio
+from numpy.typing import NDArray
 
-from mer.errors import ConfigError, ReadError
-from mer.io.chunks import Chunk, Work
-from mer.io.file_reader import FileReader
+from mer.errors import ReadError
+from mer.io.arena import map_anonymous
+from mer.io.extents import aligned_hull
+from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics
-from mer.io.operation import ReadOperation, check_promotion
 from mer.io.priority import Priority
-from mer.threads import start_thread
-
-logger = logging.getLogger(__name__)
+from mer.io.retry import delay_s
 
 
-class ThreadReader(FileReader):
-    """Reads with persistent threads, as many for each drive as it is to see reads at once; see `FileReader`.
+@attrs.define(eq=False, kw_only=True)
+class ReadOperation:
+    """One read of an aligned byte range of a file into memory.
 
-    Threads are daemons: one whose read hangs in the kernel ends when that returns, if ever.
+    From `Reader.start` until `on_landed` is called the operation owns the memory, whatever becomes of the task that
+    wanted the bytes: the kernel may write into it at any time.
     """
 
-    engine: ClassVar[str] = "threads"
+    file: int  # index into the paths the reader was made of
+    start: int  # offset in that file, a multiple of its alignment
+    length: int  # bytes, a multiple of the alignment; may reach beyond the end of the file
+    needed: int  # how many bytes must arrive, 1 to length
+    buffer: NDArray[np.uint8]  # shape (length,), contiguous, writable, its address a multiple of the alignment
+    on_landed: Callable[[ReadOperation], None]  # called once, in the trio thread, after the last byte or the failure
+    priority: Priority = Priority.DEMAND  # raised by `Reader.promote`
+    untouched: bool = False  # the memory has no pages yet; whoever hands the read to the kernel waits for them
+    error: ReadError | None = None  # why it failed; known once it has landed
+    cancelled: bool = False  # whether `error` says no more than that it was cancelled or written off half-way
+    address: int = attrs.field()  # of the buffer
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], **settings: Any) -> None:
-        super().__init__(paths, **settings)
-        self._make_locks()
-        self._alive = 0  # threads
-        self._thread_number = count()
+    @address.default
+    def _address_of_buffer(self) -> int:
+        return int(self.buffer.__array_interface__["data"][0])
 
-    def _make_locks(self) -> None:
-        self._lock = threading.Lock()  # guards the queue and what has ended
-        self._idle = [threading.Condition(self._lock) for _ in self._queue.copies]  # where each drive's threads wait
 
-    def disown(self) -> None:
-        """Leave everything as it is in a forked child; see `FileReader.disown`."""
-        super().disown()
-        self._make_locks()  # a thread that is not here may have held the old one
+class Reader(Protocol):
+    """Reads byte ranges of model files; every reader passes one set of tests.
 
-    def close(self) -> None:
-        """Refuse further reads and let the threads end; returns at once. Closing twice is allowed."""
-        if self._open:
-            self._open = False
-            with self._lock:
-                told = self._note(self._queue.close())
-                self._wake()
-            self._tell(told)
+    Operations are read in chunks. A chunk is begun by priority, and among operations of one priority in the order of
+    their starts; few chunks of prefetches are read at any time, so that a demand read need not wait for one of them.
+    All methods are synchronous, never block, are called in the trio thread, and never call `on_landed` before they
+    have returned.
+    """
+
+    @property
+    def modes(self) -> tuple[IoMode, ...]:
+        """How each file is read."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files."""
 
     def start(self, *operations: ReadOperation) -> None:
-        """Begin reads; see `Reader.start`."""
-        if self._disowned:
-            return
-        self._check(operations)
-        now_s, n_chunks, told = time.monotonic(), 0, False
-        with self._lock:
-            for operation in operations:
-                self._meter.start(now_s)
-                told = self._note(self._queue.add(operation, self._paths[operation.file], now_s)) or told
-                n_chunks += -(-operation.length // self.chunk_bytes)
-            for idle in self._idle:
-                idle.notify(n_chunks)
-        self._tell(told)
+        """Begin reads, in this order.
+
+        Operations may end in any order. A failed one ends with its `error` set. There is no limit on the operations
+        in flight: the memory they read into bounds them.
+
+        Raises:
+            EngineClosed: the reader is closed.
+            ValueError: an operation is not aligned, or its numbers do not fit together; none has begun.
+        """
 
     def promote(self, operation: ReadOperation, priority: Priority) -> None:
-        """Raise an operation's priority; see `Reader.promote`."""
-        check_promotion(operation, priority)
-        with self._lock:
-            self._queue.promote(operation, priority, time.monotonic())
-            self._wake()
+        """Read the chunks of an operation that have not begun as if it had been started with this priority.
+
+        Nothing is read twice. Changes nothing if the operation has landed or is about to.
+
+        Raises:
+            ValueError: the priority is lower than the operation's.
+        """
 
     def cancel(self, operation: ReadOperation) -> None:
-        """Leave what was not begun unread; see `Reader.cancel`."""
-        with self._lock:
-            told = self._note(self._queue.cancel(operation))
-        self._tell(told)
+        """Leave the chunks of an operation that have not begun unread.
+
+        It lands when those that have begun are read: with `cancelled` and an error, unless nothing is missing.
+        Changes nothing if it has landed or is about to.
+        """
 
     def write_off(self, operation: ReadOperation) -> None:
-        """Replace the threads that hang in an operation; see `Reader.write_off`."""
-        with self._lock:
-            ended, bereft = self._queue.write_off(operation, time.monotonic())
-            told = self._note(ended)
-        for copy in bereft:
-            try:
-                self._start_thread(copy)
-            except RuntimeError as error:
-                logger.warning("no thread to replace one that hangs in a read: %s", error)
-                with self._lock:
-                    told = self._note(self._queue.lose_thread(copy)) or told
-        with self._lock:
-            told = self._note(self._queue.end_hopeless()) or told
-            self._wake()
-        self._tell(told)
+        """Cancel an operation whose reads hang in the kernel, and replace the threads that they keep.
+
+        The operation lands when its last read returns, if ever; its memory stays its own until then. A replaced
+        thread ends when its read returns. There are at most as many replacements at any time as there are threads; when
+        all of those hang too, every other operation lands with an error until a read returns.
+        """
 
     def stalled_s(self, operation: ReadOperation) -> float:
-        """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
-        with self._lock:
-            return self._queue.stalled_s(operation, time.monotonic())
+        """Return for how many seconds the oldest of the operation's chunks now being read has been read.
+
+        It is 0 while none is: an operation that waits for others is not stalled.
+        """
 
     def statistics(self) -> ReaderStatistics:
         """Return a snapshot of what was read so far."""
-        with self._lock:
-            return self._statistics()
 
-    def _get_ready(self) -> None:
-        wanted = [number for number, copy in enumerate(self._queue.copies) for _ in range(copy.n_threads)]
-        for number, copy in enumerate(wanted, 1):
-            try:
-                self._start_thread(copy)
-            except RuntimeError as error:
-                self.close()
-                if number == 1:
-                    self._close_files()
-                raise ConfigError(
-                    f"the system refuses thread {number} of {len(wanted)} for reading ({error}); "
-                    "use fewer threads or raise the limit on processes (ulimit -u)"
-                ) from error
 
-    def _start_thread(self, copy: int) -> None:
-        """Start a thread; raises RuntimeError if the system refuses it."""
-        with self._lock:
-            self._alive += 1
-        try:
-            start_thread(self._work, copy, name=f"mer-io-{next(self._thread_number)}")
-        except RuntimeError:
-            with self._lock:
-                self._alive -= 1
-            raise
+def check_operation(operation: ReadOperation, alignment: int) -> None:
+    """Refuse an operation that does not keep to the Reader protocol.
 
-    def _work(self, copy: int) -> None:
-        """Read chunks until told to end; runs in each of the threads."""
-        try:
-            self._read_chunks(copy)
-        except Exception as error:
-            logger.exception("a thread that reads has died")
-            assert self._token is not None
-            with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._fail, error)
-        finally:
-            with self._lock:
-                self._alive -= 1
-                last = self._alive == 0
-            if last:  # before that a read might still use them
-                self._close_files()
+    Raises:
+        ValueError: it is not aligned, or its numbers do not fit together.
+    """
+    buffer = operation.buffer
+    if operation.start < 0 or not 1 <= operation.needed <= operation.length:
+        raise ValueError(f"cannot read {operation.needed} of {operation.length} bytes at {operation.start}")
+    if buffer.dtype != np.uint8 or buffer.shape != (operation.length,) or not buffer.flags.c_contiguous:
+        raise ValueError(f"the buffer is {buffer.dtype}{buffer.shape}, not {operation.length} contiguous bytes")
+    if not buffer.flags.writeable:
+        raise ValueError("the buffer cannot be written to")
+    if operation.start % alignment or operation.length % alignment or operation.address % alignment:
+        raise ValueError(
+            f"offset {operation.start}, length {operation.length} and address {operation.address:#x} "
+            f"must be multiples of {alignment}"
+        )
 
-    def _read_chunks(self, copy: int) -> None:
-        while (chunk := self._take(copy)) is not None:
-            if not self._finish(chunk, self._read(chunk)):
-                break
-            del chunk  # an idle thread keeps no memory alive
 
-    def _take(self, copy: int) -> Chunk | None:
-        """Wait for a chunk to read; None when the thread is to end."""
-        idle = self._idle[copy]
-        with self._lock:
-            while self._open:
-                found = self._queue.take(copy, time.monotonic())
-                if isinstance(found, Chunk):
-                    return found
-                idle.wait(None if found == inf else found)
-        return None
+def check_promotion(operation: ReadOperation, priority: Priority) -> None:
+    """Refuse to lower an operation's priority.
 
-    def _read(self, chunk: Chunk) -> ReadError | None:
-        """Read a chunk and return why that failed, if it did."""
-        operation = chunk.work.operation
-        file = self._drives[chunk.copy][operation.file]
-        start = operation.start + chunk.begin
-        needed = min(operation.needed, chunk.end) - chunk.begin
-        try:
-            file.read_into(operation.buffer.data[chunk.begin : chunk.end], start, needed)
-        except ReadError as failure:
-            return failure
-        except Exception as failure:  # whatever happens, the operation must land
-            return ReadError(file.path, start, needed, repr(failure))
-        return None
+    Raises:
+        ValueError: the priority is lower than the operation's.
+    """
+    if priority > operation.priority:
+        raise ValueError(f"a read of priority {operation.priority.name} cannot be lowered to {priority.name}")
 
-    def _finish(self, chunk: Chunk, error: ReadError | None) -> bool:
-        """Account for a chunk and return whether its thread is to go on."""
-        with self._lock:
-            opens_way = error is not None or chunk.speculative or chunk.probe
-            told = self._note(self._queue.finish(chunk, error, time.monotonic()))
-            if opens_way and len(self._drives) > 1:
-                self._wake()  # for what this thread's copy cannot read
-            end = chunk.written_off and self._queue.dismiss(chunk.copy)
-        self._tell(told)
-        return not end
 
-    def _wake(self) -> None:
-        """Let all idle threads look for chunks, under the lock."""
-        for idle in self._idle:
-            idle.notify_all()
+class PendingExtent:
+    """A byte range on its way into memory of its own; whoever stops waiting for it need not do anything."""
 
-    def _land(self) -> None:
-        with self._lock:
-            ended: list[Work] = self._ended
-            self._ended, self._told = [], False
-        self._finish_all(ended)
+    def __init__(self, reader: Reader, operation: ReadOperation, lead: int) -> None:
+        self._reader = reader
+        self._operation = operation
+        self._lead = lead
+        self._start()
+
+    async def wait(self) -> NDArray[np.uint8]:
+        """Wait until the bytes are there; the read goes on if the wait is cancelled.
+
+        A read that fails with a transient error is tried again, as long as somebody waits; see `mer.io.retry`. To be
+        called by one task at a time.
+
+        Returns:
+            The writable bytes, shape (n_bytes,). They keep their aligned hull in memory, up to two pages more. Their
+            address is a multiple of the largest power of two up to a page that divides the offset.
+
+        Raises:
+            ReadError: the bytes cannot be read.
+            EngineClosed: the reader was closed when the read was to be tried again.
+        """
+        tries = 1
+        while True:
+            await self._landed.wait()
+            error = self._operation.error
+            if error is None:
+                return self._operation.buffer[self._lead : self._operation.needed]
+            wait_s = delay_s(error, tries)
+            if wait_s is None:
+                raise error.after(tries) from error
+            await trio.sleep(wait_s)
+            self._start()
+            tries += 1
+
+    def _start(self) -> None:
+        self._landed = landed = trio.Event()
+        self._operation = attrs.evolve(self._operation, on_landed=lambda _: landed.set(), error=None, cancelled=False)
+        self._reader.start(self._operation)
+
+
+def start_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> PendingExtent:
+    """Start reading any byte range, at least one byte, of a file; for what is read once, such as dense weights.
+
+    Raises:
+        NotEnoughMemory: the operating system refuses the memory.
+        EngineClosed: the reader is closed.
+    """
+    start, length, lead = aligned_hull(offset, n_bytes, reader.modes[file].alignment)
+    memory = np.frombuffer(map_anonymous(length), dtype=np.uint8)
+    operation = ReadOperation(
+        file=file,
+        start=start,
+        length=length,
+        needed=lead + n_bytes,
+        buffer=memory,
+        on_landed=lambda _: None,
+        untouched=True,
+    )
+    return PendingExtent(reader, operation, lead)
+
+
+async def read_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+    """Read any byte range of a file, as `start_extent` and `PendingExtent.wait` do; it may be empty.
+
+    If cancelled, the memory goes back to the system as soon as the read has landed.
+    """
+    if n_bytes == 0:
+        await trio.lowlevel.checkpoint()
+        return np.empty(0, dtype=np.uint8)
+    return await start_extent(reader, file, offset, n_bytes).wait()

@@ -19,8 +19,8 @@ from mer.io.chunks import Chunk
 from mer.io.file_reader import FileReader
 from mer.io.files import PartialRead
 from mer.io.metering import ReaderStatistics
-from mer.io.operation import ReadOperation, check_promotion
 from mer.io.priority import Priority
+from mer.io.reader import ReadOperation, check_promotion
 from mer.io.ring import Ring, RingAddresses
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 import attrs
 import numpy as np
 
-from mer.compute.worker import Batch, Int32Array
+from mer.compute.messages import Batch, Int32Array
 from mer.sched.sequence import Sequence, Status
 
 

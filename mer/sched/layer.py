@@ -8,7 +8,7 @@ from typing import Final
 import attrs
 import trio
 
-from mer.compute.worker import Done, Job, LoadedExpert, Operation, RunExperts, nothing
+from mer.compute.messages import Done, Job, LoadedExpert, Operation, RunExperts, nothing
 from mer.errors import EngineClosed, MerError
 from mer.sched.store import Claim, ExpertStore
 

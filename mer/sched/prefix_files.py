@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar, TypeVarTuple
 import attrs
 import trio
 
-from mer.compute.worker import Done, ReadBlocks, WriteBlocks
+from mer.compute.messages import Done, ReadBlocks, WriteBlocks
 from mer.errors import ConfigError
 from mer.sched.kv import KVBlocks, Lease
 from mer.sched.kv_file import KVLayout, PrefixFileError, PrefixReader, PrefixWriter

@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 import trio
 
-from mer.compute.worker import (
+from mer.compute.messages import (
     Batch,
     ComputeWorker,
     Done,
@@ -21,12 +21,12 @@ from mer.errors import EngineClosed, MerError, NumericsError
 from mer.sched.admission import AdmissionQueue
 from mer.sched.batch import Member, compose
 from mer.sched.kv import KVBlocks, Lease, NextBlock
+from mer.sched.kv_transfers import Transfers
 from mer.sched.layer import WORTH_BYTES, WorkerLink
 from mer.sched.prefetch import Prefetcher
 from mer.sched.prefix import PrefixNode
 from mer.sched.sequence import Sequence, Status
 from mer.sched.store import ExpertStore
-from mer.sched.transfers import Transfers
 from mer.sched.walk import LayerWalk
 
 

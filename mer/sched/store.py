@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import attrs
 import trio
 
-from mer.compute.worker import AWAY, LoadedExpert, Stage, Tier
+from mer.compute.messages import AWAY, LoadedExpert, Stage, Tier
 from mer.errors import MerError, ReadError
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.job_reads import JobRead, JobReads
 from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority
-from mer.sched.experts import ExpertCache, Resident
+from mer.sched.cache import ExpertCache, Resident
 from mer.sched.keys import ExpertKey
 from mer.sched.speculation import SpeculationCounts, SpeculationStatistics
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from mer.compute.worker import (
+from mer.compute.messages import (
     Attend,
     Batch,
     Begin,

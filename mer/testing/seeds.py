@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import trio
 
-from mer.compute.worker import Attend, Begin, Combine, Job, Operation, Project, RunExperts, RunResident
+from mer.compute.messages import Attend, Begin, Combine, Job, Operation, Project, RunExperts, RunResident
 from mer.testing.callers import Outcome, call, judge
 from mer.testing.deterministic import run_seeded
 from mer.testing.drawing import RandomSource, draw_features, draw_world

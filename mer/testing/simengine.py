@@ -23,7 +23,7 @@ from mer.io.ggml import GGMLType
 from mer.io.job_reads import JobReads, small_enough
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
-from mer.sched.experts import ExpertCache
+from mer.sched.cache import ExpertCache
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 from mer.sched.governor import PrefetchMode
 from mer.sched.heat import HeatCounter, HeatProfile

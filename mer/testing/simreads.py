@@ -9,7 +9,7 @@ from math import inf
 
 import trio
 
-from mer.compute.worker import LoadedExpert
+from mer.compute.messages import LoadedExpert
 from mer.io.arena import Arena
 from mer.io.job_reads import JobReads
 from mer.io.job_words import (
@@ -39,7 +39,7 @@ from mer.io.job_words import (
     TOKEN_BIT,
     WAITED_NS,
 )
-from mer.io.operation import ReadOperation
+from mer.io.reader import ReadOperation
 from mer.testing.simdisk import SimDisk
 
 

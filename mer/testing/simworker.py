@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mer.compute.worker import (
+from mer.compute.messages import (
     Attend,
     Batch,
     Begin,

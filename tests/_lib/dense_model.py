@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mer.compute.reference import attention, dequantize, rms_norm, rope, silu
+from mer.compute.reference.model import attention, dequantize, rms_norm, rope, silu
 from mer.io.gguf import read_gguf
 from mer.model.spec import RopeStyle
 

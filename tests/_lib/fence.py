@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mer.compute.program import Memory
+from mer.compute.cpu.program import Memory
 from mer.io.arena import PAGE_BYTES, Arena
 from mer.io.extents import round_up
 from tests._lib.steps import CANARY, Areas

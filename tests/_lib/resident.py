@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mer.compute.cpu import CPUWorker
-from mer.compute.forward import Forward
-from mer.compute.matrix import stored_bytes
-from mer.compute.program import Memory
-from mer.compute.scratch import Limits
-from mer.compute.weights import DenseWeights
-from mer.compute.worker import (
+from mer.compute.cpu.forward import Forward
+from mer.compute.cpu.matrix import stored_bytes
+from mer.compute.cpu.program import Memory
+from mer.compute.cpu.scratch import Limits
+from mer.compute.cpu.weights import DenseWeights
+from mer.compute.cpu.worker import CPUWorker
+from mer.compute.messages import (
     Attend,
     Batch,
     Begin,
@@ -32,7 +32,7 @@ from mer.compute.worker import (
 from mer.config import KVType
 from mer.io.extents import ExpertMap, map_experts
 from mer.io.gguf import GGUFFile, read_gguf
-from mer.io.reader import ThreadReader
+from mer.io.thread_reader import ThreadReader
 from mer.model.dense import dense_tensors
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec

@@ -9,15 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mer.compute.cpu.matrix import (
+    Activations,
+    Matrix,
+    PackedArea,
+    RawRoom,
+    float_stride,
+    multiply,
+    raw_bytes,
+    stored_bytes,
+)
+from mer.compute.cpu.matrix import product as made_product
+from mer.compute.cpu.program import Program
 from mer.compute.kernels.entry import PAIR, ROW, ZERO, flags
 from mer.compute.kernels.interleave import ROWS
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.step import COUNTER, Step
 from mer.compute.kernels.tile import FORMATS
-from mer.compute.matrix import Activations, Matrix, PackedArea, RawRoom, float_stride, multiply, raw_bytes, stored_bytes
-from mer.compute.matrix import product as made_product
-from mer.compute.program import Program
 from mer.io.ggml import GGMLType
 
 MARGIN = 256  # canary bytes before and after every area

@@ -22,11 +22,11 @@ from mer.bench.seed_run import SeedRun, seed_buffers
 from mer.bench.stream import SEED, Task, count
 from mer.bench.tally import Tally
 from mer.bench.workload import Workload
-from mer.compute.worker import Begin, Done, Operation, RunExperts
+from mer.compute.messages import Begin, Done, Operation, RunExperts
 from mer.errors import ReadError
 from mer.io.arena import Arena
 from mer.io.files import IoMode
-from mer.io.operation import ReadOperation
+from mer.io.reader import ReadOperation
 from mer.sched.simulate import Event
 
 N_LAYERS, N_EXPERTS = 2, 6

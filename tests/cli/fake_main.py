@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-import mer.opening
+import mer.opening.engine
 from mer.cli import main
 from tests.cli.fake_engine import FakeEngine
 
@@ -21,6 +21,6 @@ if __name__ == "__main__":
             signal.raise_signal(signal.SIGINT)
 
         settings["on_hang"] = press
-    mer.opening.open_engine = FakeEngine(**settings).open  # type: ignore[assignment]
+    mer.opening.engine.open_engine = FakeEngine(**settings).open  # type: ignore[assignment]
     sys.argv[1:] = sys.argv[2:]
     main()

@@ -24,7 +24,7 @@ RUN = ("run", "--memory", "2GiB", "-n", "8", "--slots", "9")
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     engine = FakeEngine()
-    monkeypatch.setattr("mer.opening.open_engine", engine.open)
+    monkeypatch.setattr("mer.opening.engine.open_engine", engine.open)
     return engine
 
 

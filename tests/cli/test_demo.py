@@ -42,7 +42,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path
 @pytest.fixture
 def engine(prepared: object, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr("mer.opening.open_engine", fake.open)
+    monkeypatch.setattr("mer.opening.engine.open_engine", fake.open)
     return fake
 
 

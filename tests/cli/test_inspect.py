@@ -8,10 +8,10 @@ import gguf
 import numpy as np
 import pytest
 
-from mer import devices
 from mer.cli.app import run_app
 from mer.compute.kernels.target import FORM
 from mer.embedded import embedded_model_path
+from mer.plan import device as devices
 from tests._lib.tiny_models import random_gguf
 from tests.demo.test_upcycle import write_dense
 

@@ -49,7 +49,7 @@ class SavingEngine(FakeEngine):
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> SavingEngine:
     fake = SavingEngine()
-    monkeypatch.setattr("mer.opening.open_engine", fake.open)
+    monkeypatch.setattr("mer.opening.engine.open_engine", fake.open)
     return fake
 
 

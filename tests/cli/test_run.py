@@ -40,7 +40,7 @@ TEXT = "".join(STORY)
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
-    monkeypatch.setattr("mer.opening.open_engine", fake.open)
+    monkeypatch.setattr("mer.opening.engine.open_engine", fake.open)
     for name in ("MER_MEMORY", "MER_THREADS"):
         monkeypatch.delenv(name, raising=False)
     return fake

@@ -20,11 +20,11 @@ from mer.errors import ReadError
 from mer.io.arena import map_anonymous
 from mer.io.extents import aligned_hull
 from mer.io.files import ModelFile
-from mer.io.operation import Reader, ReadOperation
 from mer.io.priority import Priority
-from mer.io.reader import ThreadReader
+from mer.io.reader import Reader, ReadOperation
 from mer.io.ring import Ring
 from mer.io.ring_reader import RingReader
+from mer.io.thread_reader import ThreadReader
 from mer.testing.simdisk import DiskProfile, SimDisk, content, open_sim_disk
 
 CHUNK = 16384

@@ -14,9 +14,9 @@ from mer.io.arena import Arena
 from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, SlotClasses
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.ggml import GGMLType
-from mer.io.operation import Reader
 from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority
+from mer.io.reader import Reader
 from mer.testing.simdisk import SimDisk, content, open_sim_disk
 
 LAYERS, EXPERTS = 2, 6

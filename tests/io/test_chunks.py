@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mer.errors import ReadError
 from mer.io.chunks import Chunk, ChunkQueue, Work
-from mer.io.operation import ReadOperation
 from mer.io.priority import Priority
+from mer.io.reader import ReadOperation
 
 PAGE = 4096
 MEMORY = np.zeros(16 * PAGE, dtype=np.uint8)

@@ -18,7 +18,7 @@ from mer.io.extents import aligned_hull
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.pool import BufferPool
 from mer.io.priority import Priority
-from mer.io.reader import ThreadReader
+from mer.io.thread_reader import ThreadReader
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.simdisk import DiskProfile, content, open_sim_disk
 from tests.io.rig import (

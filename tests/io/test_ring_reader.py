@@ -18,7 +18,7 @@ from mer.errors import EngineClosed, ReadError
 from mer.io import ring as ring_module
 from mer.io.arena import map_anonymous
 from mer.io.open_reader import open_reader
-from mer.io.operation import ReadOperation, read_extent
+from mer.io.reader import ReadOperation, read_extent
 from mer.io.ring import Ring
 from mer.io.ring_reader import RingReader, RingUnavailable
 from mer.testing.simdisk import content

@@ -22,9 +22,9 @@ import trio
 
 from mer.errors import ConfigError, EngineClosed, FileChanged, ReadError
 from mer.io.identity import FileIdentity
-from mer.io.operation import ReadOperation, read_extent
 from mer.io.priority import Priority
-from mer.io.reader import ThreadReader
+from mer.io.reader import ReadOperation, read_extent
+from mer.io.thread_reader import ThreadReader
 from mer.testing.simdisk import content
 from tests.io.lab import Landings, assert_right, operation, refuse_direct, thread_lab, write_files
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mer.compute.worker import ReadBlocks, WriteBlocks
+from mer.compute.messages import ReadBlocks, WriteBlocks
 from mer.errors import ComputeError, ConfigError, ContextOverflow, EngineClosed, MerError, RequestError
 from mer.sched.events import Completion
 from mer.sched.kv_file import PrefixFileError, PrefixReader

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from mer.compute.worker import LoadedExpert, Stage
+from mer.compute.messages import LoadedExpert, Stage
 from mer.errors import ReadError
 from mer.io.arena import Arena
 from mer.io.extents import ExpertMap
@@ -20,7 +20,7 @@ from mer.io.fetch import Fetcher
 from mer.io.pool import BufferPool, SlotState
 from mer.io.priority import Priority
 from mer.sched.batch import share_rows
-from mer.sched.experts import ExpertCache
+from mer.sched.cache import ExpertCache
 from mer.sched.policies.layer_lru import LayerLRU
 from mer.sched.store import Claim, ExpertStore
 from mer.testing.simdisk import DiskProfile, SimDisk, open_sim_disk

@@ -7,8 +7,8 @@ from collections import Counter
 import trio
 from trio.testing import MockClock
 
-from mer.compute.worker import AWAY
-from mer.sched.experts import ExpertCache
+from mer.compute.messages import AWAY
+from mer.sched.cache import ExpertCache
 from tests.sched.test_store import EXPERTS, LAYERS, Rig, open_rig
 
 

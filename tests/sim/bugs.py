@@ -10,12 +10,12 @@ from unittest.mock import patch
 
 import mer.sched.predictors.gate
 import mer.sched.predictors.markov
-from mer.compute.worker import LoadedExpert
+from mer.compute.messages import LoadedExpert
 from mer.io.fetch import Fetch, Fetcher
 from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority
 from mer.sched.admission import AdmissionQueue
-from mer.sched.experts import ExpertCache, Resident
+from mer.sched.cache import ExpertCache, Resident
 from mer.sched.keys import ExpertKey
 from mer.sched.layer import LayerRun
 from mer.sched.scheduler import Scheduler

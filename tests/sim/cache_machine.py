@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mer.io.priority import Priority
-from mer.sched.experts import ExpertCache, Resident
+from mer.sched.cache import ExpertCache, Resident
 from mer.sched.heat import HeatProfile
 from mer.sched.keys import ExpertKey
 from mer.sched.policies.registry import POLICIES, CacheShape, make_policy

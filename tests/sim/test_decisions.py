@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mer.compute.worker import RunExperts
+from mer.compute.messages import RunExperts
 from mer.io.priority import Priority
 from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.store import ExpertStore

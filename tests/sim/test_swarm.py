@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from mer.compute.worker import Done, Operation, RunExperts, RunResident, Stage
+from mer.compute.messages import Done, Operation, RunExperts, RunResident, Stage
 from mer.testing import swarm
 from mer.testing.seeds import make_world, run_seed
 from mer.testing.simworker import SimWorker

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mer.errors import RequestError
-from mer.planner import tokenizer_bytes
+from mer.plan.memory import tokenizer_bytes
 from mer.text.joining import join
 from mer.text.tokenizer import Tokenizer
 from tests._lib import vocabularies

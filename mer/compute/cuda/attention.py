@@ -10,7 +10,7 @@ from torch.nn import functional
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.sizes import kv_block_bytes
 from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
-from mer.compute.worker import Batch, Uint8Array
+from mer.compute.messages import Batch, Uint8Array
 from mer.config import KVType
 from mer.model.spec import ModelSpec, RopeStyle
 

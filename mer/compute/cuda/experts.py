@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mer.compute.cuda.blocks import file_order
+from mer.compute.cuda.dequantize import file_order
 from mer.compute.cuda.device import Device, Event
-from mer.compute.cuda.kernels import DeviceExpert, ExpertCut, TorchKernels, Work
 from mer.compute.cuda.layout import file_layout, tile_layout
+from mer.compute.cuda.products import DeviceExpert, ExpertCut, TorchKernels, Work
 from mer.compute.cuda.sizes import STAGING_SLOTS, VRAMClasses
 from mer.compute.cuda.vram import Place, VRAMTier
-from mer.compute.worker import Int32Array, LoadedExpert
+from mer.compute.messages import Int32Array, LoadedExpert
 from mer.io.extents import ExpertMap, ExpertPart
 
 Tensor = torch.Tensor

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.attention import (
     Group,
     Inputs,
@@ -18,12 +19,11 @@ from mer.compute.cuda.attention import (
     rope,
 )
 from mer.compute.cuda.device import Device
-from mer.compute.cuda.kernels import TorchKernels
+from mer.compute.cuda.products import TorchKernels
 from mer.compute.cuda.routed import Routed
 from mer.compute.cuda.weights import DeviceWeights
 from mer.compute.kernels.kv_layout import KV_TILE
-from mer.compute.scratch import Limits
-from mer.compute.worker import Batch, Float32Array, Int32Array, Uint8Array
+from mer.compute.messages import Batch, Float32Array, Int32Array, Uint8Array
 from mer.model.spec import ModelSpec
 
 Tensor = torch.Tensor

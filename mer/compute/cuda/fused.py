@@ -9,7 +9,7 @@ import torch
 
 from mer.compute.cuda import triton_kernels as kernels
 from mer.compute.cuda.device import Device
-from mer.compute.cuda.kernels import DeviceExpert, ExpertCut, TorchKernels, Work
+from mer.compute.cuda.products import DeviceExpert, ExpertCut, TorchKernels, Work
 from mer.compute.cuda.weights import DeviceMatrix
 
 Tensor = torch.Tensor

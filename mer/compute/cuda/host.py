@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mer.compute.cpu import Team
+from mer.compute.cpu.experts import RoutedExperts
+from mer.compute.cpu.forward import Forward, matrix_types
+from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride
+from mer.compute.cpu.program import Program
+from mer.compute.cpu.scratch import Limits, Scratch
+from mer.compute.cpu.team import Team
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import Pairs
 from mer.compute.cuda.routed import Routed
 from mer.compute.cuda.sizes import hybrid_limits
-from mer.compute.experts import RoutedExperts
-from mer.compute.forward import Forward, matrix_types
-from mer.compute.matrix import FLOAT_BYTES, float_stride
-from mer.compute.program import Program
-from mer.compute.scratch import Limits, Scratch
-from mer.compute.worker import Batch, Float32Array, Int32Array, LoadedExpert, Uint8Array
+from mer.compute.messages import Batch, Float32Array, Int32Array, LoadedExpert, Uint8Array
 from mer.io.extents import ExpertMap
 from mer.model.spec import ModelSpec
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from mer.compute.matrix import stored_bytes
+from mer.compute.cpu.matrix import stored_bytes
 from mer.io.extents import ExpertPart, round_up
 
 ALIGNMENT = 256  # of a matrix on the device, so that kernels may load whole words

@@ -8,22 +8,22 @@ import attrs
 import torch
 import trio
 
+from mer.compute.cpu.forward import Forward
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import DeviceExperts
 from mer.compute.cuda.forward import DeviceForward
 from mer.compute.cuda.host import HostExperts, HostForward
-from mer.compute.cuda.kernels import TorchKernels
+from mer.compute.cuda.products import TorchKernels
 from mer.compute.cuda.sizes import VRAMClasses
 from mer.compute.cuda.vram import Ranking, VRAMTier
 from mer.compute.cuda.weights import DeviceMatrix, DeviceWeights
 from mer.compute.cuda.worker import CUDAWorker
-from mer.compute.forward import Forward
-from mer.compute.scratch import Limits
 from mer.errors import NotEnoughMemory
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
-from mer.io.operation import Reader
+from mer.io.reader import Reader
 from mer.model.spec import ModelSpec
 
 

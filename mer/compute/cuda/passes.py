@@ -12,7 +12,7 @@ import torch
 from mer.compute.cuda.attention import Group, Inputs, blocks_needed, padded_tables
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.forward import DeviceForward
-from mer.compute.worker import Batch, Float32Array, Int32Array
+from mer.compute.messages import Batch, Float32Array, Int32Array
 
 Tensor = torch.Tensor
 _KEPT = 16  # graphs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from mer.compute.worker import Int32Array
+from mer.compute.messages import Int32Array
 
 
 @attrs.frozen(eq=False)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import attrs
 
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.layout import file_layout, tile_layout
 from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
-from mer.compute.scratch import Limits
 from mer.config import KVType
 from mer.io.extents import ExpertMap, round_up
 from mer.io.gguf import TensorInfo

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mer.compute.cuda.blocks import dequantize
+from mer.compute.cpu.weights import Piece, load_pieces
+from mer.compute.cuda.dequantize import dequantize
 from mer.compute.cuda.device import Device
-from mer.compute.weights import Piece, load_pieces
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
-from mer.io.operation import Reader
+from mer.io.reader import Reader
 
 
 @attrs.frozen(eq=False)

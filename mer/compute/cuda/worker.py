@@ -12,18 +12,18 @@ import numpy as np
 import torch
 import trio
 
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import Device, as_error
 from mer.compute.cuda.experts import DeviceExperts, Pairs
 from mer.compute.cuda.forward import DeviceForward
 from mer.compute.cuda.host import HostExperts, HostForward
-from mer.compute.cuda.kernels import TorchKernels
 from mer.compute.cuda.passes import TokenPasses
+from mer.compute.cuda.products import TorchKernels
 from mer.compute.cuda.routed import Routed
 from mer.compute.cuda.split import Split, work_bytes
 from mer.compute.cuda.thread import CallThread
 from mer.compute.cuda.vram import Place, VRAMTier
-from mer.compute.scratch import Limits
-from mer.compute.worker import (
+from mer.compute.messages import (
     Attend,
     Batch,
     Begin,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mer.compute.cuda.blocks import dequantize, file_order, stored_bytes
+from mer.compute.cpu.program import Memory, Program
+from mer.compute.cuda.dequantize import dequantize, file_order, stored_bytes
 from mer.compute.kernels.interleave import FIELDS, ROWS
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS
 from mer.compute.kernels.runtime import run_alone
-from mer.compute.program import Memory, Program
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
 from tests._lib.quantize import HALVES, Type

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import TORCH_CPU, Device
 from mer.compute.cuda.experts import Pairs
 from mer.compute.cuda.host import HostExperts
-from mer.compute.reference import ReferenceModel
-from mer.compute.scratch import Limits
+from mer.compute.reference.model import ReferenceModel
 from tests._lib.resident import Experts
 from tests._lib.tiny_models import Type, tiny_model
 

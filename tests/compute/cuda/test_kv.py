@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from mer.compute import reference
 from mer.compute.cuda.attention import Inputs, KVCache, padded_tables
 from mer.compute.cuda.device import TORCH_CPU, Device
 from mer.compute.cuda.sizes import kv_block_bytes
 from mer.compute.kernels.kv_layout import KV_TILE
-from mer.compute.worker import Batch
+from mer.compute.messages import Batch
+from mer.compute.reference import model as reference
 from mer.config import KVType
 from mer.model.spec import ModelSpec
 from tests._lib.tiny_models import tiny_model

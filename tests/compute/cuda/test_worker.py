@@ -14,14 +14,13 @@ import torch
 import trio
 
 import mer
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.opening import choose_kernels, open_device
 from mer.compute.cuda.passes import TokenPasses
 from mer.compute.cuda.sizes import vram_classes
 from mer.compute.cuda.worker import CUDAWorker
-from mer.compute.reference import ReferenceModel
-from mer.compute.scratch import Limits
-from mer.compute.worker import (
+from mer.compute.messages import (
     AWAY,
     Attend,
     Batch,
@@ -39,9 +38,10 @@ from mer.compute.worker import (
     Stage,
     WriteBlocks,
 )
+from mer.compute.reference.model import ReferenceModel
 from mer.errors import ComputeError
-from mer.io.reader import ThreadReader
-from mer.plan import load_model
+from mer.io.thread_reader import ThreadReader
+from mer.model.loading import load_model
 from mer.sched.policy import LayerLRU
 from tests._lib.resident import Experts, batch, joined
 from tests._lib.tiny_models import Type, tiny_model
@@ -237,7 +237,7 @@ async def test_layers_stop_where_an_expert_is_not_there(folder: Path) -> None:
 async def test_predictions_are_the_next_routers(folder: Path) -> None:
     path = path_of(folder, "qwen3moe", Type.F32)
     reference = ReferenceModel(path)
-    from mer.compute.reference import rms_norm, route
+    from mer.compute.reference.model import rms_norm, route
 
     async with running(path) as it:
         operations: list[Operation] = [Begin(batch(TOKENS[:9]))]

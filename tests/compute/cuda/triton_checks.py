@@ -13,8 +13,8 @@ import torch
 from mer.compute.cuda import triton_kernels
 from mer.compute.cuda.device import TORCH_CPU, Device
 from mer.compute.cuda.fused import TritonKernels
-from mer.compute.cuda.kernels import DeviceExpert, ExpertCut, Work
 from mer.compute.cuda.layout import ALIGNMENT
+from mer.compute.cuda.products import DeviceExpert, ExpertCut, Work
 from mer.compute.cuda.triton_kernels import KINDS
 from mer.compute.cuda.weights import DeviceMatrix
 from mer.io.extents import round_up

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mer.compute import reference
 from mer.compute.kernels.attention import ATTENTION, SPAN, split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, tile_bytes
 from mer.compute.kernels.rope import ROPE_STORE
+from mer.compute.reference import model as reference
 from mer.config import KVType
 from mer.model.spec import RopeStyle
 from tests._lib.steps import F32, Areas, address, run_step

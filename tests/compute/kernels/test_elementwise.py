@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import types
 
-from mer.compute import reference
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
 from mer.compute.kernels.ir import V16F32, load, load_i64, store
 from mer.compute.kernels.numba_api import intrinsic
 from mer.compute.kernels.step import ARG0, step
 from mer.compute.kernels.vector import exp_of_negative, exp_vector
+from mer.compute.reference import model as reference
 from tests._lib.steps import F32, Areas, address, run_step
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mer.compute.cpu.matrix import raw_bytes
 from mer.compute.kernels.entry import FRESH_INNER, flags
 from mer.compute.kernels.interleave import FIELDS, rows_of_tiles
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
-from mer.compute.matrix import raw_bytes
 from mer.io.ggml import GGMLType
 from tests._lib.steps import CANARY, U8, Areas, address, run_step
 

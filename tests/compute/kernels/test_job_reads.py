@@ -14,11 +14,11 @@ import numpy.typing as npt
 import pytest
 from numba import types
 
+from mer.compute.cpu.program import Program
 from mer.compute.kernels import job_reads
 from mer.compute.kernels.dispatch import dispatch
 from mer.compute.kernels.job_reads import END, FIRST, await_reads, begin_reads, next_turn
 from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, nogil_function
-from mer.compute.program import Program
 from mer.io.arena import Arena
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
 from mer.io.ggml import GGMLType

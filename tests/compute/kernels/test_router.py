@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mer.compute import reference
 from mer.compute.kernels.router import route
+from mer.compute.reference import model as reference
 from mer.model.spec import Routing
 from tests._lib.steps import F32, Areas, address, run_step
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from mer.compute.cpu import Team
+from mer.compute.cpu.program import Memory, Program
+from mer.compute.cpu.team import Team
 from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.ir import atomic_add, atomic_load, load_i32, load_i64, pause, store_i32, store_i64
 from mer.compute.kernels.runtime import MAX_THREADS, run_alone
 from mer.compute.kernels.step import ARG0, BARRIER, ENTRY, ROW_WORDS, step
-from mer.compute.program import Memory, Program
 from mer.errors import ConfigError
 
 THREADS = [1, 2, 3, 4]

@@ -59,7 +59,7 @@ def test_the_second_process_finds_every_kernel_in_the_cache() -> None:
 
 
 RUNTIME = """
-from mer.compute.prepare import RUNTIME
+from mer.compute.cpu.prepare import RUNTIME
 print(*(function.compile() for function in RUNTIME))
 """
 
@@ -219,7 +219,7 @@ def test_products_use_512_bit_integer_dot_products(cpu: str | None, tmp_path: Pa
 
 NARROW_ASSEMBLY = """
 import re, sys
-from mer.compute.forward import steps_for
+from mer.compute.cpu.forward import steps_for
 from mer.compute.kernels.q8_0 import matmul_q8_0
 from mer.compute.kernels.target import FORM
 from mer.io.ggml import GGMLType

@@ -1,0 +1,221 @@
+"""The feed-forward networks of routed experts as programs of kernel steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+
+from mer.compute.cpu.matrix import Activations, Matrix, Product, block_sizes, float_stride, is_tiled, product
+from mer.compute.cpu.program import Program
+from mer.compute.cpu.scratch import Limits, Scratch
+from mer.compute.kernels.elementwise import gather, swiglu
+from mer.compute.kernels.entry import ENTRY_WORDS, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO, flags
+from mer.compute.kernels.pack import pack
+from mer.compute.messages import Int32Array, LoadedExpert, Stage
+from mer.errors import ComputeError
+from mer.io.extents import ExpertMap, ExpertPart
+from mer.model.spec import ModelSpec
+
+_STAGES = {Stage.OUTER: 0, Stage.WHOLE: 1, Stage.INNER: 2}  # the order of a table's entries
+_FRESH = {Stage.OUTER: FRESH_OUTER, Stage.WHOLE: FRESH_INNER | FRESH_OUTER, Stage.INNER: FRESH_INNER}
+_FEW = 64  # (token, choice) pairs up to which Python sorts faster than NumPy
+_ENTRY_BYTES = 8 * ENTRY_WORDS
+
+
+@attrs.frozen(eq=False)
+class _Steps:
+    """The steps of experts whose matrices have the same types and shapes."""
+
+    prepare: tuple[Product, ...]  # bring the tokens' activations into the form that gate and up read
+    inner: tuple[Product, ...]  # gate and up
+    activate: Product  # SwiGLU, and the packing for down
+    outer: Product  # down
+
+
+class RoutedExperts:
+    """Adds the steps of experts to programs; keeps which tokens were routed to which expert.
+
+    Of a batch of at most `staged_pairs` (token, choice) pairs every pair has a row of its own among the inner
+    activations, so that stages may be in different jobs. Larger batches go through these rows group by group.
+
+    Args:
+        spec: the model.
+        limits: the largest batch.
+        scratch: its memory.
+        experts: types and shapes of the routed experts.
+    """
+
+    def __init__(self, spec: ModelSpec, limits: Limits, scratch: Scratch, experts: ExpertMap) -> None:
+        self._spec, self._limits, self._scratch = spec, limits, scratch
+        self.staged_pairs = limits.ffn_rows(spec)
+        made: dict[tuple[tuple[object, int, int], ...], tuple[_Steps, _Steps]] = {}
+        self._steps: list[list[tuple[_Steps, _Steps]]] = []  # of each expert: for one token, for more
+        self._sizes: list[list[int]] = []  # of each layer: blocks in which gate and up take activations
+        for layer in experts.experts:
+            self._sizes.append(block_sizes(p.type for e in layer for p in e.parts[:2]))
+            self._steps.append([])
+            for expert in layer:
+                key = tuple((p.type, p.rows, p.cols) for p in expert.parts)
+                if key not in made:
+                    made[key] = self._make(expert.parts, one=True), self._make(expert.parts, one=False)
+                self._steps[-1].append(made[key])
+        self._n_tokens = 0
+        self._spans: dict[int, tuple[int, int]] = {}  # {expert: (first of its pairs in `order`, number of them)}
+        self._inner: set[int] = set()  # experts whose INNER has run, and not their OUTER
+        self._places, self._order = scratch.places.data, scratch.order.data
+
+    def _make(self, parts: Sequence[ExpertPart], *, one: bool) -> _Steps:
+        """Return the steps for batches of one token, whose activations `prepare_token` has prepared, or of more."""
+        spec, s, a = self._spec, self._scratch, self._scratch.address
+        threads, raw = self._limits.threads, s.raw
+        d, f = float_stride(spec.d_model), float_stride(spec.d_ff)
+        gate, up, down = (Matrix(p.type, p.rows, p.cols, 0) for p in parts)
+        kinds = {gate.type, up.type}
+        x = Activations(1, a["h"] if one else a["gathered"], d, s.packed["input"])
+        z = Activations(1, a["gate"], f, s.packed["inner"])
+        prepare = []
+        if not one:
+            if any(not is_tiled(kind) for kind in kinds):
+                prepare.append(Product(gather, (a["h"], d, a["order"], a["gathered"])))
+            for size in block_sizes(kinds):
+                arguments = s.packed["input"][size].arguments(spec.d_model, a["h"], d, index=a["order"])
+                prepare.append(Product(pack, arguments))
+        source = ZERO if one else ROW
+        between = a["up"] - a["gate"]
+        if gate.type == up.type:
+            settings = flags(0, 2, x=source)
+            inner = [product(gate, x, a["gate"], f, threads, settings, out_step=between, raw=raw)]
+        else:
+            inner = [
+                product(matrix, x, a["gate"] + number * between, f, threads, flags(number, x=source), raw=raw)
+                for number, matrix in enumerate((gate, up))
+            ]
+        sizes = block_sizes([down.type])
+        if sizes:
+            activate = Product(pack, s.packed["inner"][sizes[0]].arguments(spec.d_ff, a["gate"], f, up=between))
+        else:
+            activate = Product(swiglu, (a["gate"], a["up"], f))
+        outer = product(down, z, a["y"], d, threads, flags(2, out=PAIR), raw=raw)
+        return _Steps(tuple(prepare), tuple(inner), activate, outer)
+
+    def prepare_token(self, program: Program, layer: int) -> None:
+        """Add the packing of `h` for the layer's experts, if the batch is one token; experts may follow a barrier."""
+        if self._n_tokens == 1:
+            h, d = self._scratch.address["h"], float_stride(self._spec.d_model)
+            for size in self._sizes[layer]:
+                arguments = self._scratch.packed["input"][size].arguments(self._spec.d_model, h, d)
+                program.add_alone(pack, (0, 0, 0, 1, 0, 0, 0, 0), *arguments)
+
+    def begin(self, n_tokens: int) -> None:
+        """Take over a batch of so many tokens."""
+        self._n_tokens = n_tokens
+
+    def begin_layer(self) -> None:
+        """Forget the stages that have run."""
+        self._inner.clear()
+
+    def assign(self, ids: Int32Array) -> None:
+        """Sort the (token, choice) pairs by expert, from the router's choice [T * K]."""
+        k = len(ids) // self._n_tokens
+        spans = self._spans = {}
+        if len(ids) > _FEW:
+            order = np.argsort(ids, kind="stable")
+            self._scratch.places[order] = np.arange(len(ids), dtype=np.int32)
+            self._scratch.order[: len(ids)] = order // k
+            experts, firsts, counts = np.unique(ids[order], return_index=True, return_counts=True)
+            spans.update(zip(experts.tolist(), zip(firsts.tolist(), counts.tolist(), strict=True), strict=True))
+            return
+        places, tokens, numbers = self._places, self._order, ids.tolist()
+        for place, pair in enumerate(sorted(range(len(numbers)), key=numbers.__getitem__)):
+            places[pair], tokens[place] = place, pair // k
+            first, count = spans.get(numbers[pair], (place, 0))
+            spans[numbers[pair]] = first, count + 1
+
+    def run(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None:
+        """Add the feed-forward networks of loaded experts, or stages of them.
+
+        Raises:
+            ComputeError: a stage that the batch is too large for, or that comes out of turn.
+        """
+        pairs = self._n_tokens * self._spec.top_k
+        staged = pairs <= self.staged_pairs
+        steps, which = self._steps[layer], self._n_tokens > 1
+        filled = 0
+        group: dict[_Steps, tuple[list[int], list[int], list[int]]] = {}  # entries of OUTER, WHOLE, INNER
+        for loaded in experts:
+            number, stage = loaded.expert, loaded.stage
+            if stage is not Stage.WHOLE:
+                self._check(loaded, layer, staged, pairs)
+            pair, count = self._spans.get(number, (0, 0))
+            if not staged and filled + count > self.staged_pairs:
+                self._add(program, group)
+                group, filled = {}, 0
+            fresh = (loaded.fresh[0] | loaded.fresh[1] << 1) & _FRESH[stage]
+            entries = group.setdefault(steps[number][which], ([], [], []))[_STAGES[stage]]
+            entries += (*loaded.addresses, count, pair if staged else filled, pair, fresh, 0)
+            filled += count
+        self._add(program, group)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all experts of a layer have matrices of the same types and shapes."""
+        return all(steps == layer[0] for layer in self._steps for steps in layer)
+
+    def run_table(self, program: Program, layer: int) -> None:
+        """Add the feed-forward networks of the experts in a table, for a layer whose experts are alike.
+
+        That is `table_steps` steps; steps before them tell them their table and how many entries it has.
+        """
+        for stage in self._stages(layer):
+            for made in stage:
+                program.add(made.step, 0, 0, *made.arguments)
+            program.barrier()
+
+    def table_steps(self, layer: int) -> int:
+        """Return how many steps `run_table` adds."""
+        return sum(map(len, self._stages(layer)))
+
+    def _stages(self, layer: int) -> tuple[tuple[Product, ...], ...]:
+        steps = self._steps[layer][0][self._n_tokens > 1]
+        return steps.prepare, steps.inner, (steps.activate,), (steps.outer,)
+
+    def _check(self, loaded: LoadedExpert, layer: int, staged: bool, pairs: int) -> None:
+        """Refuse a stage that cannot be computed, and keep account of those that can."""
+        number, stage = loaded.expert, loaded.stage
+        if not staged:
+            raise ComputeError(
+                f"a batch of {pairs} (token, choice) pairs cannot run stages of experts, only one of at most "
+                f"{self.staged_pairs}; run expert {number} of layer {layer} whole"
+            )
+        if (stage is Stage.INNER) == (number in self._inner):
+            turn = "comes twice" if stage is Stage.INNER else "comes before its inner stage"
+            raise ComputeError(f"the {stage.value} stage of expert {number} of layer {layer} {turn}")
+        self._inner ^= {number}
+
+    def _add(self, program: Program, group: dict[_Steps, tuple[list[int], list[int], list[int]]]) -> None:
+        """Add the steps of experts whose rows together fit the scratch rows."""
+        inner: list[tuple[_Steps, int, int]] = []
+        outer: list[tuple[_Steps, int, int]] = []
+        for steps, stages in group.items():
+            n_outer, n_whole, n_inner = (len(words) // ENTRY_WORDS for words in stages)
+            table = program.table([*stages[0], *stages[1], *stages[2]])
+            if n_whole + n_inner:
+                inner.append((steps, table + n_outer * _ENTRY_BYTES, n_whole + n_inner))
+            if n_outer + n_whole:
+                outer.append((steps, table, n_outer + n_whole))
+        for steps, table, n in inner:
+            for made in steps.prepare:
+                program.add(made.step, table, n, *made.arguments)
+        program.barrier()
+        for steps, table, n in inner:
+            for made in steps.inner:
+                program.add(made.step, table, n, *made.arguments)
+        program.barrier()
+        for steps, table, n in inner:
+            program.add(steps.activate.step, table, n, *steps.activate.arguments)
+        program.barrier()
+        for steps, table, n in outer:
+            program.add(steps.outer.step, table, n, *steps.outer.arguments)
+        program.barrier()

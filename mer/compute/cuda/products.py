@@ -1,0 +1,119 @@
+"""The products with quantized weights: the plain torch form, which is the reference of the Triton form.
+
+Both are made of two operations: a product with one matrix, and the feed-forward networks of a few experts for a few
+rows. Weights are never kept dequantized; a product dequantizes some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from mer.compute.cuda.dequantize import dequantize
+from mer.compute.cuda.device import Device
+from mer.compute.cuda.sizes import CHUNK_WEIGHTS
+from mer.compute.cuda.weights import DeviceMatrix
+from mer.io.ggml import GGMLType
+
+Tensor = torch.Tensor
+
+
+@attrs.frozen(eq=False)
+class DeviceExpert:
+    """An expert's matrices on the device."""
+
+    gate: DeviceMatrix
+    up: DeviceMatrix
+    down: DeviceMatrix
+
+
+@attrs.frozen(eq=False)
+class Work:
+    """What one expert has to do.
+
+    Attributes:
+        expert: its matrices.
+        numbers: int64 [2, n] in memory: the rows of y that it computes, and the rows of h that they are computed from.
+        pairs, rows: the same on the device, int64 [n] each.
+    """
+
+    expert: DeviceExpert
+    numbers: npt.NDArray[np.int64]
+    pairs: Tensor
+    rows: Tensor
+
+    @property
+    def n(self) -> int:
+        """How many rows it computes."""
+        return len(self.numbers[0])
+
+
+class TorchKernels:
+    """Dequantize, then multiply: for prompts on every device, for decoding where there is no Triton.
+
+    Args:
+        device: whose `gemm_type` products of quantized weights are computed in.
+        form: what is reported.
+    """
+
+    def __init__(self, device: Device, form: str = "torch") -> None:
+        self._device = device
+        self.form = form
+
+    def matmul(self, matrix: DeviceMatrix, x: Tensor, *, exact: bool = False) -> Tensor:
+        """Return x [T, cols] @ matrix.T in float32 [T, rows]; computed in float32 if `exact` or of float32 weights."""
+        operand = x if exact or matrix.type is GGMLType.F32 else x.to(self._device.gemm_type)
+        step = max(1, CHUNK_WEIGHTS // matrix.cols)
+        parts = []
+        for first in range(0, matrix.rows, step):
+            weights = dequantize(matrix.type, matrix.raw[first : first + step])
+            parts.append((operand @ weights.to(operand.dtype).T).float())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def ffn(self, expert: DeviceExpert, x: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x)) [n, D] of x [n, D] (Shazeer 2020)."""
+        inner = functional.silu(self.matmul(expert.gate, x)) * self.matmul(expert.up, x)
+        return self.matmul(expert.down, inner)
+
+    def experts(self, works: Sequence[Work], h: Tensor, y: Tensor) -> None:
+        """Compute experts for their rows of h [T, D] into their rows of y [T * K, D]."""
+        for work in works:
+            y[work.pairs] = self.ffn(work.expert, h[work.rows])
+
+    def chosen(self, slab: Tensor, slots: Tensor, cut: ExpertCut, h: Tensor, y: Tensor) -> None:
+        """Compute for every row of h [T, D] the K experts in these slots into y [T * K, D], without asking the host.
+
+        Args:
+            slab: uint8 [slots, slot bytes].
+            slots: int64 [T, K].
+            cut: how an expert lies in a slot.
+            h: float32 [T, D].
+            y: float32 [T * K, D].
+        """
+        top_k = slots.shape[1]
+        for pair, slot in enumerate(slots.reshape(-1, 1).unbind()):
+            row = pair // top_k
+            y[pair] = self.ffn(cut.expert(slab[slot][0]), h[row : row + 1])[0]
+
+
+@attrs.frozen
+class ExpertCut:
+    """How the three matrices lie in a slot: types and shapes, and where each begins."""
+
+    types: tuple[GGMLType, GGMLType, GGMLType]  # gate, up, down
+    shapes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    offsets: tuple[int, int, int]
+    sizes: tuple[int, int, int]
+
+    def expert(self, raw: Tensor) -> DeviceExpert:
+        """Return the matrices in the bytes of a slot."""
+        gate, up, down = (
+            DeviceMatrix.of(kind, *shape, raw[offset : offset + size])
+            for kind, shape, offset, size in zip(self.types, self.shapes, self.offsets, self.sizes, strict=True)
+        )
+        return DeviceExpert(gate, up, down)

@@ -1,0 +1,1 @@
+"""The NumPy oracle that the tests compare both workers with."""

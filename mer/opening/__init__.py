@@ -1,0 +1,1 @@
+"""Opening an engine: its actors made, joined and run in one nursery."""

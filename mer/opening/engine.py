@@ -1,0 +1,342 @@
+"""Opening an engine: one nursery that owns every actor."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import TracebackType
+
+import trio
+
+from mer.address_space import check_address_space, naming_refusals
+from mer.compute.kernels.kv_layout import KV_TILE
+from mer.config import Activations, EngineConfig, Hybrid, IoEngine, KVType, PrefetchSetting, Progress
+from mer.engine import Engine
+from mer.errors import EngineClosed
+from mer.home import Home, OwnProcessStack, apart_from_children
+from mer.io.arena import Arena
+from mer.io.fetch import Fetcher
+from mer.io.file_reader import FileReader
+from mer.io.mirror import mirror_paths
+from mer.io.open_reader import open_reader
+from mer.io.pool import BufferPool, demand_reserve
+from mer.io.priority import Priority
+from mer.model.loading import Model, load_model
+from mer.opening.caching import open_residency
+from mer.opening.job_reads import open_job_reads
+from mer.opening.prefetching import open_guessing
+from mer.opening.settings import settings_in_force
+from mer.opening.worker import Computing, Worker, open_computing
+from mer.plan.plan import plan_memory
+from mer.sched.cache import ExpertCache
+from mer.sched.fingerprint import model_fingerprint
+from mer.sched.kv import KVBlocks
+from mer.sched.kv_file import KVLayout
+from mer.sched.prefix_files import PrefixFiles
+from mer.sched.scheduler import Scheduler
+from mer.sched.store import ExpertStore
+from mer.stats import Statistics
+from mer.system import peak_rss_bytes, private_bytes
+from mer.text.tokenizer import Tokenizer
+
+MAX_WAITING = 64  # requests that may queue before `generate` waits to be queued
+
+
+@asynccontextmanager
+async def open_engine(
+    path: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    io_threads: int | None = None,
+    io_engine: IoEngine = "auto",
+    mirrors: Iterable[str | os.PathLike[str]] = (),
+    slots: int | None = None,
+    context: int | None = None,
+    max_sequences: int | None = None,
+    batch_tokens: int | None = None,
+    activations: Activations = "auto",
+    kv_type: KVType | None = None,
+    prefetch: PrefetchSetting = "auto",
+    prefix_reuse: bool = True,
+    device: str = "auto",
+    vram: int | str | None = None,
+    hybrid: Hybrid = "auto",
+    vram_slots: int | None = None,
+    policy: str | None = None,
+    heat: str | os.PathLike[str] | None = None,
+    trace: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> AsyncIterator[Engine]:
+    """Open a model and close it when the block is left.
+
+    If cancelled, or when the block raises, everything is taken down and the error goes on unwrapped.
+
+    Args:
+        path: the GGUF file, or any part of a split one.
+        memory: bounds the whole process, in bytes or as text such as "8GiB"; by default the control group's limit or
+            what is available.
+        threads: compute threads; by default one per processor.
+        io_threads: reads that each disk sees at once; by default 8 with io_uring and 4 with threads.
+        io_engine: what makes them: "io_uring", "threads", or "auto", which takes the first if the system and the files
+            allow it.
+        mirrors: identical copies of the file, or of all parts of a split one under the same names, on further drives:
+            each a path of the copy or of its folder. They are compared with the original by header and samples, and
+            share the reading by how fast they are.
+        slots: caps the expert slots below what the budget allows.
+        context: positions of the longest sequence.
+        max_sequences: sequences that run at once; by default 8, or what a small prefill chunk allows.
+        batch_tokens: rows of a batch, which is also the prefill chunk.
+        activations: precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model's
+            size.
+        kv_type: how keys and values are kept: "f32", "f16" or "q8_0"; by default "f32" for a model of F32 weights, else
+            "f16".
+        prefix_reuse: whether prompts use what was computed for the same tokens before.
+        device: "cpu", "cuda", "cuda:N", or "auto", which takes the first GPU that torch can use; see docs/cuda.md.
+        vram: bounds what the engine takes of the GPU's memory, in bytes or as text; by default what is free there.
+        hybrid: whether the processor computes experts that are only in memory beside the GPU: "auto", as many as
+            measure faster, or "off". With "auto" tokens may depend on what is where.
+        vram_slots: caps the expert slots there below what that allows.
+        policy: which experts stay in memory: "lfru", "layer-lru", "lfu", "static" or "cost"; by default "lfru".
+        heat: a heat profile of this model, which the policy "static" needs.
+        trace: a file that the routing is recorded in, made or appended to; see docs/traces.md. If it cannot be
+            written any more, it ends with a warning in the log, and the engine goes on.
+        prefetch: which guesses at what the next layer needs are read while the disk is idle: "off", "markov", "gate" or
+            "auto", which reads what is worth it and tries out whether it pays; see docs/prefetch.md.
+        on_progress: called in the trio thread as kernels are compiled and weights are read.
+
+    Raises:
+        ModelFileError: the file is malformed or not supported.
+        NotEnoughMemory: a budget is too small; the text carries the arithmetic.
+        ConfigError: a setting is out of range, or the device that was asked for cannot be used.
+        ReadError: bytes could not be read.
+        ProfileError: the heat profile is malformed or of another model.
+        TraceError: the trace exists and is malformed or of another model.
+        OSError: the heat profile or the trace cannot be opened; it names the file.
+        ForeignCall: the call does not come from a task of trio's.
+    """
+    Home()  # refuses anything but a task of trio's before anything is read
+    config = EngineConfig(
+        path=path,
+        memory=memory,
+        threads=threads,
+        io_threads=io_threads,
+        io_engine=io_engine,
+        mirrors=mirrors,
+        slots=slots,
+        context=context,
+        max_sequences=max_sequences,
+        batch_tokens=batch_tokens,
+        activations=activations,
+        kv_type=kv_type,
+        prefetch=prefetch,
+        prefix_reuse=prefix_reuse,
+        device=device,
+        vram=vram,
+        hybrid=hybrid,
+        vram_slots=vram_slots,
+        policy=policy,
+        heat=heat,
+        trace=trace,
+        **({} if on_progress is None else {"on_progress": on_progress}),
+    )
+    with _Unwrapped():
+        async with trio.open_nursery() as nursery:
+            engine = await nursery.start(run_engine, config)
+            try:
+                yield engine
+            finally:
+                engine.close()
+
+
+@contextmanager
+def _reading(reader: FileReader) -> Iterator[None]:
+    """Let what waits for a reader fail when the reader does.
+
+    Raises:
+        EngineClosed: the reader can read nothing more.
+    """
+    failures: list[str] = []
+    with trio.CancelScope() as scope:
+
+        def stop(why: str) -> None:
+            failures.append(why)
+            scope.cancel()
+
+        reader.on_failure = stop
+        yield
+    if failures:
+        raise EngineClosed(f"the engine could not be opened: {failures[0]}")
+
+
+async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engine] = trio.TASK_STATUS_IGNORED) -> None:
+    """Open a model, report the engine through `task_status`, and serve until it is closed or cancelled.
+
+    For services that own the nursery: `engine = await nursery.start(mer.run_engine, config)`. Raises as `open_engine`
+    does.
+    """
+    begun_s = time.perf_counter()
+    home = Home()
+    with naming_refusals(), OwnProcessStack() as stack:
+        model = load_model(config)
+        plan = plan_memory(model, config)
+        check_address_space(plan.used_bytes - private_bytes())
+        tokenizer = await trio.to_thread.run_sync(Tokenizer.from_gguf, model.gguf)
+        residency = await open_residency(config, model, plan)
+        if residency.recorder is not None:
+            stack.callback(residency.recorder.close)
+        opened = stack.enter_context(
+            open_reader(
+                model.gguf.paths,
+                io_engine=config.io_engine,
+                mirrors=[mirror_paths(model.gguf.paths, mirror) for mirror in config.mirrors],
+                expected=model.gguf.identities,
+                n_threads=config.io_threads,
+            )
+        )
+        reader = opened.reader
+        with _reading(reader):
+            computing = await open_computing(config, model, plan, reader)
+        worker = computing.worker
+        dense_bytes_read = reader.statistics().bytes_read
+        arena = Arena(plan.slot_counts, plan.classes.slot_bytes)
+        stack.callback(arena.close)
+        stack.callback(worker.close)
+        pinned = computing.pin(arena.address(0), arena.n_bytes)
+        pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
+        cache = ExpertCache(residency.policy, (model.spec.n_layers, model.spec.n_experts))
+        job_reads, job_reads_reason = open_job_reads(model, plan, arena, opened, cache, computing.tier)
+        store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier)
+        fetcher = Fetcher(
+            pool,
+            arena,
+            plan.classes,
+            model.experts,
+            reader,
+            on_done=store.landed,
+            on_inner=store.inner_landed,
+            job_reads=job_reads,
+        )
+        stack.callback(store.stop_reads)
+        store.attach(fetcher)
+        guessing = await open_guessing(config, model, plan, store, reader)
+        if guessing is not None:
+            stack.callback(guessing.save)
+        kv = KVBlocks(plan.limits.kv_blocks, KV_TILE, prefix_reuse=config.prefix_reuse)
+        scheduler = Scheduler(
+            n_layers=model.spec.n_layers,
+            n_experts=model.spec.n_experts,
+            worker=worker,
+            store=store,
+            kv=kv,
+            batch_tokens=plan.limits.batch_tokens,
+            max_sequences=plan.limits.sequences,
+            max_waiting=MAX_WAITING,
+            bytes_read=lambda: fetcher.bytes_read,
+            prefetcher=None if guessing is None else guessing.prefetcher,
+            on_routed=residency.routed,
+            where=str(config.path),
+        )
+        settings = settings_in_force(config, plan, model, computing, pinned, arena, opened, cache, job_reads_reason)
+        load_s = 0.0
+
+        def statistics() -> Statistics:
+            return Statistics(
+                load_s=load_s,
+                dense_bytes_read=dense_bytes_read,
+                bytes_read=model.gguf.header_bytes_read + reader.statistics().bytes_read,
+                stalled_s=store.stalled_s,
+                private_bytes=private_bytes(),
+                peak_rss_bytes=peak_rss_bytes(),
+                settings=settings,
+                scheduler=scheduler.statistics(),
+                cache=cache.statistics(),
+                read_ahead=store.speculation(Priority.READ_AHEAD),
+                prefetch=store.speculation(Priority.PREFETCH),
+                predictors=None if guessing is None else guessing.prefetcher.statistics(),
+                pool=pool.statistics(),
+                fetcher=fetcher.statistics(),
+                reader=reader.statistics(),
+                worker=worker.statistics(),
+                kv=kv.statistics(),
+                trace=None if residency.recorder is None else residency.recorder.statistics(),
+            )
+
+        def disown() -> None:
+            reader.disown()
+            worker.disown()
+
+        worker.start_threads()
+        with _Unwrapped():
+            async with trio.open_nursery() as nursery:
+                stack.enter_context(apart_from_children(disown))
+                engine = Engine(
+                    home=home,
+                    model=model,
+                    plan=plan,
+                    tokenizer=tokenizer,
+                    scheduler=scheduler,
+                    prefixes=PrefixFiles(
+                        kv=kv,
+                        layout=_kv_layout(model, computing),
+                        transfer=scheduler.transfer,
+                        give_back=scheduler.give_back,
+                    ),
+                    heat=residency.heat,
+                    statistics=statistics,
+                    stop=nursery.cancel_scope,
+                )
+                stack.callback(engine.release)
+                stack.callback(engine.close)  # however it ends
+                reader.on_failure = engine.fail
+                nursery.start_soon(fetcher.run)
+                nursery.start_soon(_compute, worker, engine)
+                if residency.recorder is not None:
+                    nursery.start_soon(residency.recorder.run)
+                nursery.start_soon(scheduler.run)
+                load_s = time.perf_counter() - begun_s
+                task_status.started(engine)
+
+
+async def _compute(worker: Worker, engine: Engine) -> None:
+    """Run the worker; one that ends by itself can compute nothing more, so that the engine closes."""
+    await worker.run()
+    engine.fail(worker.failure)
+
+
+def _kv_layout(model: Model, computing: Computing) -> KVLayout:
+    """Return what the bytes of a KV block depend on."""
+    spec = model.spec
+    return KVLayout(
+        fingerprint=model_fingerprint(model.gguf),
+        kv_type=computing.kv_type,
+        arithmetic=computing.arithmetic,
+        n_layers=spec.n_layers,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        block_tokens=KV_TILE,
+        block_bytes=computing.kv_block_bytes,
+    )
+
+
+class _Unwrapped:
+    """Lets a single error out of the exception group that the nursery in its block wraps it in.
+
+    The error keeps its own cause and context; a group that the error itself is stays as it is.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            single = error.exceptions[0]
+            context, suppressed = single.__context__, single.__suppress_context__
+            try:
+                raise single
+            finally:
+                single.__context__, single.__suppress_context__ = context, suppressed

@@ -1,0 +1,100 @@
+"""What an engine guesses with: predictors that learn from run to run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import attrs
+import trio
+
+from mer.config import EngineConfig
+from mer.errors import ConfigError
+from mer.io.chunks import DEFAULT_CHUNK_BYTES
+from mer.io.file_reader import FileReader
+from mer.model.loading import Model
+from mer.paths import cache_folder, make_private_folder
+from mer.plan.plan import MemoryPlan
+from mer.sched.fingerprint import model_fingerprint
+from mer.sched.governor import PrefetchMode
+from mer.sched.predictor_file import PredictorFileError, load_predictor, save_predictor
+from mer.sched.predictors.markov import MarkovPredictor
+from mer.sched.prefetch import DiskFacts, Prefetcher
+from mer.sched.store import ExpertStore
+
+logger = logging.getLogger(__name__)
+
+
+def prefetch_mode(config: EngineConfig, plan: MemoryPlan) -> PrefetchMode:
+    """Return the mode in force: off where every expert has a slot, so that nothing is left to guess."""
+    return "off" if plan.slots == plan.total_experts else config.prefetch
+
+
+@attrs.frozen
+class Guessing:
+    """A prefetcher, and the file in which its Markov chains are kept, if there is a place for it."""
+
+    prefetcher: Prefetcher
+    path: Path | None
+    fingerprint: bytes
+
+    def save(self) -> None:
+        """Keep what has been learnt; a failure is logged, as it costs the next run its experience and nothing else."""
+        markov = self.prefetcher.markov
+        if self.path is None or markov is None or not any(markov.visits):
+            return
+        try:
+            make_private_folder(self.path.parent)
+            save_predictor(self.path, markov, self.fingerprint)
+        except OSError as error:
+            logger.warning("what was learnt for prefetching is lost: %s", error)
+
+
+def _path(fingerprint: bytes) -> Path | None:
+    """Return the file of a model's Markov chains, or None if there is no cache folder, which is logged."""
+    try:
+        return cache_folder() / "predictors" / f"{fingerprint.hex()}.markov"
+    except ConfigError as error:
+        logger.warning("what is learnt for prefetching is not kept: %s", error)
+        return None
+
+
+async def open_guessing(
+    config: EngineConfig, model: Model, plan: MemoryPlan, store: ExpertStore, reader: FileReader
+) -> Guessing | None:
+    """Make the prefetcher, with what earlier runs have learnt of the model; None if the mode in force is off."""
+    mode = prefetch_mode(config, plan)
+    if mode == "off":
+        return None
+    spec, fingerprint = model.spec, model_fingerprint(model.gguf)
+    path = None if mode == "gate" else _path(fingerprint)
+
+    def bytes_per_s() -> float:
+        statistics = reader.statistics()
+        return statistics.bytes_read / statistics.busy_s if statistics.busy_s else 0.0
+
+    def load(path: Path) -> MarkovPredictor | None:
+        try:
+            return load_predictor(
+                path, fingerprint=fingerprint, n_layers=spec.n_layers, n_experts=spec.n_experts, top_k=spec.top_k
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, PredictorFileError) as error:
+            logger.warning("prefetching learns from the start: %s", error)
+            return None
+
+    prefetcher = Prefetcher(
+        mode,
+        store,
+        DiskFacts(
+            expert_bytes=lambda key: model.experts.experts[key[0]][key[1]].n_bytes,
+            bytes_per_s=bytes_per_s,
+            chunk_bytes=DEFAULT_CHUNK_BYTES,
+        ),
+        n_layers=spec.n_layers,
+        n_experts=spec.n_experts,
+        top_k=spec.top_k,
+        markov=None if path is None else await trio.to_thread.run_sync(load, path),
+    )
+    return Guessing(prefetcher, path, fingerprint)

@@ -1,0 +1,1 @@
+"""Memory plans: which part of a budget goes where, before anything of the model is read."""
