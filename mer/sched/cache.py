@@ -57,7 +57,7 @@ class ExpertCache:
         self._unsettled: list[tuple[int, Sequence[int]]] = []  # lookups that the policy has not heard of
         self._resident: dict[ExpertKey, Resident] = {}
         self._told: frozenset[ExpertKey] = frozenset()  # misses that the next lookup is not to count again
-        self._hits = self._misses = self._evictions = 0
+        self._lookups = self._hits = self._misses = self._evictions = 0
 
     @property
     def ranks(self) -> Ranks | None:
@@ -90,6 +90,7 @@ class ExpertCache:
             if expert not in held:
                 (hits if (layer, expert) in self._resident else misses).append(expert)
         told, self._told = self._told, frozenset()
+        self._lookups += sum((layer, expert) not in told for expert in union)
         self._misses += sum((layer, expert) not in told for expert in misses)
         self._hits += len(union) - len(misses) - sum((layer, expert) in told for expert in hits)
         return hits, misses
@@ -105,11 +106,13 @@ class ExpertCache:
             return None
         told, self._told = self._told, frozenset()
         self.passed(layer, experts)
+        self._lookups -= sum((layer, expert) in told for expert in experts)
         self._hits -= sum((layer, expert) in told for expert in experts)
         return found  # type: ignore[return-value]
 
     def passed(self, layer: int, experts: Sequence[int], n_missing: int = 0) -> None:
         """Count a layer's experts that the worker found by `addresses`, and those that it had to read."""
+        self._lookups += len(experts)
         self._hits += len(experts) - n_missing
         self._misses += n_missing
         self._unsettled.append((layer, experts))
@@ -117,6 +120,7 @@ class ExpertCache:
     def missed(self, keys: Iterable[ExpertKey]) -> None:
         """Count misses of a layer that the worker has begun to read; the next lookup is this layer's."""
         self._told = frozenset(keys)
+        self._lookups += len(self._told)
         self._misses += len(self._told)
 
     def arranged(self, key: ExpertKey) -> None:
@@ -186,7 +190,7 @@ class ExpertCache:
         """Return a snapshot."""
         return CacheStatistics(
             policy=self._policy.name,
-            lookups=self._hits + self._misses,
+            lookups=self._lookups,  # counted apart, so that a wrong count of the others shows
             hits=self._hits,
             misses=self._misses,
             evictions=self._evictions,

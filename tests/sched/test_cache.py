@@ -76,4 +76,5 @@ def test_what_a_job_has_begun_to_read_is_looked_up_once() -> None:
     cache.missed([(0, 3)])
     cache.insert((0, 3), resident(3))
     assert cache.lookup_all(0, [0, 3]) is not None
-    assert (cache.statistics().lookups, cache.statistics().misses) == (6, 3)
+    s = cache.statistics()
+    assert (s.lookups, s.hits, s.misses) == (6, 3, 3)

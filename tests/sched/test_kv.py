@@ -239,3 +239,36 @@ def test_tokens_that_hash_alike_are_not_taken_for_each_other() -> None:
     assert lease is not None
     kv.share(lease, lambda first, last: [-1], 1)  # hash(-1) == hash(-2)
     assert kv.find(lambda first, last: [-2], 1) == ()
+
+
+@given(
+    n_prefix=st.integers(0, 4),
+    givers_own=st.lists(st.integers(0, 3), min_size=1, max_size=2),
+    somebody_stays=st.booleans(),
+    n_apart=st.integers(0, 3),
+    n_free=st.integers(0, 3),
+    beside=st.integers(-1, 1),
+)
+def test_what_fits_once_those_who_share_a_prefix_give_up_is_told_to_the_block(
+    n_prefix: int, givers_own: list[int], somebody_stays: bool, n_apart: int, n_free: int, beside: int
+) -> None:
+    """Somebody with the same prefix wants as much as there will be, one block less, or one more.
+
+    A prefix that others hold too costs nothing; one that only those who give up hold is among what they free. Either
+    way all blocks can be had but those that are held `n_apart`.
+    """
+    tokens = list(range(n_prefix)) or [0]
+    kv = KVBlocks(n_prefix + sum(givers_own) + n_apart + n_free + 1, 1)
+
+    def holder(n_own: int) -> Lease:
+        lease = kv.reserve(n_prefix + n_own, kv.find(partial(span, tokens), n_prefix))
+        assert lease is not None
+        kv.share(lease, partial(span, tokens), n_prefix)
+        return lease
+
+    givers = [holder(n_own) for n_own in givers_own]
+    if somebody_stays:
+        holder(0)
+    assert kv.reserve(n_apart) is not None
+    wanted = kv.n_blocks - n_apart + beside
+    assert kv.fits(wanted, kv.find(partial(span, tokens), n_prefix), givers) == (beside <= 0)
