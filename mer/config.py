@@ -42,6 +42,7 @@ Hybrid: TypeAlias = Literal["auto", "off"]
 """Beside a GPU, whether the processor computes experts that are only in memory, as many as measure faster."""
 
 SMALL_MODEL = 2048  # d_model from which auto means int8
+DEFAULT_MAX_TOKENS = 256
 
 
 def _ignore(_progress: Progress) -> None:
@@ -165,6 +166,15 @@ class EngineConfig:
 def default_threads() -> int:
     """Return how many processors this process may use, by its affinity and by the quotas of its control groups."""
     return usable_cpus()[0]
+
+
+def default_max_tokens(n_positions: int) -> int:
+    """Return how many tokens a request gets at most that does not say so.
+
+    Args:
+        n_positions: what its prompt leaves of the context.
+    """
+    return max(1, min(DEFAULT_MAX_TOKENS, n_positions))
 
 
 def _fraction(_instance: Any, attribute: attrs.Attribute[Any], value: float) -> None:

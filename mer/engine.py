@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trio
 
-from mer.config import Sampling
+from mer.config import Sampling, default_max_tokens
 from mer.errors import ContextOverflow, EngineClosed, RequestError, TemplateError
 from mer.home import Home
 from mer.io.gguf import GGUFFile
@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # these import the kernels' compiler, which a simulated engin
     from mer.stats import Statistics
 
 Prompt = str | Sequence[int] | Sequence[Message]
-DEFAULT_MAX_TOKENS = 256
 LONG_TEXT = 1 << 12  # characters from which a prompt is encoded in a thread: some 10 ms
 
 
@@ -453,7 +452,7 @@ class Engine:
         if not ids:
             raise RequestError("the prompt is empty; give text or at least one token id")
         if max_tokens is None:
-            max_tokens = max(1, min(DEFAULT_MAX_TOKENS, self._plan.context - len(ids)))
+            max_tokens = default_max_tokens(self._plan.context - len(ids))
         if len(ids) + max_tokens > self._plan.context:
             raise ContextOverflow(
                 f"{len(ids)} prompt tokens and max_tokens={max_tokens} need {len(ids) + max_tokens} positions, "

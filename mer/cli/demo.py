@@ -15,7 +15,8 @@ from mer.cli.console import AnswerStream, Bars, load_reporter, note, stderr_cons
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
 from mer.cli.options import EngineOptions, GenerationOptions
-from mer.cli.session import DEFAULT_MAX_TOKENS, INTERRUPTED, generate, say_statistics
+from mer.cli.session import INTERRUPTED, generate, say_statistics
+from mer.config import default_max_tokens
 from mer.demo.fetch import demo_model_name, prepare_demo_model
 from mer.demo.upcycle import MODIFIED_NOTICE
 from mer.errors import RequestError
@@ -161,7 +162,7 @@ class Conversation:
     async def _forget(self) -> None:
         """Drop the oldest questions with their answers until the context has room for a new answer."""
         context = self.engine.plan.context
-        answer_tokens = self.generation.max_tokens or min(DEFAULT_MAX_TOKENS, context // 2)
+        answer_tokens = self.generation.max_tokens or default_max_tokens(context // 2)
         while len(self.said) > 2 and len(await self.engine.encode_prompt(self.said)) + answer_tokens > context:
             note("The context is full: the oldest question and its answer are forgotten.")
             del self.said[:2]

@@ -11,6 +11,7 @@ import trio
 from mer.cli.console import Bars, note
 from mer.cli.interrupt import Interrupt
 from mer.cli.options import GenerationOptions
+from mer.config import default_max_tokens
 from mer.sched.events import PrefillEvent
 from mer.units import format_bytes, format_duration, format_slots
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from mer.stats import Statistics
     from mer.text.chat import Message
 
-DEFAULT_MAX_TOKENS = 256
 INTERRUPTED = "interrupted"  # the finish reason of a generation that ctrl-C or a closed pipe ended
 
 
@@ -75,7 +75,7 @@ async def generate(
         ids = await engine.encode_prompt(prompt)
         max_tokens = options.max_tokens
         if max_tokens is None:
-            max_tokens = max(1, min(DEFAULT_MAX_TOKENS, engine.plan.context - len(ids)))
+            max_tokens = default_max_tokens(engine.plan.context - len(ids))
         started_s = trio.current_time()
         async with engine.stream(ids, max_tokens=max_tokens, **options.arguments()) as events:
             async for event in events:
