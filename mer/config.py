@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import attrs
 from attrs.validators import optional
 
-from mer.errors import ConfigError, RequestError
+from mer import checks
+from mer.errors import RequestError
+from mer.setting import Option, about, documented
 from mer.system import usable_cpus
-from mer.units import parse_bytes
 
 
 @attrs.frozen
@@ -49,118 +48,212 @@ def _ignore(_progress: Progress) -> None:
     pass
 
 
-def _at_least(minimum: int) -> Callable[[Any, attrs.Attribute[Any], int], None]:
-    def check(_instance: Any, attribute: attrs.Attribute[Any], value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ConfigError(f"{attribute.name} is {value!r}; it must be a whole number from {minimum} up")
-
-    return check
+def _listener(value: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
+    return _ignore if value is None else value
 
 
-def _one_of(*names: str) -> Callable[[Any, attrs.Attribute[Any], str], None]:
-    def check(_instance: Any, attribute: attrs.Attribute[Any], value: str) -> None:
-        if value not in names:
-            raise ConfigError(f"{attribute.name} is {value!r}; it may be {', '.join(names)}")
+@attrs.frozen
+class _ModelFile:
+    """The one setting that may be given by its place: `EngineConfig(path)`, `open_engine(path)`."""
 
-    return check
-
-
-def _bool(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{attribute.name} is {value!r}; it may be True or False")
+    path: Path = attrs.field(converter=checks.model_path, metadata=about("the GGUF file, or any part of a split one."))
 
 
-def _path(value: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(value)
-    except TypeError:
-        raise ConfigError(f"path is {value!r}; it must be the path of a GGUF file") from None
-
-
-def _optional_path(value: str | os.PathLike[str] | None) -> Path | None:
-    try:
-        return None if value is None else Path(value)
-    except TypeError:
-        raise ConfigError(f"{value!r} is given as a file; it must be a path") from None
-
-
-def _paths(values: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
-    try:
-        if not isinstance(values, str | os.PathLike):
-            return tuple(map(Path, values))
-    except TypeError:
-        pass
-    raise ConfigError(f"mirrors is {values!r}; it must be a list of paths of copies of the model")
-
-
-def _text(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    if not isinstance(value, str):
-        raise ConfigError(f"{attribute.name} is {value!r}; it must be a name")
-
-
-def _callable(_instance: Any, attribute: attrs.Attribute[Any], value: object) -> None:
-    if not callable(value):
-        raise ConfigError(f"{attribute.name} is {value!r}; it must be a function")
-
-
-def _bytes(name: str, value: int | str | None) -> int | None:
-    try:
-        return None if value is None else parse_bytes(value)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
-def _memory_bytes(value: int | str | None) -> int | None:
-    return _bytes("memory", value)
-
-
-def _vram_bytes(value: int | str | None) -> int | None:
-    return _bytes("vram", value)
-
-
-def _device(_instance: Any, _attribute: attrs.Attribute[Any], value: object) -> None:
-    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|torch-cpu", value, re.ASCII):
-        raise ConfigError(f"device is {value!r}; it may be auto, cpu, cuda or cuda:N")
-
-
+@documented
 @attrs.frozen(kw_only=True)
-class EngineConfig:
-    """Everything that `open_engine` takes; None means chosen from the machine and the model, and reported.
+class EngineConfig(_ModelFile):
+    """The settings of an engine, which `open_engine` takes; None is chosen from the machine and the model.
+
+    `Engine.statistics().settings` reports what is in force.
 
     Raises:
         ConfigError: a value is out of range; the text names it.
     """
 
-    path: Path = attrs.field(converter=_path)  # the GGUF file, or any part of a split one
-    memory: int | None = attrs.field(default=None, converter=_memory_bytes)  # bytes for the whole process
-    threads: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # compute threads
-    io_threads: int | None = attrs.field(
-        default=None, validator=optional(_at_least(1))
-    )  # reads that each disk sees at once
-    io_engine: IoEngine = attrs.field(default="auto", validator=_one_of(*get_args(IoEngine)))
-    mirrors: tuple[Path, ...] = attrs.field(default=(), converter=_paths)  # copies on further drives
-    slots: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # caps the expert slots
+    # A setting is written here, and in `Settings` and `settings_in_force`, which report it. From here come the
+    # parameters of `open_engine` and the options of the command line, in this order, and what is said of both.
+
+    memory: int | None = attrs.field(
+        default=None,
+        converter=checks.memory_bytes,
+        metadata=about(
+            'bounds the whole process, in bytes or as text such as "8GiB"; by default the control group\'s limit or '
+            "what is available.",
+            Option(
+                "Bytes the whole process may use, such as 8GiB or 512MiB. [default: what the machine can spare]",
+                type=str | None,
+                variable="MER_MEMORY",
+            ),
+        ),
+    )
+    threads: int | None = attrs.field(
+        default=None,
+        validator=optional(checks.at_least(1)),
+        metadata=about(
+            "compute threads; by default one per processor.",
+            Option("Compute threads. [default: one per core]", short=("-t",), variable="MER_THREADS"),
+        ),
+    )
+    mirrors: tuple[Path, ...] = attrs.field(
+        default=(),
+        converter=checks.mirror_paths,
+        metadata=about(
+            "identical copies of the file, or of all parts of a split one under the same names, on further drives: "
+            "each a path of the copy or of its folder. They are compared with the original by header and samples, and "
+            "share the reading by how fast they are.",
+            Option(
+                "A copy of the model on another drive, which shares the reading; may be given again.", name="--mirror"
+            ),
+        ),
+    )
+    slots: int | None = attrs.field(
+        default=None,
+        validator=optional(checks.at_least(1)),
+        metadata=about(
+            "caps the expert slots below what the budget allows.",
+            Option("Keep at most so many experts in memory. [default: what the memory holds]"),
+        ),
+    )
     context: int | None = attrs.field(
-        default=None, validator=optional(_at_least(1))
-    )  # positions of the longest sequence
+        default=None,
+        validator=optional(checks.at_least(1)),
+        metadata=about(
+            "positions of the longest sequence.",
+            Option("Tokens that prompt and answer may have together.", short=("-c", "--ctx-size")),
+        ),
+    )
     max_sequences: int | None = attrs.field(
-        default=None, validator=optional(_at_least(1))
-    )  # sequences that run at once
+        default=None,
+        validator=optional(checks.at_least(1)),
+        metadata=about("sequences that run at once; by default 8, or what a small prefill chunk allows."),
+    )
     batch_tokens: int | None = attrs.field(
-        default=None, validator=optional(_at_least(1))
-    )  # rows of a batch: the prefill chunk
-    activations: Activations = attrs.field(default="auto", validator=_one_of("auto", "int8", "int15"))
-    kv_type: KVType | None = attrs.field(default=None, validator=optional(_one_of("f32", "f16", "q8_0")))
-    policy: str | None = attrs.field(default=None, validator=optional(_text))  # which experts stay, by name
-    heat: Path | None = attrs.field(default=None, converter=_optional_path)  # a heat profile, for the policy "static"
-    trace: Path | None = attrs.field(default=None, converter=_optional_path)  # a routing trace to make or continue
-    prefix_reuse: bool = attrs.field(default=True, validator=_bool)  # of what was computed for the same tokens before
-    prefetch: PrefetchSetting = attrs.field(default="auto", validator=_one_of("off", "markov", "gate", "auto"))
-    device: str = attrs.field(default="auto", validator=_device)  # "auto", "cpu", "cuda" or "cuda:N"
-    vram: int | None = attrs.field(default=None, converter=_vram_bytes)  # bytes of the device's own memory
-    hybrid: Hybrid = attrs.field(default="auto", validator=_one_of("auto", "off"))
-    vram_slots: int | None = attrs.field(default=None, validator=optional(_at_least(1)))  # caps the slots there
-    on_progress: Callable[[Progress], None] = attrs.field(default=_ignore, validator=_callable)
+        default=None,
+        validator=optional(checks.at_least(1)),
+        metadata=about("rows of a batch, which is also the prefill chunk."),
+    )
+    io_threads: int | None = attrs.field(
+        default=None,
+        validator=optional(checks.at_least(1)),
+        metadata=about("reads that each disk sees at once; by default 8 with io_uring and 4 with threads."),
+    )
+    io_engine: IoEngine = attrs.field(
+        default="auto",
+        validator=checks.one_of(*get_args(IoEngine)),
+        metadata=about(
+            'what makes them: "io_uring", "threads", or "auto", which takes the first if the system and the files '
+            "allow it.",
+            Option("What reads: the kernel's io_uring, or threads. [default: the first that can be had]"),
+        ),
+    )
+    activations: Activations = attrs.field(
+        default="auto",
+        validator=checks.one_of(*get_args(Activations)),
+        metadata=about(
+            'precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model\'s size.',
+            Option(
+                "Precision of activations that meet quantized weights; int15 doubles a prefill's arithmetic.",
+            ),
+        ),
+    )
+    kv_type: KVType | None = attrs.field(
+        default=None,
+        validator=optional(checks.one_of(*get_args(KVType))),
+        metadata=about(
+            'how keys and values are kept: "f32", "f16" or "q8_0"; by default "f32" for a model of F32 weights, else '
+            '"f16".',
+            Option("How keys and values are kept. [default: f32 for a model of F32 weights, else f16]"),
+        ),
+    )
+    prefix_reuse: bool = attrs.field(
+        default=True,
+        validator=checks.true_or_false,
+        metadata=about("whether prompts use what was computed for the same tokens before."),
+    )
+    device: str = attrs.field(
+        default="auto",
+        validator=checks.device,
+        metadata=about(
+            '"cpu", "cuda", "cuda:N", or "auto", which takes the first GPU that torch can use; see docs/cuda.md.',
+            Option(
+                "What computes: cpu, cuda, cuda:N, or auto, which takes a GPU if torch can use one.",
+                variable="MER_DEVICE",
+            ),
+        ),
+    )
+    vram: int | None = attrs.field(
+        default=None,
+        converter=checks.vram_bytes,
+        metadata=about(
+            "bounds what the engine takes of the GPU's memory, in bytes or as text; by default what is free there.",
+            Option(
+                "Bytes of the GPU's memory the engine may use, such as 6GiB. [default: what is free there]",
+                type=str | None,
+            ),
+        ),
+    )
+    hybrid: Hybrid = attrs.field(
+        default="auto",
+        validator=checks.one_of(*get_args(Hybrid)),
+        metadata=about(
+            'whether the processor computes experts that are only in memory beside the GPU: "auto", as many as '
+            'measure faster, or "off". With "auto" tokens may depend on what is where.',
+            Option("Beside a GPU, let the processor compute experts that are only in memory where that is faster."),
+        ),
+    )
+    vram_slots: int | None = attrs.field(
+        default=None,
+        validator=optional(checks.at_least(1)),
+        metadata=about(
+            "caps the expert slots on the GPU below what its memory allows.",
+            Option("Keep at most so many experts on the GPU. [default: what its memory holds]"),
+        ),
+    )
+    prefetch: PrefetchSetting = attrs.field(
+        default="auto",
+        validator=checks.one_of(*get_args(PrefetchSetting)),
+        metadata=about(
+            'which guesses at what the next layer needs are read while the disk is idle: "off", "markov", "gate" or '
+            '"auto", which reads what is worth it and tries out whether it pays; see docs/prefetch.md.',
+            Option("Which guesses at what the next layer needs are read while the disk is idle."),
+        ),
+    )
+    policy: str | None = attrs.field(
+        default=None,
+        validator=optional(checks.name),
+        metadata=about(
+            'which experts stay in memory: "lfru", "layer-lru", "lfu", "static" or "cost"; by default "lfru".',
+            Option(
+                "Which experts stay in memory: lfru, layer-lru, lfu, static or cost. [default: lfru]", group="cache"
+            ),
+        ),
+    )
+    heat: Path | None = attrs.field(
+        default=None,
+        converter=checks.optional_path,
+        metadata=about(
+            'a heat profile of this model, which the policy "static" needs.',
+            Option("Heat profile of the model, for the policy 'static'.", group="cache"),
+        ),
+    )
+    trace: Path | None = attrs.field(
+        default=None,
+        converter=checks.optional_path,
+        metadata=about(
+            "a file that the routing is recorded in, made or appended to; see docs/traces.md. If it cannot be written "
+            "any more, it ends with a warning in the log, and the engine goes on.",
+            Option(
+                "Record which experts every batch uses, for mer simulate; continues a trace.",
+                group="cache",
+            ),
+        ),
+    )
+    on_progress: Callable[[Progress], None] = attrs.field(
+        default=None,
+        converter=_listener,
+        validator=checks.function,
+        metadata=about("called in the trio thread as kernels are compiled and weights are read."),
+    )
 
 
 def default_threads() -> int:

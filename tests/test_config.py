@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pydoc
+import re
 from pathlib import Path
 
+import attrs
 import pytest
 
+import mer
 from mer import config
 from mer.config import EngineConfig, default_threads
 from mer.errors import ConfigError
@@ -39,3 +43,25 @@ def test_a_size_that_is_none_is_refused(memory: object) -> None:
 def test_threads_follow_the_processors_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "usable_cpus", lambda: (3, "three"))
     assert default_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"memroy": "8GiB"}, "unexpected keyword argument 'memroy'. Did you mean 'memory'?"),
+        ({"colour": "red"}, "unexpected keyword argument 'colour'. The settings are path, memory, threads, "),
+    ],
+)
+def test_an_unknown_setting_is_named_at_once_with_what_it_may_be(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(f'open_engine() got an {text}')}"):
+        mer.open_engine("m.gguf", **settings)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^open_engine\(\) missing a required argument: 'path'$"):
+        mer.open_engine(**{})
+
+
+@pytest.mark.parametrize("what", [mer.open_engine, EngineConfig], ids=["open_engine", "EngineConfig"])
+def test_help_tells_every_setting(what: object) -> None:
+    text = pydoc.plain(pydoc.render_doc(what))
+    _, _, arguments = text.partition("Args:\n")
+    told = re.findall(r"^[ |]*(\w+): .*\w", arguments.partition("Raises:")[0], re.MULTILINE)
+    assert told == [field.name for field in attrs.fields(EngineConfig)]

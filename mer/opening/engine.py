@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
+from typing import Any
 
 import trio
 
 from mer.address_space import check_address_space, naming_refusals
 from mer.compute.kernels.kv_layout import KV_TILE
-from mer.config import Activations, EngineConfig, Hybrid, IoEngine, KVType, PrefetchSetting, Progress
+from mer.config import EngineConfig
 from mer.engine import Engine
 from mer.errors import EngineClosed
 from mer.home import Home, OwnProcessStack, apart_from_children
@@ -37,6 +37,7 @@ from mer.sched.kv_file import KVLayout
 from mer.sched.prefix_files import PrefixFiles
 from mer.sched.scheduler import Scheduler
 from mer.sched.store import ExpertStore
+from mer.setting import takes_settings_of
 from mer.stats import Statistics
 from mer.system import peak_rss_bytes, private_bytes
 from mer.text.tokenizer import Tokenizer
@@ -44,68 +45,13 @@ from mer.text.tokenizer import Tokenizer
 MAX_WAITING = 64  # requests that may queue before `generate` waits to be queued
 
 
+@takes_settings_of(EngineConfig)
 @asynccontextmanager
-async def open_engine(
-    path: str | os.PathLike[str],
-    *,
-    memory: int | str | None = None,
-    threads: int | None = None,
-    io_threads: int | None = None,
-    io_engine: IoEngine = "auto",
-    mirrors: Iterable[str | os.PathLike[str]] = (),
-    slots: int | None = None,
-    context: int | None = None,
-    max_sequences: int | None = None,
-    batch_tokens: int | None = None,
-    activations: Activations = "auto",
-    kv_type: KVType | None = None,
-    prefetch: PrefetchSetting = "auto",
-    prefix_reuse: bool = True,
-    device: str = "auto",
-    vram: int | str | None = None,
-    hybrid: Hybrid = "auto",
-    vram_slots: int | None = None,
-    policy: str | None = None,
-    heat: str | os.PathLike[str] | None = None,
-    trace: str | os.PathLike[str] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> AsyncIterator[Engine]:
+async def open_engine(*arguments: Any, **settings: Any) -> AsyncIterator[Engine]:
     """Open a model and close it when the block is left.
 
-    If cancelled, or when the block raises, everything is taken down and the error goes on unwrapped.
-
-    Args:
-        path: the GGUF file, or any part of a split one.
-        memory: bounds the whole process, in bytes or as text such as "8GiB"; by default the control group's limit or
-            what is available.
-        threads: compute threads; by default one per processor.
-        io_threads: reads that each disk sees at once; by default 8 with io_uring and 4 with threads.
-        io_engine: what makes them: "io_uring", "threads", or "auto", which takes the first if the system and the files
-            allow it.
-        mirrors: identical copies of the file, or of all parts of a split one under the same names, on further drives:
-            each a path of the copy or of its folder. They are compared with the original by header and samples, and
-            share the reading by how fast they are.
-        slots: caps the expert slots below what the budget allows.
-        context: positions of the longest sequence.
-        max_sequences: sequences that run at once; by default 8, or what a small prefill chunk allows.
-        batch_tokens: rows of a batch, which is also the prefill chunk.
-        activations: precision of activations that meet quantized weights: "int8", "int15", or "auto" by the model's
-            size.
-        kv_type: how keys and values are kept: "f32", "f16" or "q8_0"; by default "f32" for a model of F32 weights, else
-            "f16".
-        prefix_reuse: whether prompts use what was computed for the same tokens before.
-        device: "cpu", "cuda", "cuda:N", or "auto", which takes the first GPU that torch can use; see docs/cuda.md.
-        vram: bounds what the engine takes of the GPU's memory, in bytes or as text; by default what is free there.
-        hybrid: whether the processor computes experts that are only in memory beside the GPU: "auto", as many as
-            measure faster, or "off". With "auto" tokens may depend on what is where.
-        vram_slots: caps the expert slots there below what that allows.
-        policy: which experts stay in memory: "lfru", "layer-lru", "lfu", "static" or "cost"; by default "lfru".
-        heat: a heat profile of this model, which the policy "static" needs.
-        trace: a file that the routing is recorded in, made or appended to; see docs/traces.md. If it cannot be
-            written any more, it ends with a warning in the log, and the engine goes on.
-        prefetch: which guesses at what the next layer needs are read while the disk is idle: "off", "markov", "gate" or
-            "auto", which reads what is worth it and tries out whether it pays; see docs/prefetch.md.
-        on_progress: called in the trio thread as kernels are compiled and weights are read.
+    If cancelled, or when the block raises, everything is taken down and the error goes on unwrapped. A setting that
+    does not exist is a TypeError at once.
 
     Raises:
         ModelFileError: the file is malformed or not supported.
@@ -118,30 +64,7 @@ async def open_engine(
         ForeignCall: the call does not come from a task of trio's.
     """
     Home()  # refuses anything but a task of trio's before anything is read
-    config = EngineConfig(
-        path=path,
-        memory=memory,
-        threads=threads,
-        io_threads=io_threads,
-        io_engine=io_engine,
-        mirrors=mirrors,
-        slots=slots,
-        context=context,
-        max_sequences=max_sequences,
-        batch_tokens=batch_tokens,
-        activations=activations,
-        kv_type=kv_type,
-        prefetch=prefetch,
-        prefix_reuse=prefix_reuse,
-        device=device,
-        vram=vram,
-        hybrid=hybrid,
-        vram_slots=vram_slots,
-        policy=policy,
-        heat=heat,
-        trace=trace,
-        **({} if on_progress is None else {"on_progress": on_progress}),
-    )
+    config = EngineConfig(*arguments, **settings)
     with _Unwrapped():
         async with trio.open_nursery() as nursery:
             engine = await nursery.start(run_engine, config)
