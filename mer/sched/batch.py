@@ -19,6 +19,12 @@ class Member:
     rows: slice
 
     @property
+    def n_rows(self) -> int:
+        """How many rows it has, the next ones of its sequence."""
+        n_rows: int = self.rows.stop - self.rows.start
+        return n_rows
+
+    @property
     def alive(self) -> bool:
         """Whether its results are still wanted."""
         return not self.sequence.cancelled and self.sequence.status is not Status.ENDED

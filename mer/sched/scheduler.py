@@ -7,7 +7,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import attrs
-import numpy as np
 import trio
 
 from mer.compute.messages import (
@@ -20,6 +19,7 @@ from mer.compute.messages import (
 from mer.errors import EngineClosed, MerError, NumericsError
 from mer.sched.admission import AdmissionQueue
 from mer.sched.batch import Member, compose
+from mer.sched.draws import Answer, Draws, Row
 from mer.sched.kv import KVBlocks, Lease, NextBlock
 from mer.sched.kv_transfers import Transfers
 from mer.sched.layer import WORTH_BYTES, WorkerLink
@@ -88,6 +88,7 @@ class Scheduler:
         prefetcher: guesses what layers to come need, or None.
         on_routed: told of each layer's union of experts in a batch: layer, rows, numbers of the experts in order.
         worth_bytes: see `LayerRun`.
+        draws: where tokens are drawn.
         where: the model file, for errors.
     """
 
@@ -106,10 +107,12 @@ class Scheduler:
         prefetcher: Prefetcher | None = None,
         on_routed: Callable[[int, int, Seq[int]], None] | None = None,
         worth_bytes: int = WORTH_BYTES,
+        draws: Draws | None = None,
         where: str = "the model file",
     ) -> None:
         self._where = where
         self._prefetcher = prefetcher
+        self._draws = Draws() if draws is None else draws
         link = WorkerLink(worker.jobs, worker.results)
         self._walk = LayerWalk(
             n_layers=n_layers,
@@ -355,35 +358,48 @@ class Scheduler:
                 if member.alive:
                     member.sequence.fail(error)
             return
-        if done is None:
-            return
+        if done is not None:
+            await self._hand_out(members, done)
+
+    async def _hand_out(self, members: list[Member], done: Done) -> None:
+        """Draw the tokens of a batch and send them, each to its sequence; rows that gave NaN are doubted.
+
+        While it draws, the sequences are as before the batch; one that is cancelled meanwhile gets nothing.
+        """
         assert done.logits is not None
         assert done.damaged is not None
-        now_s, bytes_read = trio.current_time(), self._bytes_read()
         damaged = set(done.damaged.tolist())
+        rows: list[Row] = []
+        for member, logits in zip(members, done.logits, strict=True):
+            gives_token = member.alive and member.sequence.gives_token(member.n_rows)
+            rows.append(Row(logits, member.sequence.sampler.next_draw(logits) if gives_token else None))
+        answers = await self._draws.run(rows)
+        now_s, bytes_read = trio.current_time(), self._bytes_read()
         sound = [
-            damaged.isdisjoint(range(m.rows.start, m.rows.stop)) and bool(np.isfinite(logits).all())
-            for m, logits in zip(members, done.logits, strict=True)
+            answer.finite and damaged.isdisjoint(range(m.rows.start, m.rows.stop))
+            for m, answer in zip(members, answers, strict=True)
         ]
         forgotten = 0 if all(sound) else self._forget_used()
-        for member, logits, is_sound in zip(members, done.logits, sound, strict=True):
-            sequence, rows = member.sequence, member.rows
-            if not member.alive:
-                continue
-            if not is_sound:
-                self._doubt(sequence, forgotten)
-                continue
-            sequence.doubted = False
-            was_prefill = sequence.status is Status.PREFILL
-            n_rows = rows.stop - rows.start
-            if was_prefill and not sequence.tokens:
-                self._counters.prompt_tokens += n_rows
-            wants_token = sequence.computed(n_rows)
-            if wants_token:
-                sequence.advance(logits, now_s, bytes_read)
-                self._counters.completion_tokens += sequence.error is None
-            if sequence.error is None:
-                self._share(sequence)
+        for member, answer, is_sound in zip(members, answers, sound, strict=True):
+            if member.alive and is_sound:
+                self._advance(member, answer, now_s, bytes_read)
+            elif member.alive:
+                self._doubt(member.sequence, forgotten)
+
+    def _advance(self, member: Member, answer: Answer, now_s: float, bytes_read: int) -> None:
+        """Take note of a member's rows, and send the token that they gave, if any."""
+        sequence = member.sequence
+        sequence.doubted = False
+        if sequence.status is Status.PREFILL and not sequence.tokens:
+            self._counters.prompt_tokens += member.n_rows
+        sequence.computed(member.n_rows)
+        if answer.error is not None:
+            sequence.fail_with(answer.error)
+        elif answer.drawn is not None:
+            sequence.advance(answer.drawn, now_s, bytes_read)
+            self._counters.completion_tokens += sequence.error is None
+        if sequence.error is None:
+            self._share(sequence)
 
     def _forget_used(self) -> int:
         """Drop the experts that the last batch has used, any of which may be damaged in memory; return how many."""

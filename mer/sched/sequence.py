@@ -6,14 +6,12 @@ import enum
 from typing import Protocol
 
 import attrs
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from mer.errors import GenerationError, MerError
 from mer.sched.events import Completion, Event, FinishReason, PrefillEvent, Timings, TokenEvent, Usage
 from mer.sched.kv import Lease
-from mer.sched.sampling import Sampler
+from mer.sched.sampling import Drawn, Sampler
 
 CHANNEL_EVENTS = 64  # events that a slow reader may leave unread before its sequence pauses
 
@@ -119,36 +117,41 @@ class Sequence:
             return self.span(self.kv_tokens, self.kv_tokens + budget), self.kv_tokens
         return [self.tokens[-1]], self.n_known - 1
 
-    def computed(self, n_tokens: int) -> bool:
-        """Note that the next `n_tokens` rows were computed and return whether the last one's logits give a token.
+    def gives_token(self, n_tokens: int) -> bool:
+        """Return whether the logits of the last of the next `n_tokens` rows give a token."""
+        return self.kv_tokens + n_tokens == self.n_known
+
+    def computed(self, n_tokens: int) -> None:
+        """Note that the next `n_tokens` rows were computed.
 
         Progress through the prompt is reported once: not when it is computed again after a preemption.
         """
         self.kv_tokens += n_tokens
-        if self.status is Status.DECODE:
-            return True
         if self.tokens:
-            return self.kv_tokens == self.n_known
+            return
         statistics = self.events.statistics()
         if statistics.current_buffer_used + 1 < statistics.max_buffer_size:  # the last place is for a token
             progress = PrefillEvent(done=self.kv_tokens, total=len(self.prompt), cached=self.cached_tokens)
             self.events.send_nowait(progress)
-        return self.kv_tokens == len(self.prompt)
 
-    def advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:
-        """Draw the next token from finite logits [V] and send it; the sequence may end with it, or fail alone."""
+    def advance(self, drawn: Drawn, now_s: float, bytes_read: int) -> None:
+        """Send the token that was drawn; the sequence may end with it, or fail alone."""
         try:
-            self._advance(logits, now_s, bytes_read)
-        except MerError as error:
-            self.fail(error)
-        except Exception as error:  # whatever one sequence's sampler or text raises, the others go on
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            failure = GenerationError(f"the generation failed after {len(self.tokens)} tokens: {what}")
-            failure.__cause__ = error
-            self.fail(failure)
+            self._advance(self.sampler.took(drawn), now_s, bytes_read)
+        except Exception as error:  # whatever one sequence's text raises, the others go on
+            self.fail_with(error)
 
-    def _advance(self, logits: npt.NDArray[np.float32], now_s: float, bytes_read: int) -> None:
-        token = self.sampler.draw(logits)
+    def fail_with(self, error: Exception) -> None:
+        """End with an error of any kind, which the reader raises as it is or as the cause of a GenerationError."""
+        if isinstance(error, MerError):
+            self.fail(error)
+            return
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        failure = GenerationError(f"the generation failed after {len(self.tokens)} tokens: {what}")
+        failure.__cause__ = error
+        self.fail(failure)
+
+    def _advance(self, token: int, now_s: float, bytes_read: int) -> None:
         self.status = Status.DECODE
         if not self.tokens:
             self.first_token_s, self.first_token_bytes = now_s, bytes_read

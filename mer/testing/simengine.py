@@ -24,6 +24,7 @@ from mer.io.job_reads import JobReads, small_enough
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.priority import Priority
 from mer.sched.cache import ExpertCache
+from mer.sched.draws import INLINE_LOGITS, Draws
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 from mer.sched.governor import PrefetchMode
 from mer.sched.heat import HeatCounter, HeatProfile
@@ -257,6 +258,7 @@ async def open_sim_engine(
     failures: frozenset[int] = frozenset(),
     worth_bytes: int = 0,
     job_reads: bool = False,
+    draws_in_thread: bool = False,
     seed: int = 0,
 ) -> AsyncIterator[SimEngine]:
     """Run an engine during the block; its `close` stops the scheduler and the worker, the disk goes on until the end.
@@ -281,6 +283,7 @@ async def open_sim_engine(
         failures: numbers of the jobs, from 0, that fail half-way.
         worth_bytes: of experts that are worth a job of their own while others load; simulated ones are small.
         job_reads: whether jobs make reads by themselves, where policy, mirrors and chunks allow it.
+        draws_in_thread: whether tokens are drawn as those of large vocabularies, which takes `THREAD_S` for a batch.
         seed: of the files' bytes, the layout and the latencies.
     """
     model = model or SimModel()
@@ -348,6 +351,7 @@ async def open_sim_engine(
             prefetcher=prefetcher,
             on_routed=lambda layer, _n_tokens, used: heat.use(layer, used),
             worth_bytes=worth_bytes,
+            draws=Draws(in_thread=run_here, inline_logits=0 if draws_in_thread else INLINE_LOGITS),
         )
         layout = KVLayout(
             fingerprint=seed.to_bytes(FINGERPRINT_BYTES),

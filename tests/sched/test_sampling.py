@@ -46,9 +46,9 @@ def distribution(logits: Sequence[float], sampling: Sampling, banned: set[int]) 
     st.sets(st.integers(0, 1), max_size=1),
     st.integers(0, 2**40),
 )
-@pytest.mark.parametrize("head", [1, 3, 256])
+@pytest.mark.parametrize("head", [1, 3, None])
 def test_every_draw_is_the_inverse_of_the_distribution_function(
-    head: int,
+    head: int | None,
     values: list[float],
     temperature: float,
     top_k: int,
@@ -58,7 +58,9 @@ def test_every_draw_is_the_inverse_of_the_distribution_function(
     seed: int,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling_module, "_HEAD", head)
+        if head is not None:  # few tokens are treated as many
+            patch.setattr(sampling_module, "_FEW", 1)
+            patch.setattr(sampling_module, "_HEAD", head)
         check_draws(values, temperature, top_k, top_p, min_p, banned, seed)
 
 
@@ -69,16 +71,16 @@ def check_draws(
     logits = np.array(values, np.float32)
     want = distribution(logits.tolist(), sampling, banned)
     cumulative = np.cumsum(list(want.values()))
-    # what rounding may decide either way is not what this test is about
+    # what rounding may decide either way is not what this test is about: the weights are float32
     full = distribution(logits.tolist(), Sampling(temperature=temperature, top_k=top_k), banned)
-    assume(all(abs(c - top_p) > 1e-9 for c in np.cumsum(list(full.values()))) or top_p in (0, 1))
-    assume(all(abs(p - min_p * max(full.values())) > 1e-12 for p in full.values()) or min_p in (0, 1))
+    assume(all(abs(c - top_p) > 1e-5 for c in np.cumsum(list(full.values()))) or top_p in (0, 1))
+    assume(all(abs(p - min_p * max(full.values())) > 1e-5 * p for p in full.values()) or min_p in (0, 1))
     sampler = Sampler(sampling, banned)
     uniforms = np.random.Generator(np.random.PCG64(seed)).random(20)  # one for each token, and no more
     for u in uniforms:
         drawn = sampler.draw(logits)
         assert drawn in want
-        if np.abs(cumulative - u).min() > 1e-9:
+        if np.abs(cumulative - u).min() > 1e-5:
             assert drawn == list(want)[int((cumulative < u).sum())]
     assert logits.tolist() == np.array(values, np.float32).tolist(), "the caller's logits are not touched"
 
@@ -98,7 +100,7 @@ def test_a_large_vocabulary_gives_the_draws_of_all_of_it_sorted(
     rng = np.random.default_rng(1)
     rows = np.round(rng.normal(scale=3, size=(20, 30_001)), 1).astype(np.float32)  # with many that are equal
     drawn = [Sampler(sampling).draw(row) for row in rows]
-    monkeypatch.setattr(sampling_module, "_HEAD", 1 << 20)
+    monkeypatch.setattr(sampling_module, "_FEW", 1 << 20)
     assert drawn == [Sampler(sampling).draw(row) for row in rows]
 
 

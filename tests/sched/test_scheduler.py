@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count
 
-import numpy as np
 import pytest
 import trio
-from numpy.typing import NDArray
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from mer.config import Sampling
 from mer.engine import TokenStream
 from mer.errors import ComputeError, EngineClosed, GenerationError, MerError, NumericsError, ReadError
 from mer.sched.events import Completion, PrefillEvent, TokenEvent
-from mer.sched.sampling import Sampler
+from mer.sched.sampling import Draw, Drawn
 from mer.sched.sequence import CHANNEL_EVENTS
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.invariants import check_now, watch
@@ -489,12 +487,12 @@ async def test_numbers_that_are_not_finite_fail_their_own_sequence(
 async def test_what_one_sampler_or_text_raises_fails_its_sequence_alone(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, when: str, raised: Exception
 ) -> None:
-    draw, calls = Sampler.draw, count()
+    compute, calls = Draw.compute, count()
 
-    def bad_draw(sampler: Sampler, logits: NDArray[np.float32]) -> int:
-        if sampler.sampling.seed == 13 and (when == "draw" and next(calls) == 2):
+    def bad_compute(draw: Draw) -> Drawn:
+        if draw.sampling.seed == 13 and (when == "draw" and next(calls) == 2):
             raise raised
-        return draw(sampler, logits)
+        return compute(draw)
 
     def bad_push(matcher: StopMatcher, text: str) -> tuple[str, bool]:
         if "unlucky" in matcher._stops and when == "push" and next(calls) == 2:
@@ -506,7 +504,7 @@ async def test_what_one_sampler_or_text_raises_fails_its_sequence_alone(
             raise raised
         return ""
 
-    monkeypatch.setattr(Sampler, "draw", bad_draw)
+    monkeypatch.setattr(Draw, "compute", bad_compute)
     monkeypatch.setattr(StopMatcher, "push", bad_push)
     monkeypatch.setattr(StopMatcher, "flush", bad_flush)
     caught: list[MerError] = []

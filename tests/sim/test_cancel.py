@@ -91,6 +91,18 @@ def test_alone_after_every_step_of_any_task() -> None:
     assert cancel_at_every_step(alone, any_task=True, seed=1) >= 50  # test_testers.py has seed 0
 
 
+def test_while_tokens_are_drawn_after_every_step_of_any_task() -> None:
+    async def scenario(subject: Subject) -> None:
+        with trio.fail_after(1e5):
+            model = SimModel(n_layers=1, n_experts=2, top_k=1)
+            async with open_sim_engine(model=model, draws_in_thread=True) as sim:
+                with watch(lambda: check_now(sim)):
+                    await subject.run(lambda: ask(sim, (5, 6), 2))
+                    await sim.check_quiet()
+
+    assert cancel_at_every_step(scenario, any_task=True, seed=1) >= 30
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_in_front_of_a_full_queue(seed: int) -> None:
     async def scenario(subject: Subject) -> None:
