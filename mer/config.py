@@ -132,6 +132,13 @@ class EngineConfig(_ModelFile):
         validator=optional(checks.at_least(1)),
         metadata=about("rows of a batch, which is also the prefill chunk."),
     )
+    max_waiting: int = attrs.field(
+        default=64,
+        validator=checks.at_least(1),  # every request goes through the queue, also when nothing runs
+        metadata=about(
+            "requests that may be queued; while so many are, `Engine.generate` and `stream` wait to be queued."
+        ),
+    )
     io_threads: int | None = attrs.field(
         default=None,
         validator=optional(checks.at_least(1)),

@@ -56,6 +56,7 @@ class Settings:
     prefix_reuse: bool
     max_sequences: int
     batch_tokens: int
+    max_waiting: int  # requests that may be queued
     device: str  # "cpu", or the device with the card's name
     device_reason: str  # why it is this one
     vram: VRAMSettings | None  # None on the CPU

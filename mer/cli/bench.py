@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
 
 from mer.bench.geometry import DEFAULT
+from mer.cli.settings import OPTIONS, settings_given, with_settings
 
 bench_app = App(name="bench", help="Measure what this machine reaches.")
 
@@ -17,6 +18,22 @@ RUN = Group("Run", sort_key=2)
 TESTS = Group("Tests", sort_key=0)
 ENGINE = Group("Engine", sort_key=1)
 OUTPUT = Group("Output", sort_key=2)
+
+NOT_MEASURED = {
+    "context": "the tests say how long it must be",
+    "mirrors": "the disk that is probed beside the results is the model's own",
+    "trace": "recording would be measured too",
+}
+
+
+@Parameter(name="*", group=ENGINE)
+@with_settings([name for name in OPTIONS if name not in NOT_MEASURED])
+class BenchEngineOptions:
+    """How the engine is opened that is measured."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as keyword arguments of `open_engine` and `EngineConfig`."""
+        return settings_given(self)
 
 
 @bench_app.default
@@ -66,34 +83,9 @@ def model_command(
         Path | None,
         Parameter(group=TESTS, help="Let this llama-bench take turns with mer on the same file, and compare."),
     ] = None,
-    memory: Annotated[
-        str | None,
-        Parameter(group=ENGINE, env_var="MER_MEMORY", help="As for mer run. [default: what the machine can spare]"),
-    ] = None,
     memories: Annotated[
-        str | None, Parameter(group=ENGINE, help="Run all tests with each of these budgets, such as 2GiB,4GiB.")
+        str | None, Parameter(group=TESTS, help="Run all tests with each of these budgets, such as 2GiB,4GiB.")
     ] = None,
-    threads: Annotated[
-        int | None,
-        Parameter(group=ENGINE, alias="-t", env_var="MER_THREADS", help="Compute threads. [default: one per core]"),
-    ] = None,
-    prefetch: Annotated[
-        Literal["off", "markov", "gate", "auto"], Parameter(group=ENGINE, help="Which guesses are read ahead.")
-    ] = "auto",
-    policy: Annotated[str | None, Parameter(group=ENGINE, help="Which experts stay in memory. [default: lfru]")] = None,
-    kv_type: Annotated[
-        Literal["f32", "f16", "q8_0"] | None,
-        Parameter(group=ENGINE, help="How keys and values are kept. [default: f32 for F32 weights, else f16]"),
-    ] = None,
-    device: Annotated[
-        str, Parameter(group=ENGINE, env_var="MER_DEVICE", help="What computes: cpu, cuda, cuda:N or auto.")
-    ] = "auto",
-    vram: Annotated[
-        str | None, Parameter(group=ENGINE, help="Bytes of the GPU's memory. [default: what is free there]")
-    ] = None,
-    hybrid: Annotated[
-        Literal["auto", "off"], Parameter(group=ENGINE, help="Whether the processor computes beside a GPU.")
-    ] = "auto",
     output: Annotated[
         Literal["md", "csv", "json"], Parameter(group=OUTPUT, alias="-o", help="What is printed.")
     ] = "md",
@@ -101,6 +93,7 @@ def model_command(
         Path | None,
         Parameter(group=OUTPUT, help="Draw tokens/s against --memories into this .png; needs matplotlib."),
     ] = None,
+    engine: BenchEngineOptions = BenchEngineOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Measure tokens per second of a whole model: computing prompts and generating, named as llama-bench names them.
 
@@ -118,15 +111,8 @@ def model_command(
             depths=depth,
             rounds=rounds,
             warm_up=warmup,
-            memory=memory,
             memories=memories,
-            threads=threads,
-            prefetch=prefetch,
-            policy=policy,
-            kv_type=kv_type,
-            device=device,
-            vram=vram,
-            hybrid=hybrid,
+            settings=engine.arguments(),
             vs=vs,
             plot=plot,
             output=output,

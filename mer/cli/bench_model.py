@@ -22,7 +22,7 @@ from mer.cli.console import Bars, load_reporter, note, printable
 from mer.cli.exits import Exit
 from mer.cli.interrupt import Interrupt
 from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
-from mer.config import EngineConfig, KVType, Progress, default_threads
+from mer.config import EngineConfig, Progress, default_threads
 from mer.errors import ConfigError
 from mer.model.loading import Model, load_model
 from mer.plan.plan import plan_memory
@@ -42,15 +42,8 @@ class ModelOptions:
     depths: tuple[str, ...]
     rounds: int
     warm_up: bool
-    memory: str | None
     memories: str | None
-    threads: int | None
-    prefetch: str
-    policy: str | None
-    kv_type: KVType | None
-    device: str
-    vram: str | None
-    hybrid: str
+    settings: dict[str, Any]  # of the engine
     vs: Path | None
     plot: Path | None
     output: str
@@ -94,7 +87,7 @@ def bench_model(options: ModelOptions) -> Exit:
         for option, texts in (("--prompt-tokens", options.prompt_tokens), ("--tokens", options.tokens))
     )
     depths = parse_counts("--depth", options.depths) if options.depths else [0]
-    budgets = [options.memory] if options.memories is None else parse_memories(options.memories)
+    budgets = [options.settings["memory"]] if options.memories is None else parse_memories(options.memories)
     binary = _binary(options)
     figure_class = _figure(options, gens)
     model = load_model(EngineConfig(path=options.model))
@@ -102,7 +95,7 @@ def bench_model(options: ModelOptions) -> Exit:
     arguments = [_arguments(options, memory, cases) for memory in budgets]
     for one in arguments:
         plan_memory(model, EngineConfig(path=options.model, **one))  # refused, if at all, before anything is measured
-    threads = options.threads or default_threads()
+    threads = options.settings["threads"] or default_threads()
     turns: list[_Turn] = []
     with Bars() as bars:
         before = _probe(model, threads)
@@ -153,18 +146,8 @@ def _figure(options: ModelOptions, gens: Sequence[int] | None) -> Any:
 
 def _arguments(options: ModelOptions, memory: str | None, cases: Sequence[Case]) -> dict[str, Any]:
     """Return the keyword arguments of `open_engine`."""
-    return {
-        "memory": memory,
-        "threads": options.threads,
-        "prefetch": options.prefetch,
-        "policy": options.policy,
-        "kv_type": options.kv_type,
-        "device": options.device,
-        "vram": options.vram,
-        "hybrid": options.hybrid,
-        "context": max(case.positions for case in cases),
-        "prefix_reuse": False,
-    }
+    context = max(case.positions for case in cases)
+    return options.settings | {"memory": memory, "context": context, "prefix_reuse": False}
 
 
 def _probe(model: Model, threads: int) -> tuple[float, float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -55,11 +56,12 @@ def demo(
             on_progress=partial(_report, bars),
             show_pip=bars.enabled,
         )
-    if engine_options.memory is None:
-        engine_options = attrs.evolve(engine_options, memory=default_memory(model, engine_options))
-    note(f"{model} ({format_bytes(os.path.getsize(model))}) in {engine_options.memory} of memory")
+    settings = engine_options.arguments()
+    if settings["memory"] is None:
+        settings["memory"] = default_memory(model, settings)
+    note(f"{model} ({format_bytes(os.path.getsize(model))}) in {settings['memory']} of memory")
     with Interrupt() as interrupt:
-        return trio.run(partial(_converse, model, prompt, generation, engine_options, interrupt))
+        return trio.run(partial(_converse, model, prompt, generation, settings, interrupt))
 
 
 def _report(bars: Bars, stage: str, done: int, total: int) -> None:
@@ -70,13 +72,13 @@ def _report(bars: Bars, stage: str, done: int, total: int) -> None:
         bars.show(_STAGES[stage], done, total, "bytes")
 
 
-def default_memory(model: Path, options: EngineOptions) -> str:
+def default_memory(model: Path, settings: Mapping[str, Any]) -> str:
     """Return half of the model's size as text, or what holds a tenth of its experts where that is more."""
     from mer.config import EngineConfig
     from mer.model.loading import load_model
     from mer.plan.plan import plan_memory
 
-    config = EngineConfig(path=model, **options.arguments())
+    config = EngineConfig(path=model, **settings)
     parsed = load_model(config)
     needed_bytes = plan_memory(parsed, config).floor_bytes + parsed.experts.total_bytes // 10
     return f"{-(-max(needed_bytes, os.path.getsize(model) // 2) // 2**20)}MiB"
@@ -86,7 +88,7 @@ async def _converse(
     model: Path,
     prompt: str | None,
     generation: GenerationOptions,
-    engine_options: EngineOptions,
+    settings: Mapping[str, Any],
     interrupt: Interrupt,
 ) -> Exit:
     """Answer one prompt, or every line of standard input in turn."""
@@ -95,7 +97,7 @@ async def _converse(
         bars.start()
         from mer.opening.engine import open_engine
 
-        async with open_engine(model, **engine_options.arguments(), on_progress=load_reporter(bars)) as engine:
+        async with open_engine(model, **settings, on_progress=load_reporter(bars)) as engine:
             bars.clear()
             chat = Conversation(engine, generation, bars, interrupt)
             if prompt is not None:

@@ -7,17 +7,16 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from mer.cli.settings import OPTIONS, spellings
 from mer.errors import ConfigError, MerError, NotEnoughMemory
 
-_OPTIONS: Final = {"memory": ("MER_MEMORY", "--memory"), "device": ("MER_DEVICE", "--device")} | {
-    "threads": ("MER_THREADS", "--threads", "-t")
-}
+_VARIABLES: Final = {name: option.variable for name, option in OPTIONS.items() if option.variable is not None}
 _SETTING: Final = re.compile(r"(?:a )?-*(\w+)")  # that a message begins with
 
 
 def forget_empty() -> None:
     """Unset the variables of mer's that are empty."""
-    for variable, *_ in _OPTIONS.values():
+    for variable in _VARIABLES.values():
         if not os.environ.get(variable, "-").strip():
             del os.environ[variable]
 
@@ -30,9 +29,9 @@ def named(error: MerError, arguments: Sequence[str]) -> str:
         arguments: of the command line, which go before variables.
     """
     text, match = str(error), _SETTING.match(str(error))
-    if isinstance(error, ConfigError | NotEnoughMemory) and match is not None and match[1] in _OPTIONS:
-        variable, *options = _OPTIONS[match[1]]
-        given = any(argument.partition("=")[0] in options for argument in arguments)
+    if isinstance(error, ConfigError | NotEnoughMemory) and match is not None and match[1] in _VARIABLES:
+        variable = _VARIABLES[match[1]]
+        given = any(argument.partition("=")[0] in spellings(match[1]) for argument in arguments)
         if variable in os.environ and not given:
             return f"{variable}={os.environ[variable][:80]!r}: {text}"
     return text

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import attrs
 from cyclopts import Group, Parameter
 
+from mer.cli.settings import in_group, settings_given, with_settings
 from mer.config import Sampling
 from mer.errors import ConfigError
 
@@ -17,96 +18,21 @@ GENERATION = Group("Generation", sort_key=1)
 
 
 @Parameter(name="*", group=ENGINE)
-@attrs.frozen(kw_only=True)
+@with_settings(in_group("engine"))
 class EngineOptions:
     """How the engine is opened."""
 
-    memory: Annotated[
-        str | None,
-        Parameter(
-            env_var="MER_MEMORY",
-            help="Bytes the whole process may use, such as 8GiB or 512MiB. [default: what the machine can spare]",
-        ),
-    ] = None
-    threads: Annotated[
-        int | None, Parameter(alias="-t", env_var="MER_THREADS", help="Compute threads. [default: one per core]")
-    ] = None
-    mirrors: Annotated[
-        tuple[Path, ...],
-        Parameter(
-            name="--mirror",
-            negative="",
-            show_default=False,
-            help="A copy of the model on another drive, which shares the reading; may be given again.",
-        ),
-    ] = ()
-    slots: Annotated[
-        int | None, Parameter(help="Keep at most so many experts in memory. [default: what the memory holds]")
-    ] = None
-    context: Annotated[
-        int | None, Parameter(alias=("-c", "--ctx-size"), help="Tokens that prompt and answer may have together.")
-    ] = None
-
-    io_engine: Annotated[
-        Literal["auto", "io_uring", "threads"],
-        Parameter(help="What reads: the kernel's io_uring, or threads. [default: the first that can be had]"),
-    ] = "auto"
-
-    activations: Annotated[
-        Literal["auto", "int8", "int15"],
-        Parameter(help="Precision of activations that meet quantized weights; int15 doubles a prefill's arithmetic."),
-    ] = "auto"
-
-    kv_type: Annotated[
-        Literal["f32", "f16", "q8_0"] | None,
-        Parameter(
-            name="--kv-type", help="How keys and values are kept. [default: f32 for a model of F32 weights, else f16]"
-        ),
-    ] = None
-
-    device: Annotated[
-        str,
-        Parameter(
-            env_var="MER_DEVICE",
-            help="What computes: cpu, cuda, cuda:N, or auto, which takes a GPU if torch can use one.",
-        ),
-    ] = "auto"
-    vram: Annotated[
-        str | None,
-        Parameter(help="Bytes of the GPU's memory the engine may use, such as 6GiB. [default: what is free there]"),
-    ] = None
-    hybrid: Annotated[
-        Literal["auto", "off"],
-        Parameter(help="Beside a GPU, let the processor compute experts that are only in memory where that is faster."),
-    ] = "auto"
-    vram_slots: Annotated[
-        int | None, Parameter(help="Keep at most so many experts on the GPU. [default: what its memory holds]")
-    ] = None
-
-    prefetch: Annotated[
-        Literal["off", "markov", "gate", "auto"],
-        Parameter(help="Which guesses at what the next layer needs are read while the disk is idle."),
-    ] = "auto"
-
     def arguments(self) -> dict[str, Any]:
-        """Return them as keyword arguments of `open_engine` and `plan_memory`."""
-        return attrs.asdict(self)
+        """Return them as keyword arguments of `open_engine` and `EngineConfig`."""
+        return settings_given(self)
 
 
 @Parameter(name="*", group=CACHE)
-@attrs.frozen(kw_only=True)
+@with_settings(in_group("cache"))
 class CacheOptions:
     """Which experts stay in memory, and what is kept of their use."""
 
-    policy: Annotated[
-        str | None,
-        Parameter(help="Which experts stay in memory: lfru, layer-lru, lfu, static or cost. [default: lfru]"),
-    ] = None
-    heat: Annotated[Path | None, Parameter(help="Heat profile of the model, for the policy 'static'.")] = None
     save_heat: Annotated[Path | None, Parameter(help="Write how often each expert was used to this file.")] = None
-    trace: Annotated[
-        Path | None, Parameter(help="Record which experts every batch uses, for mer simulate; continues a trace.")
-    ] = None
 
     def arguments(self) -> dict[str, Any]:
         """Return all but what is saved afterwards as keyword arguments of `open_engine`.
@@ -116,7 +42,7 @@ class CacheOptions:
         """
         if self.save_heat is not None and (self.save_heat.is_dir() or not self.save_heat.parent.is_dir()):
             raise ConfigError(f"--save-heat {self.save_heat}: there can be no file of that name")
-        return {"policy": self.policy, "heat": self.heat, "trace": self.trace}
+        return settings_given(self)
 
 
 @Parameter(name="*", group=GENERATION)

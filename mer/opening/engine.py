@@ -42,8 +42,6 @@ from mer.stats import Statistics
 from mer.system import peak_rss_bytes, private_bytes
 from mer.text.tokenizer import Tokenizer
 
-MAX_WAITING = 64  # requests that may queue before `generate` waits to be queued
-
 
 @takes_settings_of(EngineConfig)
 @asynccontextmanager
@@ -156,7 +154,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             kv=kv,
             batch_tokens=plan.limits.batch_tokens,
             max_sequences=plan.limits.sequences,
-            max_waiting=MAX_WAITING,
+            max_waiting=config.max_waiting,
             bytes_read=lambda: fetcher.bytes_read,
             prefetcher=None if guessing is None else guessing.prefetcher,
             on_routed=residency.routed,

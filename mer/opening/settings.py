@@ -51,6 +51,7 @@ def settings_in_force(
         prefix_reuse=config.prefix_reuse,
         max_sequences=plan.limits.sequences,
         batch_tokens=plan.limits.batch_tokens,
+        max_waiting=config.max_waiting,
         device=plan.device.label,
         device_reason=plan.device.reason,
         vram=None if plan.vram is None else _vram_settings(plan.vram, config.hybrid, pinned),
