@@ -84,7 +84,7 @@ async def decode(engine: Engine, arguments: argparse.Namespace, disk: Disk) -> f
         f"stalled {(after.stalled_s - before.stalled_s) / took_s:.0%}, "
         f"computing {(after.worker.compute_s - before.worker.compute_s) / took_s:.0%}; "
         f"guesses {prefetch.issued}, right {prefetch.used + prefetch.promoted}; "
-        f"{(after.worker.jobs - before.worker.jobs) / n / engine.spec.n_layers:.1f} jobs a layer; "
+        f"{(after.worker.jobs - before.worker.jobs) / n / engine.spec.n_routed:.1f} jobs a layer; "
         f"major faults {(faults_after - faults_before) / n:.1f} a token",
         flush=True,
     )

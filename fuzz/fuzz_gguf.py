@@ -14,11 +14,9 @@ import sys
 from itertools import pairwise
 
 from mer.errors import GGUFError, ModelFileError
-from mer.io.extents import map_experts
 from mer.io.ggml import tensor_bytes
 from mer.io.gguf import GGUFFile, read_gguf
-from mer.model.dense import dense_tensors
-from mer.model.registry import model_spec
+from mer.model.loading import check_model as understood
 from mer.quoting import one_line
 
 
@@ -52,10 +50,7 @@ def check_error(error: ModelFileError, path: str) -> None:
 def check_model(header: GGUFFile, path: str) -> None:
     """Fail unless a header gives a model whose experts lie in the file, or an error as it should be."""
     try:
-        spec = model_spec(header)
-        dense_tensors(spec, header)
-        shape = {"n_layers": spec.n_layers, "n_experts": spec.n_experts, "d_model": spec.d_model, "d_ff": spec.d_ff}
-        experts = map_experts(header, **shape)
+        experts = understood(header).experts
     except ModelFileError as error:
         check_error(error, path)
         return

@@ -245,7 +245,7 @@ async def test_experts_that_are_damaged_in_memory_are_read_again(tiny: TinyModel
     async with mer.open_engine(tiny.path, memory=MEMORY, slots=slots, prefetch="off") as engine:
         want = await engine.generate([7, 8, 9], max_tokens=6)
         cache = engine._scheduler._store.cache
-        for layer in range(engine.spec.n_layers):
+        for layer in range(engine.spec.n_routed):
             for key, resident in cache.items():
                 if key[0] == layer:
                     ctypes.memset(resident.addresses[2], 0xFF, 64)  # NaN in the first row of the down matrix

@@ -17,9 +17,11 @@ from mer.bench.geometry import Geometry
 from mer.demo.files import written_whole
 from mer.errors import ConfigError, GGUFError, MerError
 from mer.io.arena import PAGE_BYTES
-from mer.io.extents import PER_EXPERT_NAME, PROJECTIONS, ExpertMap, map_experts, round_up
+from mer.io.extents import PROJECTIONS, ExpertMap, round_up
 from mer.io.ggml import GGMLType
 from mer.io.gguf import GGUFFile, read_gguf
+from mer.model.experts import map_experts
+from mer.model.operators import ExpertWeights, gated_experts
 from mer.paths import make_private_folder
 from mer.units import format_bytes
 
@@ -106,13 +108,7 @@ def open_data(plan: DataPlan) -> DataFile | None:
     if gguf.metadata.get("general.architecture") != ARCHITECTURE or gguf.metadata.get(VERSION_KEY) != VERSION:
         raise GGUFError(plan.path, None, f"not a data file of this version of `mer bench stream`; {remedy}")
     try:
-        experts = map_experts(
-            gguf,
-            n_layers=plan.n_layers,
-            n_experts=plan.n_experts,
-            d_model=geometry.d_model,
-            d_ff=geometry.d_ff,
-        )
+        experts = map_experts(gguf, dict(enumerate(_experts(plan))))
     except GGUFError as error:
         raise GGUFError(plan.path, error.offset, f"a data file of other experts ({error.reason}); {remedy}") from error
     if any(tensor.type != geometry.type for tensor in gguf.tensors.values()):
@@ -184,14 +180,18 @@ def _write(path: Path, plan: DataPlan, on_progress: Callable[[int, int], None]) 
                 on_progress(done, total)
 
 
+def _experts(plan: DataPlan) -> list[ExpertWeights]:
+    """Return the experts of each layer."""
+    shape = plan.n_experts, plan.geometry.d_model, plan.geometry.d_ff
+    return [gated_experts(layer, *shape) for layer in range(plan.n_layers)]
+
+
 def _matrices(plan: DataPlan) -> Iterator[tuple[str, int, int]]:
     """Yield name, rows and columns of every matrix in the order of the file: expert by expert."""
-    d_model, d_ff = plan.geometry.d_model, plan.geometry.d_ff
-    for layer in range(plan.n_layers):
-        for expert in range(plan.n_experts):
-            for projection in PROJECTIONS:
-                name = PER_EXPERT_NAME.format(layer=layer, projection=projection, expert=expert)
-                yield (name, d_model, d_ff) if projection == "down" else (name, d_ff, d_model)
+    for experts in _experts(plan):
+        for expert in range(experts.n):
+            for matrix in experts.matrices:
+                yield matrix.single(expert), matrix.rows, matrix.cols
 
 
 def random_matrix(kind: GGMLType, rows: int, cols: int, number: int) -> NDArray[np.uint8]:

@@ -22,7 +22,20 @@ from mer.compute.messages import Batch, Begin, Float32Array, Int32Array
 from mer.config import Progress
 from mer.errors import MerError
 from mer.io.ggml import GGMLType
-from mer.model.spec import ModelSpec, RopeStyle, Routing
+from mer.model.operators import (
+    Attention,
+    Experts,
+    Layer,
+    Linear,
+    Norm,
+    Rope,
+    RopeStyle,
+    Router,
+    Tensor,
+    gated_experts,
+    vector,
+)
+from mer.model.spec import ModelSpec
 from mer.sched.simulate import Event
 
 _INPUT_SEED = 12_648_430
@@ -31,28 +44,26 @@ _INPUT_SEED = 12_648_430
 def _spec(workload: Workload, data: DataFile) -> ModelSpec:
     """Return a model of the workload's experts whose attention, head and vocabulary are as small as can be."""
     geometry = data.plan.geometry
+    d_model, one = geometry.d_model, Linear(Tensor("", (1, 1)))
+    rope = Rope(dim=2, base=10000.0, scale=1.0, style=RopeStyle.NEOX)
+    attention = Attention(
+        q=one, k=one, v=one, out=one, n_heads=1, n_kv_heads=1, head_dim=2, rope=rope, q_norm=None, k_norm=None,
+        window=None,
+    )  # fmt: skip
+    norm, embedding = Norm(vector("", d_model), 1e-5), Tensor("", (1, d_model))
+    router = Router(Linear(Tensor("", (workload.n_experts, d_model))), workload.widest, normalize=True)
+    layers = [
+        Layer(norm, attention, norm, Experts(router, gated_experts(layer, workload.n_experts, d_model, geometry.d_ff)))
+        for layer in range(workload.n_layers)
+    ]
     return ModelSpec(
         architecture="mer-bench-stream",
         name=workload.name,
-        n_layers=workload.n_layers,
-        d_model=geometry.d_model,
-        d_ff=geometry.d_ff,
-        n_experts=workload.n_experts,
-        top_k=workload.widest,
-        n_heads=1,
-        n_kv_heads=1,
-        head_dim=2,
-        vocab_size=1,
         context_length=1,
-        rms_eps=1e-5,
-        rope_base=10000.0,
-        rope_dim=2,
-        rope_scale=1.0,
-        rope_style=RopeStyle.NEOX,
-        routing=Routing.SOFTMAX_OVER_TOP_K,
-        qk_norm=False,
-        sliding_window=None,
-        tied_head=True,
+        embedding=embedding,
+        layers=tuple(layers),
+        norm=norm,
+        head=Linear(embedding),
     )
 
 

@@ -14,13 +14,12 @@ from mer.compute.cpu.scratch import kv_block_bytes
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
 from mer.errors import MerError
-from mer.io.extents import ExpertMap, is_expert_tensor, map_experts
 from mer.io.files import IoMode, ModelFile
 from mer.io.gguf import GGUFFile, read_gguf
 from mer.json_text import json_text
-from mer.model.dense import dense_tensors
-from mer.model.registry import model_spec
-from mer.model.spec import ModelSpec
+from mer.model.experts import is_expert_tensor
+from mer.model.loading import Model, check_model
+from mer.model.summary import summary
 from mer.plan.device import choose_device
 from mer.plan.memory import default_kv_type
 from mer.quoting import one_line
@@ -84,37 +83,30 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
         "why_not": None,
     }
     try:
-        spec, experts, tokenizer = _check(gguf)
+        model, tokenizer = _check(gguf)
     except MerError as error:
         report |= {"runnable": False, "why_not": str(error)}
         return report
+    spec, experts = model.spec, model.experts
     sizes = [extents.n_bytes for layer in experts.experts for extents in layer]
     report["tokenizer"]["ends"] = sorted(tokenizer.eos_ids)
-    report["model"] = {
-        key: value
-        for key, value in attrs.asdict(spec, value_serializer=_enum_value).items()
-        if key not in ("architecture", "name")
-    }
+    report["model"] = summary(spec)
     report["experts"] = {
         "naming": "merged" if any(name.endswith("_exps.weight") for name in gguf.tensors) else "one by one",
         "bytes": experts.total_bytes,
         "largest_bytes": max(sizes),
-        "bytes_per_token": spec.n_layers * spec.top_k * experts.total_bytes // len(sizes),
+        "bytes_per_token": spec.n_routed * spec.top_k * experts.total_bytes // len(sizes),
     }
-    kv_type = default_kv_type(dense_tensors(spec, gguf).values(), experts)
+    kv_type = default_kv_type(model.dense.values(), experts)
     report["kv_type"] = kv_type
     report["kv_bytes_per_token"] = kv_block_bytes(spec, kv_type) // KV_TILE
     report["dense_bytes"] = sum(t.n_bytes for t in gguf.tensors.values() if not is_expert_tensor(t.name))
     return report
 
 
-def _check(gguf: GGUFFile) -> tuple[ModelSpec, ExpertMap, Tokenizer]:
-    """Return specification, expert extents and tokenizer, with everything proven that an engine needs of the file."""
-    spec = model_spec(gguf)
-    dense_tensors(spec, gguf)
-    tokenizer = Tokenizer.from_gguf(gguf)
-    experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
-    return spec, experts, tokenizer
+def _check(gguf: GGUFFile) -> tuple[Model, Tokenizer]:
+    """Return model and tokenizer, with everything proven that an engine needs of the file."""
+    return check_model(gguf), Tokenizer.from_gguf(gguf)
 
 
 def _io_modes(gguf: GGUFFile) -> list[IoMode]:
@@ -140,10 +132,6 @@ def _tokenizer(gguf: GGUFFile) -> dict[str, Any]:
         "pre": _shortened(gguf.metadata.get("tokenizer.ggml.pre")),
         "tokens": len(tokens) if isinstance(tokens, list) else 0,
     }
-
-
-def _enum_value(instance: object, field: object, value: Any) -> Any:
-    return value.value if hasattr(value, "value") else value
 
 
 def _shortened(value: Any) -> Any:

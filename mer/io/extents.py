@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import attrs
 
-from mer.errors import GGUFError, UnsupportedModel
+from mer.errors import UnsupportedModel
 from mer.io.ggml import GGMLType
 from mer.quoting import quoted
 
@@ -48,10 +47,6 @@ ROW_GROUP: Final = 16
 
 WASTE_DIVISOR: Final = 20
 """Slots of one size for experts of several may waste 1 / 20 of what these need."""
-
-MERGED_NAME: Final = "blk.{layer}.ffn_{projection}_exps.weight"
-PER_EXPERT_NAME: Final = "blk.{layer}.ffn_{projection}.{expert}.weight"
-_EXPERT_NAME: Final = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.weight", re.ASCII)
 
 
 class ExpertPart(NamedTuple):  # a tuple, as there are three for each of up to 65,536 experts
@@ -236,101 +231,6 @@ def aligned_hull(offset: int, n_bytes: int, alignment: int) -> tuple[int, int, i
     """
     lead = offset % alignment
     return offset - lead, round_up(lead + n_bytes, alignment), lead
-
-
-def is_expert_tensor(name: str) -> bool:
-    """Return whether a tensor of this name holds weights of routed experts, in the merged or the per-expert naming."""
-    return _EXPERT_NAME.fullmatch(name) is not None
-
-
-def map_experts(gguf: GGUFFile, *, n_layers: int, n_experts: int, d_model: int, d_ff: int) -> ExpertMap:
-    """Return where every expert's matrices lie, with all shapes, types and sizes proven.
-
-    A layer names them either merged, `blk.N.ffn_gate_exps.weight` with expert e as the e-th of E equal slices, or one
-    by one, `blk.N.ffn_gate.E.weight`; both give the same map.
-
-    Raises:
-        GGUFError: an expert tensor is missing, in excess or of another shape than (E, F, D) or (E, D, F), or a layer
-            mixes both namings.
-        UnsupportedModel: an expert tensor has a type that is not in MATRIX_TYPES.
-    """
-    merged_layers = _merged_layers(gguf, n_layers, n_experts)
-    layers = []
-    for layer in range(n_layers):
-        columns: list[list[ExpertPart]] = []  # [projection][expert]
-        for projection in PROJECTIONS:
-            rows, cols = (d_model, d_ff) if projection == "down" else (d_ff, d_model)
-            if layer in merged_layers:
-                name = MERGED_NAME.format(layer=layer, projection=projection)
-                columns.append(_parts(gguf, name, projection, n_experts, rows, cols))
-            else:
-                names = (PER_EXPERT_NAME.format(layer=layer, projection=projection, expert=e) for e in range(n_experts))
-                columns.append([part for name in names for part in _parts(gguf, name, projection, 1, rows, cols)])
-        layers.append(
-            tuple(ExpertExtents(layer, expert, parts) for expert, parts in enumerate(zip(*columns, strict=True)))
-        )
-    return ExpertMap(tuple(layers))
-
-
-def _merged_layers(gguf: GGUFFile, n_layers: int, n_experts: int) -> frozenset[int]:
-    """Return the layers with merged tensors; refuse tensors of experts that the model has not, and mixed layers."""
-    merged: dict[int, str] = {}
-    single: dict[int, str] = {}
-    for name, tensor in gguf.tensors.items():
-        match = _EXPERT_NAME.fullmatch(name)
-        if match is None:
-            continue
-        layer, expert = match[1], match[3]
-        if _exceeds(layer, n_layers) or (expert is not None and _exceeds(expert, n_experts)):
-            raise GGUFError(
-                gguf.paths[tensor.file],
-                tensor.offset,
-                f"unexpected expert tensor {quoted(name)}: "
-                f"the model has layers 0 to {n_layers - 1} with experts 0 to {n_experts - 1}",
-            )
-        (merged if expert is None else single)[int(layer)] = name
-    for layer_id in sorted(merged.keys() & single.keys()):
-        tensor = gguf.tensors[single[layer_id]]
-        raise GGUFError(
-            gguf.paths[tensor.file],
-            tensor.offset,
-            f"layer {layer_id} has both merged and per-expert tensors ({quoted(merged[layer_id], 40)} and "
-            f"{quoted(single[layer_id], 40)}); a layer must name all of its experts one way",
-        )
-    return frozenset(merged)
-
-
-def _exceeds(digits: str, limit: int) -> bool:
-    """Return whether a number in a tensor's name is not the plain decimal form of one in 0..limit-1."""
-    return len(digits) > 9 or str(int(digits)) != digits or int(digits) >= limit
-
-
-def _parts(gguf: GGUFFile, name: str, projection: Projection, n_slices: int, rows: int, cols: int) -> list[ExpertPart]:
-    """Return the `n_slices` equal slices of the tensor `name`, each `rows` x `cols`."""
-    tensor = gguf.tensors.get(name)
-    if tensor is None:
-        raise GGUFError(gguf.paths[0], None, f"expert tensor {quoted(name)} is missing")
-    expected = (rows, cols) if n_slices == 1 else (n_slices, rows, cols)
-    if without_leading_ones(tensor.shape) != without_leading_ones(expected):
-        raise GGUFError(
-            gguf.paths[tensor.file],
-            tensor.offset,
-            f"expert tensor {quoted(name)} has shape {tensor.shape}, the hyperparameters need {expected}",
-        )
-    if tensor.type not in MATRIX_TYPES:
-        raise unsupported_type(gguf, tensor, MATRIX_TYPES)
-    part_bytes = rows * (cols // tensor.type.block_size) * tensor.type.block_bytes
-    if cols % tensor.type.block_size or tensor.n_bytes != n_slices * part_bytes:
-        raise GGUFError(
-            gguf.paths[tensor.file],
-            tensor.offset,
-            f"expert tensor {quoted(name)} has {tensor.n_bytes} bytes, shape {expected} of type {tensor.type.name} "
-            f"needs {n_slices * part_bytes} in rows of whole blocks of {tensor.type.block_size}",
-        )
-    return [
-        ExpertPart(projection, tensor.type, rows, cols, tensor.file, tensor.offset + i * part_bytes, part_bytes)
-        for i in range(n_slices)
-    ]
 
 
 def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

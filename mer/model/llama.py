@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from mer.model.hparams import read_spec
-from mer.model.spec import ModelSpec, RopeStyle, Routing
-
-if TYPE_CHECKING:
-    from mer.io.gguf import GGUFFile
+from mer.limits import MAX_WIDTH
+from mer.model.keys import Keys
+from mer.model.operators import RopeStyle
+from mer.model.spec import ModelSpec
+from mer.model.transformer import Trunk, read_routing, refuse_dense
 
 
-def spec(gguf: GGUFFile) -> ModelSpec:
-    """Return the specification of a `llama` file with experts.
+def model(keys: Keys) -> ModelSpec:
+    """Return the model of a `llama` file with experts.
 
     Files of this architecture store the rows of Q and K permuted, so that RoPE on neighbouring elements of them equals
     RoPE on the two halves of each head of the original weights.
-
-    Raises:
-        GGUFError: a hyperparameter is missing, out of range or contradicts another one.
-        UnsupportedModel: the model is dense, or uses a feature that is not implemented.
     """
-    return read_spec(
-        gguf,
-        d_ff_key="feed_forward_length",
-        rope_style=RopeStyle.INTERLEAVED,
-        routing=Routing.SOFTMAX_OVER_TOP_K,
-        qk_norm=False,
+    refuse_dense(keys)
+    trunk = Trunk.read(keys)
+    n, top_k = read_routing(keys, trunk.n_layers)
+    d_ff = keys.integer("feed_forward_length", maximum=MAX_WIDTH)
+    rope = trunk.rope(RopeStyle.INTERLEAVED)
+    return trunk.model(
+        [trunk.layer(i, trunk.attention(i, rope), trunk.experts(i, n, top_k, d_ff)) for i in range(trunk.n_layers)]
     )

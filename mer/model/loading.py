@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import attrs
 
 from mer.config import EngineConfig
-from mer.io.extents import ExpertMap, map_experts
+from mer.io.extents import ExpertMap
 from mer.io.gguf import GGUFFile, TensorInfo, read_gguf
 from mer.model.dense import dense_tensors
+from mer.model.experts import map_experts
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
 
@@ -30,7 +31,16 @@ def load_model(config: EngineConfig) -> Model:
     Raises:
         ModelFileError: the file is malformed or not supported.
     """
-    gguf = read_gguf(config.path)
+    return check_model(read_gguf(config.path))
+
+
+def check_model(gguf: GGUFFile) -> Model:
+    """Return the model in a file whose header is read, with every shape and type proven.
+
+    Raises:
+        ModelFileError: the file is malformed or not supported.
+    """
     spec = model_spec(gguf)
-    experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
-    return Model(gguf=gguf, spec=spec, dense=dense_tensors(spec, gguf), experts=experts)
+    dense = dense_tensors(spec, gguf)
+    experts = map_experts(gguf, {layer: it.weights for layer, it in spec.routed.items()})
+    return Model(gguf=gguf, spec=spec, dense=dense, experts=experts)

@@ -1,4 +1,4 @@
-"""Which metadata keys of an architecture change nothing, and with which values: all others are refused by name.
+"""Values of metadata keys that say that a feature is not used.
 
 Key names follow the GGUF specification (ggml-org/ggml, docs/gguf.md) and the constants of the `gguf` package.
 """
@@ -9,47 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mer.errors import UnsupportedModel
-from mer.quoting import echo, quoted
-
 if TYPE_CHECKING:
-    from mer.io.gguf import GGUFFile, MetadataValue
-
-# Keys below the architecture's name that the specification is made from, or that do not touch the arithmetic.
-READ_KEYS: Final = frozenset(
-    {
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.sliding_window",
-        "attention.value_length",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "expert_count",
-        "expert_feed_forward_length",
-        "expert_used_count",
-        "feed_forward_length",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scale_linear",
-        "rope.scaling.factor",
-        "rope.scaling.finetuned",
-        "rope.scaling.original_context_length",
-        "rope.scaling.type",
-        "rope.scaling.yarn_beta_fast",  # of YaRN, which is refused by its scaling type
-        "rope.scaling.yarn_beta_slow",
-        "tensor_data_layout",
-        "vocab_size",
-    }
-)
+    from mer.io.gguf import MetadataValue
 
 _ABSENT: Final = (0,)  # as a number, a bool or an array of them
 _NO_SCALE: Final = (0.0, 1.0)
 _EVERY: Final = (0, 1)
 
-# Keys of features that are not implemented, with the values that mean "not used".
+# By key below the architecture's name. A model that reads a key decides by itself what its values mean.
 NEUTRAL_VALUES: Final[dict[str, tuple[object, ...]]] = {
     "activation_sparsity_scale": _ABSENT,
     "altup.active_idx": _ABSENT,
@@ -87,6 +54,7 @@ NEUTRAL_VALUES: Final[dict[str, tuple[object, ...]]] = {
     "embedding_scale": _NO_SCALE,
     "expert_chunk_feed_forward_length": _ABSENT,
     "expert_gating_func": (0, 1),
+    "expert_feed_forward_length": _ABSENT,
     "expert_group_count": _EVERY,
     "expert_group_scale": _NO_SCALE,
     "expert_group_used_count": _EVERY,
@@ -133,24 +101,7 @@ NEUTRAL_VALUES: Final[dict[str, tuple[object, ...]]] = {
 }
 
 
-def refuse_unknown_features(gguf: GGUFFile, arch: str) -> None:
-    """Refuse every key of the architecture that is neither read nor switched off: it may change the arithmetic.
-
-    Raises:
-        UnsupportedModel: there is one.
-    """
-    prefix = arch + "."
-    for key, value in gguf.metadata.items():
-        name = key.removeprefix(prefix)
-        neutral = NEUTRAL_VALUES.get(name, ())
-        if name == key or name in READ_KEYS or _is_neutral(value, neutral):
-            continue
-        works = " or ".join(map(repr, neutral))
-        known = f"only {works} (not used) works" if works else "whether it changes the model's arithmetic is not known"
-        raise UnsupportedModel(f"{quoted(key, 50)} = {echo(value, 30)} is not implemented; {known}", gguf.paths[0])
-
-
-def _is_neutral(value: MetadataValue, neutral: tuple[object, ...]) -> bool:
+def is_neutral(value: MetadataValue, neutral: tuple[object, ...]) -> bool:
     """Return whether a number, or every number of an array, is one of the neutral values."""
     if isinstance(value, np.ndarray):
         return bool(neutral) and all(item in neutral for item in value.tolist())

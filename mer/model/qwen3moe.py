@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from mer.model.hparams import read_spec
-from mer.model.spec import ModelSpec, RopeStyle, Routing
-
-if TYPE_CHECKING:
-    from mer.io.gguf import GGUFFile
+from mer.model.keys import Keys
+from mer.model.operators import RopeStyle
+from mer.model.spec import ModelSpec
+from mer.model.transformer import Trunk, read_expert_width, read_routing, refuse_dense
 
 
-def spec(gguf: GGUFFile) -> ModelSpec:
-    """Return the specification of a `qwen3moe` file.
+def model(keys: Keys) -> ModelSpec:
+    """Return the model of a `qwen3moe` file.
 
     Q and K are normalized per head before RoPE, which pairs the two halves of a head; their rows are stored unpermuted.
-
-    Raises:
-        GGUFError: a hyperparameter is missing, out of range or contradicts another one.
-        UnsupportedModel: the model uses a feature that is not implemented.
     """
-    return read_spec(
-        gguf,
-        d_ff_key="expert_feed_forward_length",
-        rope_style=RopeStyle.NEOX,
-        routing=Routing.SOFTMAX_THEN_TOP_K,
-        qk_norm=True,
+    refuse_dense(keys)
+    trunk = Trunk.read(keys)
+    n, top_k = read_routing(keys, trunk.n_layers)
+    d_ff = read_expert_width(keys, top_k)
+    rope = trunk.rope(RopeStyle.NEOX)
+    return trunk.model(
+        [
+            trunk.layer(i, trunk.attention(i, rope, qk_norm=True), trunk.experts(i, n, top_k, d_ff))
+            for i in range(trunk.n_layers)
+        ]
     )

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Final
 
 from mer.errors import UnsupportedModel
 from mer.model import llama, qwen3moe
+from mer.model.keys import Keys
 from mer.model.spec import ModelSpec
 from mer.quoting import quoted
 
 if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile
 
-ARCHITECTURES: Final[dict[str, Callable[[GGUFFile], ModelSpec]]] = {
-    "llama": llama.spec,
-    "qwen3moe": qwen3moe.spec,
+ARCHITECTURES: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
+    "llama": llama.model,
+    "qwen3moe": qwen3moe.model,
 }
 
 
 def model_spec(gguf: GGUFFile) -> ModelSpec:
-    """Return the specification of the model in a file, by its `general.architecture`.
+    """Return the model in a file, by its `general.architecture`.
 
     Raises:
         GGUFError: a hyperparameter is missing, out of range or contradicts another one.
@@ -33,4 +34,7 @@ def model_spec(gguf: GGUFFile) -> ModelSpec:
             f"architecture {quoted(arch)} is not implemented; these are: {', '.join(sorted(ARCHITECTURES))}",
             gguf.paths[0],
         )
-    return read(gguf)
+    keys = Keys(gguf)
+    spec = read(keys)
+    keys.finish()
+    return spec

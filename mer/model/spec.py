@@ -1,58 +1,78 @@
-"""What the engine needs to know of a model: sizes, the layer plan's variations, and the names of its dense tensors."""
+"""A model as data: its layers, and what stands before and after them."""
 
 from __future__ import annotations
 
-import enum
+from collections.abc import Mapping
+from functools import cached_property
 
 import attrs
 
-
-class RopeStyle(enum.Enum):
-    """Which pairs of a head's elements RoPE rotates together."""
-
-    INTERLEAVED = "interleaved"  # (2i, 2i + 1): llama-arch files, whose Q and K rows are stored permuted for it
-    NEOX = "neox"  # (i, i + rope_dim/2): qwen3moe
+from mer.model.operators import Attention, Experts, Layer, Linear, Norm, Tensor
 
 
-class Routing(enum.Enum):
-    """How router logits become expert weights; both are renormalized to sum to one over the chosen experts."""
-
-    SOFTMAX_OVER_TOP_K = "softmax-over-top-k"  # Mixtral: top-k of the logits, softmax over those k
-    SOFTMAX_THEN_TOP_K = "softmax-then-top-k"  # Qwen3: softmax over all, top-k, divided by their sum
-
-
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False)
 class ModelSpec:
-    """Hyperparameters of one model, checked against each other and against the file's tensors.
+    """One model: logits = head(norm(layers(embedding[token]))).
 
-    Shape letters: L layers, D d_model, F d_ff per expert, E experts, K experts used, H heads, G kv heads, C head dim,
-    V vocab.
+    Routed layers, those with experts, are also numbered by themselves, from 0: cache, predictors, traces and scheduler
+    know no other layers. All of them have as many experts, and as many that a token uses.
     """
 
     architecture: str
     name: str  # general.name, or the file's name without its suffix
-    n_layers: int  # L
-    d_model: int  # D
-    d_ff: int  # F, per expert
-    n_experts: int  # E
-    top_k: int  # K
-    n_heads: int  # H
-    n_kv_heads: int  # G
-    head_dim: int  # C
-    vocab_size: int  # V
     context_length: int  # positions the model was trained for
-    rms_eps: float
-    rope_base: float
-    rope_dim: int  # leading elements of each head that are rotated, even, <= C
-    rope_scale: float  # positions are multiplied by it (1 / linear scaling factor)
-    rope_style: RopeStyle
-    routing: Routing
-    qk_norm: bool  # RMSNorm per head on Q and K before RoPE
-    sliding_window: int | None  # positions a token attends to in every layer, its own included; None: all before it
-    tied_head: bool  # the output head is the token embedding
+    embedding: Tensor  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: Norm
+    head: Linear  # [V, D]; the embedding again where the file has no output head
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, V."""
+        return self.embedding.shape[0]
 
-DENSE_LAYER_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate_inp")
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream, D."""
+        return self.embedding.shape[1]
 
-QK_NORM_TENSORS = ("attn_q_norm", "attn_k_norm")
-"""More tensors of every layer of a model with `qk_norm`."""
+    @property
+    def tied_head(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self.head.weight.name == self.embedding.name
+
+    @cached_property
+    def routed(self) -> Mapping[int, Experts]:
+        """The experts of each layer that has routed ones, by the layer's number in the file, in order."""
+        return {number: layer.ffn for number, layer in enumerate(self.layers) if isinstance(layer.ffn, Experts)}
+
+    @property
+    def n_routed(self) -> int:
+        """Routed layers."""
+        return len(self.routed)
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a routed layer, E; 0 if there is none."""
+        return next((experts.n for experts in self.routed.values()), 0)
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token uses in a routed layer, K; 0 if there is none."""
+        return next((experts.top_k for experts in self.routed.values()), 0)
+
+    @property
+    def attention(self) -> Attention:
+        """The attention of every layer."""
+        return self.layers[0].mixer
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden size of every expert, F; 0 if there is none."""
+        return next((experts.d_ff for experts in self.routed.values()), 0)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return every dense tensor by name, in the order in which a token meets them."""
+        every = [self.embedding, *(tensor for layer in self.layers for tensor in layer.tensors())]
+        every += [self.norm.weight, *self.head.tensors()]
+        return {tensor.name: tensor for tensor in every}

@@ -53,13 +53,13 @@ async def open_residency(config: EngineConfig, model: Model, plan: MemoryPlan) -
                 f"heat is a profile for the policy 'static', and the policy is {name!r}; drop one of them"
             )
         profile = HeatProfile.load(
-            config.heat, fingerprint=fingerprint, n_layers=spec.n_layers, n_experts=spec.n_experts
+            config.heat, fingerprint=fingerprint, n_layers=spec.n_routed, n_experts=spec.n_experts
         )
     expert_bytes = tuple(sum(e.n_bytes for e in layer) // len(layer) for layer in model.experts.experts)
     policy = make_policy(
         name,
         CacheShape(
-            n_layers=spec.n_layers,
+            n_layers=spec.n_routed,
             n_experts=spec.n_experts,
             n_slots=plan.slots,
             kinds=plan.classes.kinds,
@@ -70,7 +70,7 @@ async def open_residency(config: EngineConfig, model: Model, plan: MemoryPlan) -
     )
     recorder = None
     if config.trace is not None:
-        header = TraceHeader(spec.n_layers, spec.n_experts, spec.top_k, fingerprint, expert_bytes)
+        header = TraceHeader(spec.n_routed, spec.n_experts, spec.top_k, fingerprint, expert_bytes)
         writer = await trio.to_thread.run_sync(partial(TraceWriter, config.trace, header))
         recorder = TraceRecorder(writer)
-    return Residency(policy=policy, heat=HeatCounter(fingerprint, spec.n_layers, spec.n_experts), recorder=recorder)
+    return Residency(policy=policy, heat=HeatCounter(fingerprint, spec.n_routed, spec.n_experts), recorder=recorder)

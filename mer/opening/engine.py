@@ -127,7 +127,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         stack.callback(worker.close)
         pinned = computing.pin(arena.address(0), arena.n_bytes)
         pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
-        cache = ExpertCache(residency.policy, (model.spec.n_layers, model.spec.n_experts))
+        cache = ExpertCache(residency.policy, (model.spec.n_routed, model.spec.n_experts))
         job_reads, job_reads_reason = open_job_reads(model, plan, arena, opened, cache, computing.tier)
         store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier)
         fetcher = Fetcher(
@@ -147,7 +147,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             stack.callback(guessing.save)
         kv = KVBlocks(plan.limits.kv_blocks, KV_TILE, prefix_reuse=config.prefix_reuse)
         scheduler = Scheduler(
-            n_layers=model.spec.n_layers,
+            n_layers=model.spec.n_routed,
             n_experts=model.spec.n_experts,
             worker=worker,
             store=store,
@@ -234,9 +234,9 @@ def _kv_layout(model: Model, computing: Computing) -> KVLayout:
         fingerprint=model_fingerprint(model.gguf),
         kv_type=computing.kv_type,
         arithmetic=computing.arithmetic,
-        n_layers=spec.n_layers,
-        n_kv_heads=spec.n_kv_heads,
-        head_dim=spec.head_dim,
+        n_layers=spec.n_routed,
+        n_kv_heads=spec.attention.n_kv_heads,
+        head_dim=spec.attention.head_dim,
         block_tokens=KV_TILE,
         block_bytes=computing.kv_block_bytes,
     )

@@ -76,7 +76,7 @@ async def open_guessing(
     def load(path: Path) -> MarkovPredictor | None:
         try:
             return load_predictor(
-                path, fingerprint=fingerprint, n_layers=spec.n_layers, n_experts=spec.n_experts, top_k=spec.top_k
+                path, fingerprint=fingerprint, n_layers=spec.n_routed, n_experts=spec.n_experts, top_k=spec.top_k
             )
         except FileNotFoundError:
             return None
@@ -92,7 +92,7 @@ async def open_guessing(
             bytes_per_s=bytes_per_s,
             chunk_bytes=DEFAULT_CHUNK_BYTES,
         ),
-        n_layers=spec.n_layers,
+        n_layers=spec.n_routed,
         n_experts=spec.n_experts,
         top_k=spec.top_k,
         markov=None if path is None else await trio.to_thread.run_sync(load, path),

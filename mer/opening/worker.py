@@ -101,7 +101,7 @@ async def _open_device(
 
     assert plan.vram is not None
     shape = CacheShape(
-        n_layers=model.spec.n_layers,
+        n_layers=model.spec.n_routed,
         n_experts=model.spec.n_experts,
         n_slots=plan.vram.slots,
         kinds=plan.vram.classes.kinds,

@@ -58,7 +58,7 @@ def kv_type_in_force(model: Model, config: EngineConfig) -> KVType:
     """
     if config.kv_type is None:
         return default_kv_type(model.dense.values(), model.experts)
-    head_dim = model.spec.head_dim
+    head_dim = model.spec.attention.head_dim
     if config.kv_type == "q8_0" and head_dim % BLOCK:
         raise ConfigError(
             f"kv_type is q8_0, which rounds blocks of {BLOCK} values, and the model's heads have {head_dim}; "
@@ -87,7 +87,7 @@ class Planner:
             )
         self._order = slot_order(self.classes.n_experts, spec.top_k)
         self._bytes_of_slots = [0, *itertools.accumulate(self.classes.slot_bytes[kind] for kind in self._order)]
-        self.total_experts = spec.n_layers * spec.n_experts
+        self.total_experts = spec.n_routed * spec.n_experts
         self._threads = config.threads or default_threads()
         self._kinds = matrix_types(model.dense.values(), model.experts)
         self._fixed: dict[str, int] = {
@@ -254,7 +254,7 @@ def tokenizer_bytes(gguf: GGUFFile, vocab_size: int) -> int:
 
 def _predictor_bytes(spec: ModelSpec) -> int:
     """Return the bytes of the Markov chains' counts; memory is taken only as they fill."""
-    return MarkovPredictor(spec.n_layers, spec.n_experts, spec.top_k).n_bytes
+    return MarkovPredictor(spec.n_routed, spec.n_experts, spec.top_k).n_bytes
 
 
 def _template_bytes(gguf: GGUFFile) -> int:

@@ -99,7 +99,7 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
         limits=limits,
         context=context,
         total_experts=planner.total_experts,
-        expert_bytes_per_token=spec.n_layers * spec.top_k * (model.experts.total_bytes // planner.total_experts),
+        expert_bytes_per_token=spec.n_routed * spec.top_k * (model.experts.total_bytes // planner.total_experts),
         dense_bytes_per_token=touched,
         device=device,
         vram=vram,

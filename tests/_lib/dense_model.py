@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mer.compute.reference.model import attention, dequantize, rms_norm, rope, silu
+from mer.compute.reference.blocks.attention import attention, rope
+from mer.compute.reference.blocks.feed_forward import silu
+from mer.compute.reference.blocks.norm import rms_norm
+from mer.compute.reference.products import dequantize
 from mer.io.gguf import read_gguf
-from mer.model.spec import RopeStyle
+from mer.model.operators import RopeStyle
 
 F64 = npt.NDArray[np.float64]
 

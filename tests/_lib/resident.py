@@ -30,11 +30,10 @@ from mer.compute.messages import (
     RunExperts,
 )
 from mer.config import KVType
-from mer.io.extents import ExpertMap, map_experts
+from mer.io.extents import ExpertMap
 from mer.io.gguf import GGUFFile, read_gguf
 from mer.io.thread_reader import ThreadReader
-from mer.model.dense import dense_tensors
-from mer.model.registry import model_spec
+from mer.model.loading import check_model
 from mer.model.spec import ModelSpec
 
 Logits = npt.NDArray[np.float32]
@@ -135,7 +134,7 @@ class Resident:
             attended: if given, every layer predicts the next one, and the results of attention are appended here.
         """
         operations: list[Operation] = [Begin(batch)]
-        for layer in range(self.spec.n_layers):
+        for layer in range(self.spec.n_routed):
             done = await self.do(*operations, Attend(layer, predict=attended is not None))
             assert done.expert_ids is not None
             if attended is not None:
@@ -165,9 +164,9 @@ async def open_resident(
         split: how a layer's experts are divided into jobs.
     """
     gguf = read_gguf(path)
-    spec = model_spec(gguf)
-    experts = map_experts(gguf, n_layers=spec.n_layers, n_experts=spec.n_experts, d_model=spec.d_model, d_ff=spec.d_ff)
-    weights = DenseWeights(dense_tensors(spec, gguf))
+    model = check_model(gguf)
+    spec, experts = model.spec, model.experts
+    weights = DenseWeights(model.dense)
     with ThreadReader(gguf.paths) as reader:
         await weights.load(reader, lambda _loaded, _total: None)
     worker = CPUWorker(Forward(spec, limits, weights, experts), limits.threads)

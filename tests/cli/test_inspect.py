@@ -33,7 +33,7 @@ def test_describes_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> Non
     }
     assert report["dense_bytes"] == everything - experts
     assert report["model"]["n_experts"] == 8
-    assert report["model"]["routing"] == "softmax-over-top-k"
+    assert report["model"]["routing"] == "softmax over the chosen"
     assert report["metadata"]["llama.block_count"] == 6
     assert report["metadata"]["tokenizer.ggml.tokens"]["count"] == 4096
 
@@ -43,7 +43,7 @@ def test_prints_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert "can be run     yes" in lines
     assert f"kernels        {FORM.value}" in lines
-    assert "layers         6, 8 experts each, 2 per token (softmax-over-top-k)" in lines
+    assert "layers         6, 8 experts each, 2 per token (softmax over the chosen)" in lines
     assert sum(line.startswith("blk.") for line in lines) == 60
 
 

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mer.errors import GGUFError, UnsupportedModel
-from mer.io.extents import PROJECTIONS, ExpertMap, ExpertPart, aligned_hull, map_experts
+from mer.io.extents import PROJECTIONS, ExpertMap, ExpertPart, aligned_hull
 from mer.io.gguf import read_gguf
+from mer.model.experts import map_experts
+from mer.model.operators import gated_experts
 from tests._lib.tiny_models import Type, random_gguf
 
 SHAPE: dict[str, Any] = {"n_layers": 2, "d_model": 96, "d_ff": 64, "n_experts": 3, "tokenizer": False}
@@ -21,7 +23,7 @@ ALIGNMENTS = st.sampled_from([1, 512, 4096, 65536])
 
 
 def experts_of(path: Path, n_experts: int = 3, d_ff: int = 64) -> ExpertMap:
-    return map_experts(read_gguf(path), n_layers=2, n_experts=n_experts, d_model=96, d_ff=d_ff)
+    return map_experts(read_gguf(path), {layer: gated_experts(layer, n_experts, 96, d_ff) for layer in range(2)})
 
 
 def part_bytes(path: Path, part: ExpertPart) -> bytes:

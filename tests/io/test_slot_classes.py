@@ -13,11 +13,13 @@ from trio.testing import MockClock
 
 from mer.errors import ConfigError
 from mer.io.arena import Arena
-from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, aligned_hull, map_experts
+from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, aligned_hull
 from mer.io.fetch import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.gguf import read_gguf
 from mer.io.pool import BufferPool
+from mer.model.experts import map_experts
+from mer.model.operators import gated_experts
 from mer.testing.simdisk import open_sim_disk
 from tests._lib.tiny_models import Type, random_gguf
 
@@ -161,7 +163,7 @@ def test_layers_of_two_types_have_two_classes(tmp_path: Path, merged: bool) -> N
         merged=merged,
         n_layers=4, d_model=256, d_ff=512, n_experts=3, tokenizer=False,
     )  # fmt: skip
-    experts = map_experts(read_gguf(path), n_layers=4, n_experts=3, d_model=256, d_ff=512)
+    experts = map_experts(read_gguf(path), {layer: gated_experts(layer, 3, 256, 512) for layer in range(4)})
     classes = experts.slot_classes(PAGE)
     assert classes.kinds == ((1,) * 3, (0,) * 3, (0,) * 3, (1,) * 3)
     assert classes.n_experts == (6, 6)

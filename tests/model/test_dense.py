@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mer.errors import GGUFError, UnsupportedModel
-from mer.io.extents import is_expert_tensor
 from mer.io.gguf import TensorInfo, read_gguf
 from mer.model.dense import dense_tensors
+from mer.model.experts import is_expert_tensor
 from mer.model.registry import model_spec
 from tests._lib.tiny_models import Type, random_gguf
 

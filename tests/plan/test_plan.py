@@ -19,12 +19,12 @@ from mer.compute.kernels.kv_layout import KV_TILE
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.model.loading import Model, load_model
-from mer.model.spec import ModelSpec
 from mer.plan import memory as planner_module
 from mer.plan import plan as plan_module
 from mer.plan.memory import slot_order
 from mer.plan.plan import MemoryPlan, plan_memory
 from mer.units import format_bytes
+from tests._lib.specs import with_attention
 from tests._lib.tiny_models import Type, tiny_model
 
 MIB = 1 << 20
@@ -61,7 +61,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def wide(model: Model, n_layers: int, context: int) -> Model:
     """Return a model with longer contexts and more layers in its KV cache than its file has."""
-    spec: ModelSpec = attrs.evolve(model.spec, context_length=context, n_kv_heads=model.spec.n_heads * n_layers)
+    spec = attrs.evolve(model.spec, context_length=context)
+    spec = with_attention(spec, n_kv_heads=spec.attention.n_heads * n_layers)
     return attrs.evolve(model, spec=spec)
 
 
@@ -299,7 +300,7 @@ def test_bytes_a_token_touches(models: Models) -> None:
     for model in models:
         made, spec = plan(model, 1 << 40), model.spec
         every = [sum(p.n_bytes for p in e.parts) for row in model.experts.experts for e in row]
-        assert made.expert_bytes_per_token == spec.n_layers * spec.top_k * (sum(every) // len(every))
+        assert made.expert_bytes_per_token == spec.n_routed * spec.top_k * (sum(every) // len(every))
         dense = {name: tensor.n_bytes for name, tensor in model.dense.items()}
         rows_of_embedding = spec.vocab_size if spec.tied_head else 1
         embedding = dense.pop("token_embd.weight") // spec.vocab_size * rows_of_embedding

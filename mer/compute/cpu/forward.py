@@ -28,7 +28,8 @@ from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
 from mer.io.job_reads import JobReads
-from mer.model.spec import ModelSpec, RopeStyle
+from mer.model.operators import RopeStyle
+from mer.model.spec import ModelSpec
 
 _NO_ROWS = np.zeros(0, np.int32)
 _NO_ROWS.flags.writeable = False
@@ -56,7 +57,7 @@ class Forward:
         self._kv_block_bytes = kv_block_bytes(spec, limits.kv_type)
         self._kv_kind = KV_KINDS[limits.kv_type]
         token_bytes = weights.used_bytes(tied_head=spec.tied_head) + experts.total_bytes * spec.top_k // spec.n_experts
-        self._threads_per_row = token_bytes / (_PHASES * spec.n_layers * _THREAD_BYTES)
+        self._threads_per_row = token_bytes / (_PHASES * spec.n_routed * _THREAD_BYTES)
         self._batch: Batch | None = None
         self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
         self._predicts = False  # whether the last Attend did
@@ -100,14 +101,14 @@ class Forward:
         s.positions[:n], s.sequences[:n] = batch.positions, batch.sequences
         s.table[:tables] = batch.tables.ravel()
         s.outputs[: len(batch.outputs)] = batch.outputs
-        angle = batch.positions[:, None] * self._spec.rope_scale * s.frequencies
+        angle = batch.positions[:, None] * self._spec.attention.rope.scale * s.frequencies
         both = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
         s.angles[: both.size] = both.ravel()
         s.x[:n, : self._spec.d_model] = self._weights.rows("token_embd.weight", batch.tokens)
 
     def attend(self, program: Program, layer: int, *, predict: bool = False) -> None:
         """Add attention and router of a layer, and the next layer's router with `predict`, if there is one."""
-        predict = predict and layer + 1 < self._spec.n_layers
+        predict = predict and layer + 1 < self._spec.n_routed
         self._predicts = predict
         self._routed_experts.begin_layer()
         key = layer, len(self.batch.tokens), self.batch.tables.shape[1], predict
@@ -120,13 +121,14 @@ class Forward:
             built = Program()
             build(built)
             rows = built.rows[: built.length]
-            if len(self._kept_rows) >= _KEPT_SHAPES * (self._spec.n_layers + 1):
+            if len(self._kept_rows) >= _KEPT_SHAPES * (self._spec.n_routed + 1):
                 self._kept_rows.clear()
             self._kept_rows[key] = rows
         program.extend(rows)
 
     def _attend(self, program: Program, layer: int, predict: bool) -> None:
         spec, s, a = self._spec, self.scratch, self.scratch.address
+        attention = spec.attention
         n, threads = len(self.batch.tokens), self._limits.threads
         d, eps = float_stride(spec.d_model), s.eps
         q, k, v, o = (self._matrix(layer, f"attn_{name}") for name in ("q", "k", "v", "output"))
@@ -140,23 +142,24 @@ class Forward:
         multiply(program, k, h, a["k_raw"], kv_stride, threads)
         multiply(program, v, h, a["v_raw"], kv_stride, threads)
         program.barrier()
-        norms = [self._weights.vector(f"blk.{layer}.attn_{x}_norm.weight") if spec.qk_norm else 0 for x in "qk"]
-        heads = spec.n_heads << 32 | spec.n_kv_heads
-        pair = 1 if spec.rope_style is RopeStyle.INTERLEAVED else spec.rope_dim // 2
-        kv = s.kv.address + layer * (self._kv_block_bytes // spec.n_layers)
+        normed = attention.q_norm is not None
+        norms = [self._weights.vector(f"blk.{layer}.attn_{x}_norm.weight") if normed else 0 for x in "qk"]
+        heads = attention.n_heads << 32 | attention.n_kv_heads
+        pair = 1 if attention.rope.style is RopeStyle.INTERLEAVED else attention.rope.dim // 2
+        kv = s.kv.address + layer * (self._kv_block_bytes // spec.n_routed)
         block_bytes = self._kv_block_bytes
         max_blocks = self.batch.tables.shape[1]
         where = (a["positions"], a["sequences"], a["table"], max_blocks)
         program.add(
             ROPE_STORE[self._kv_kind], a["q_raw"], a["k_raw"], a["v_raw"], q_stride, kv_stride, a["q"], n, heads,
-            spec.head_dim, spec.rope_dim << 32 | pair, a["angles"], *norms, eps, kv, block_bytes, *where,
+            attention.head_dim, attention.rope.dim << 32 | pair, a["angles"], *norms, eps, kv, block_bytes, *where,
         )  # fmt: skip
         program.barrier()
-        scratch_stride = thread_bytes(spec.n_heads, spec.n_kv_heads, spec.head_dim)
+        scratch_stride = thread_bytes(attention.n_heads, attention.n_kv_heads, attention.head_dim)
         program.add(
-            ATTENTION[self._kv_kind], a["q"], n, heads, spec.head_dim, s.scale, kv, block_bytes, *where, a["attended"],
-            q_stride, a["attention"], scratch_stride, spec.sliding_window or 0, self._limits.split_tokens(spec),
-            a["attention_parts"],
+            ATTENTION[self._kv_kind], a["q"], n, heads, attention.head_dim, s.scale, kv, block_bytes, *where,
+            a["attended"], q_stride, a["attention"], scratch_stride, attention.window or 0,
+            self._limits.split_tokens(spec), a["attention_parts"],
         )  # fmt: skip
         program.barrier()
         attended = Activations(n, a["attended"], q_stride, s.packed["input"])
@@ -250,11 +253,11 @@ class Forward:
         kept = self._resident_rows
         if kept is None or kept[0] is not addresses or kept[1] != key:
             built, starts, place = Program(), [], int(addresses.ctypes.data)
-            for number in range(self._spec.n_layers):
+            for number in range(self._spec.n_routed):
                 starts.append(built.length)
                 self._dispatch(built, number, place, control)
                 self.combine(built)
-                if number + 1 < self._spec.n_layers:
+                if number + 1 < self._spec.n_routed:
                     self.attend(built, number + 1)
             kept = self._resident_rows = addresses, key, starts, built.rows[: built.length]
         _, _, starts, rows = kept
@@ -290,9 +293,9 @@ class Forward:
         If it is not, the batch's next step is the experts of the last of these layers.
         """
         n, k = len(self.batch.tokens), self._spec.top_k
-        every = self.scratch.routes[: self._spec.n_layers * n * k].reshape(-1, n, k)
+        every = self.scratch.routes[: self._spec.n_routed * n * k].reshape(-1, n, k)
         stop = int(self.scratch.stop[0])
-        return every[self._routed_from : stop or self._spec.n_layers].copy(), not stop
+        return every[self._routed_from : stop or self._spec.n_routed].copy(), not stop
 
     def combine(self, program: Program) -> None:
         """Add the step that adds the weighted expert outputs to the residual stream."""

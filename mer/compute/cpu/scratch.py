@@ -46,12 +46,13 @@ class Limits:
 
     def split_tokens(self, spec: ModelSpec) -> int:
         """Rows of a batch up to which attention gives out spans of positions one by one."""
-        return split_tokens(self.threads, spec.n_kv_heads, self.batch_tokens)
+        return split_tokens(self.threads, spec.attention.n_kv_heads, self.batch_tokens)
 
 
 def kv_block_bytes(spec: ModelSpec, kv_type: KVType) -> int:
     """Return the bytes of one KV block: K and V of all layers for 64 positions, heads padded to 32 values."""
-    return spec.n_layers * 2 * spec.n_kv_heads * tile_bytes(KV_KINDS[kv_type], spec.head_dim)
+    attention = spec.attention
+    return spec.n_routed * 2 * attention.n_kv_heads * tile_bytes(KV_KINDS[kv_type], attention.head_dim)
 
 
 def _formats(kinds: Iterable[GGMLType]) -> dict[int, BlockFormat]:
@@ -66,21 +67,26 @@ def _raw_bytes(experts: ExpertMap) -> int:
 
 def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str, int]:
     """Return name and bytes of every scratch area, packed activations and KV cache excepted."""
+    attention = spec.attention
     t, r = limits.batch_tokens, limits.ffn_rows(spec)
-    d, heads = float_stride(spec.d_model), spec.n_heads * spec.head_dim
-    kv_heads = spec.n_kv_heads * spec.head_dim
+    d, heads = float_stride(spec.d_model), attention.n_heads * attention.head_dim
+    kv_heads = attention.n_kv_heads * attention.head_dim
     return {
         "x": t * d,  # residual stream
         "h": max(t, limits.outputs) * d,  # normalized
         "q_raw": t * float_stride(heads),
         "k_raw": t * float_stride(kv_heads),
         "v_raw": t * float_stride(kv_heads),
-        "q": t * spec.n_heads * float_stride(spec.head_dim),
+        "q": t * attention.n_heads * float_stride(attention.head_dim),
         "attended": t * float_stride(heads),
-        "angles": t * FLOAT_BYTES * max(spec.rope_dim, 1),
-        "attention": limits.threads * thread_bytes(spec.n_heads, spec.n_kv_heads, spec.head_dim),
+        "angles": t * FLOAT_BYTES * max(attention.rope.dim, 1),
+        "attention": limits.threads * thread_bytes(attention.n_heads, attention.n_kv_heads, attention.head_dim),
         "attention_parts": split_bytes(
-            limits.split_tokens(spec), spec.n_heads, spec.n_kv_heads, spec.head_dim, limits.sequence_blocks
+            limits.split_tokens(spec),
+            attention.n_heads,
+            attention.n_kv_heads,
+            attention.head_dim,
+            limits.sequence_blocks,
         ),
         "router": t * float_stride(spec.n_experts),
         "expert_ids": t * FLOAT_BYTES * spec.top_k,
@@ -95,7 +101,7 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
         "table_entries": 8 * ENTRY_WORDS * min(spec.n_experts, limits.resident_rows(spec) * spec.top_k),
         "table_missing": 8 * ENTRY_WORDS * min(spec.n_experts, limits.resident_rows(spec) * spec.top_k),
         "stop": 4 * 8,
-        "routes": FLOAT_BYTES * spec.n_layers * limits.resident_rows(spec) * spec.top_k,
+        "routes": FLOAT_BYTES * spec.n_routed * limits.resident_rows(spec) * spec.top_k,
         "positions": t * FLOAT_BYTES,
         "sequences": t * FLOAT_BYTES,
         "outputs": limits.outputs * FLOAT_BYTES,
@@ -113,8 +119,9 @@ def area_sizes(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> dict[str,
 
 def packed_shapes(spec: ModelSpec, limits: Limits) -> dict[str, tuple[int, int]]:
     """Return name and (rows, cols) of the areas of packed activations."""
+    attention = spec.attention
     r = max(limits.ffn_rows(spec), limits.outputs)
-    return {"input": (r, max(spec.d_model, spec.n_heads * spec.head_dim)), "inner": (r, spec.d_ff)}
+    return {"input": (r, max(spec.d_model, attention.n_heads * attention.head_dim)), "inner": (r, spec.d_ff)}
 
 
 def scratch_bytes(spec: ModelSpec, limits: Limits, kinds: Iterable[GGMLType], experts: ExpertMap) -> int:
@@ -132,6 +139,7 @@ class Scratch:
     """Every scratch area and the KV cache, in anonymous memory of their own."""
 
     def __init__(self, spec: ModelSpec, limits: Limits, kinds: Iterable[GGMLType], experts: ExpertMap) -> None:
+        attention = spec.attention
         kinds = set(kinds)
         self.memory = Memory(scratch_bytes(spec, limits, kinds, experts))
         sizes = area_sizes(spec, limits, experts)
@@ -151,7 +159,7 @@ class Scratch:
         self.places = self.memory.ints(self.address["places"], t * k)
         self.order = self.memory.ints(self.address["order"], t * k)
         self.stop = self.memory.view(self.address["stop"], 4 * 8).view(np.int64)
-        self.routes = self.memory.ints(self.address["routes"], spec.n_layers * limits.resident_rows(spec) * k)
+        self.routes = self.memory.ints(self.address["routes"], spec.n_routed * limits.resident_rows(spec) * k)
         self.positions = self.memory.ints(self.address["positions"], t)
         self.sequences = self.memory.ints(self.address["sequences"], t)
         self.outputs = self.memory.ints(self.address["outputs"], limits.outputs)
@@ -160,9 +168,10 @@ class Scratch:
         self.logits = self.memory.floats(
             self.address["logits"], limits.outputs, float_stride(spec.vocab_size) // FLOAT_BYTES
         )
-        self.angles = self.memory.floats(self.address["angles"], t * max(spec.rope_dim, 1))
+        self.angles = self.memory.floats(self.address["angles"], t * max(attention.rope.dim, 1))
         constants = self.memory.floats(self.address["constants"], 2)
-        constants[:] = (spec.rms_eps, spec.head_dim**-0.5)
+        constants[:] = (spec.norm.eps, attention.head_dim**-0.5)
         self.eps, self.scale = self.address["constants"], self.address["constants"] + FLOAT_BYTES
         self.damaged = self.memory.ints(self.address["damaged"], t)
-        self.frequencies = spec.rope_base ** (-np.arange(0, spec.rope_dim, 2, dtype=np.float64) / max(spec.rope_dim, 1))
+        dim = attention.rope.dim
+        self.frequencies = attention.rope.base ** (-np.arange(0, dim, 2, dtype=np.float64) / max(dim, 1))

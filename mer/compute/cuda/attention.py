@@ -12,7 +12,8 @@ from mer.compute.cuda.sizes import kv_block_bytes
 from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
 from mer.compute.messages import Batch, Uint8Array
 from mer.config import KVType
-from mer.model.spec import ModelSpec, RopeStyle
+from mer.model.operators import RopeStyle
+from mer.model.spec import ModelSpec
 
 Tensor = torch.Tensor
 
@@ -87,12 +88,13 @@ class KVCache:
     """
 
     def __init__(self, spec: ModelSpec, n_blocks: int, kv_type: KVType, device: Device) -> None:
+        attention = spec.attention
         self._device = device
         kind = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.int8}[kv_type]
-        n_bytes = KV_TILE * spec.head_dim * kind.itemsize
-        tile_bytes = kv_block_bytes(spec, kv_type) // (spec.n_layers * 2 * spec.n_kv_heads)
+        n_bytes = KV_TILE * attention.head_dim * kind.itemsize
+        tile_bytes = kv_block_bytes(spec, kv_type) // (spec.n_routed * 2 * attention.n_kv_heads)
         # uint8 [blocks, L, 2, G, bytes of a tile]
-        self._bytes = device.zeros(n_blocks, spec.n_layers, 2, spec.n_kv_heads, tile_bytes, dtype=torch.uint8)
+        self._bytes = device.zeros(n_blocks, spec.n_routed, 2, attention.n_kv_heads, tile_bytes, dtype=torch.uint8)
         positions = (KV_TILE, -1)
         self._values = self._bytes[..., :n_bytes].view(kind).unflatten(-1, positions)
         self._scales: Tensor | None = None
@@ -155,26 +157,28 @@ def attend(spec: ModelSpec, cache: KVCache, layer: int, inputs: Inputs, q: Tenso
 
     Query heads that share a kv head are rows of one product: their number and the rows' order are no matter to it.
     """
-    share = spec.n_heads // spec.n_kv_heads
+    attention = spec.attention
+    share = attention.n_heads // attention.n_kv_heads
     out = torch.empty_like(q)
     for group, mask in zip(inputs.groups, masks, strict=True):
         rows, n = mask.shape[:2]
-        grouped = q[group.rows].view(rows, n, spec.n_kv_heads, share, spec.head_dim)
+        grouped = q[group.rows].view(rows, n, attention.n_kv_heads, share, attention.head_dim)
         query = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, G, share * n, C]
         k, v = (cache.gathered(layer, number, group.table) for number in (0, 1))
         every = mask.repeat(1, share, 1)[:, None]  # [S, 1, share * n, positions]
         attended = functional.scaled_dot_product_attention(query, k, v, attn_mask=every)
         back = attended.unflatten(2, (share, n)).permute(0, 3, 1, 2, 4)  # [S, n, G, share, C]
-        out[group.rows] = back.reshape(rows * n, spec.n_heads, spec.head_dim)
+        out[group.rows] = back.reshape(rows * n, attention.n_heads, attention.head_dim)
     return out.flatten(1)
 
 
 def rope(spec: ModelSpec, x: Tensor, angles: Tensor) -> Tensor:
     """Return heads x [T, H, C] with their first rope_dim elements rotated (Su et al. 2021)."""
-    dim = spec.rope_dim
+    attention = spec.attention
+    dim = attention.rope.dim
     turned, rest = x[..., :dim], x[..., dim:]
     cos, sin = angles[:, :, None]  # [T, 1, dim / 2]
-    if spec.rope_style is RopeStyle.INTERLEAVED:
+    if attention.rope.style is RopeStyle.INTERLEAVED:
         a, b = turned[..., 0::2], turned[..., 1::2]
         pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     else:

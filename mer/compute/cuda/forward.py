@@ -47,9 +47,10 @@ class DeviceForward:
     def __init__(
         self, spec: ModelSpec, limits: Limits, weights: DeviceWeights, device: Device, kernels: TorchKernels
     ) -> None:
+        attention = spec.attention
         self._spec, self._weights, self._device, self._kernels = spec, weights, device, kernels
         self._kv = KVCache(spec, limits.kv_blocks, limits.kv_type, device)
-        self._frequencies = spec.rope_base ** (-np.arange(0, spec.rope_dim, 2) / max(spec.rope_dim, 1))
+        self._frequencies = attention.rope.base ** (-np.arange(0, attention.rope.dim, 2) / max(attention.rope.dim, 1))
         self._inputs: Inputs | None = None
         self._masks: tuple[Tensor, ...] = ()
         self._x = self.h = self._shares = self.damaged = self.outputs = device.zeros(0)
@@ -81,7 +82,7 @@ class DeviceForward:
 
     def host_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the arrays of a batch's `Inputs`, its groups excepted."""
-        angle = batch.positions[:, None] * self._spec.rope_scale * self._frequencies
+        angle = batch.positions[:, None] * self._spec.attention.rope.scale * self._frequencies
         return {
             "tokens": batch.tokens.astype(np.int64),
             "blocks": batch.tables[batch.sequences, batch.positions // KV_TILE].astype(np.int64),
@@ -93,16 +94,17 @@ class DeviceForward:
     def start(self, inputs: Inputs) -> None:
         """Begin with a batch that is on the device: its token embeddings become the residual stream."""
         self._inputs = inputs
-        self._masks = tuple(group.mask(self._spec.sliding_window) for group in inputs.groups)
+        self._masks = tuple(group.mask(self._spec.attention.window) for group in inputs.groups)
         self._x = self._weights.rows("token_embd.weight", inputs.tokens)
         self.damaged = torch.zeros_like(inputs.tokens, dtype=torch.bool)
 
     def attend(self, layer: int, *, predict: bool = False) -> None:
         """Run attention and router of a layer, and the next layer's router with `predict`, if there is one."""
         spec, n, inputs = self._spec, len(self._x), self._batch()
+        attention = spec.attention
         h = self._norm(self._x, f"blk.{layer}.attn_norm")
-        q, k, v = (self._matmul(layer, f"attn_{name}", h).view(n, -1, spec.head_dim) for name in "qkv")
-        if spec.qk_norm:
+        q, k, v = (self._matmul(layer, f"attn_{name}", h).view(n, -1, attention.head_dim) for name in "qkv")
+        if attention.q_norm is not None:
             q, k = (self._norm(heads, f"blk.{layer}.attn_{x}_norm") for heads, x in ((q, "q"), (k, "k")))
         q, k = (rope(spec, heads, inputs.angles) for heads in (q, k))
         self._kv.store(layer, inputs, k, v)
@@ -113,7 +115,7 @@ class DeviceForward:
         self._shares = functional.softmax(logits.gather(1, self.ids), 1)
         self.damaged = self.damaged | ~logits.isfinite().all(1)
         self._predicted = None
-        if predict and layer + 1 < spec.n_layers:
+        if predict and layer + 1 < spec.n_routed:
             self._predicted, _ = self._route(layer + 1, self._norm(self._x, f"blk.{layer + 1}.ffn_norm"))
 
     def routed(self) -> Routed:
@@ -173,7 +175,7 @@ class DeviceForward:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight = self._weights.vector(f"{name}.weight")
-        return functional.rms_norm(x, (x.shape[-1],), weight, self._spec.rms_eps)
+        return functional.rms_norm(x, (x.shape[-1],), weight, self._spec.norm.eps)
 
 
 def _spans(batch: Batch) -> list[slice]:

@@ -57,9 +57,10 @@ def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
 
 def kv_block_bytes(spec: ModelSpec, kv_type: KVType) -> int:
     """Return the bytes of one KV block on the device: K and V of all layers for `KV_TILE` positions."""
-    n_bytes = {"f32": FLOAT_BYTES * spec.head_dim, "f16": 2 * spec.head_dim}
-    n_bytes["q8_0"] = spec.head_dim + 2 * (spec.head_dim // BLOCK)  # int8, and a half float for each block
-    return spec.n_layers * 2 * spec.n_kv_heads * KV_TILE * n_bytes[kv_type]
+    attention = spec.attention
+    n_bytes = {"f32": FLOAT_BYTES * attention.head_dim, "f16": 2 * attention.head_dim}
+    n_bytes["q8_0"] = attention.head_dim + 2 * (attention.head_dim // BLOCK)  # int8, and a half float for each block
+    return spec.n_routed * 2 * attention.n_kv_heads * KV_TILE * n_bytes[kv_type]
 
 
 def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense: bool, hybrid: bool) -> int:
@@ -72,14 +73,15 @@ def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense:
         dense: whether attention and head are computed on the device too.
         hybrid: whether the processor may have re-arranged experts, which are then brought back on the device.
     """
+    attention = spec.attention
     t, k, d = limits.batch_tokens, spec.top_k, spec.d_model
     floats = 3 * t * d + t * k * (d + 3 * spec.d_ff)  # x, h and the experts' input; their outputs; gate, up, SwiGLU
     largest = max(part.rows * part.cols for layer in experts.experts for e in layer for part in e.parts)
     if dense:
-        heads, positions = spec.n_heads * spec.head_dim, limits.sequence_blocks * KV_TILE
-        floats += t * (4 * heads + 4 * spec.n_kv_heads * spec.head_dim + 4 * spec.n_experts)
-        floats += 2 * spec.n_heads * t * positions  # scores, if no fused attention takes them
-        floats += 4 * limits.sequences * positions * spec.n_kv_heads * spec.head_dim  # K and V, gathered
+        heads, positions = attention.n_heads * attention.head_dim, limits.sequence_blocks * KV_TILE
+        floats += t * (4 * heads + 4 * attention.n_kv_heads * attention.head_dim + 4 * spec.n_experts)
+        floats += 2 * attention.n_heads * t * positions  # scores, if no fused attention takes them
+        floats += 4 * limits.sequences * positions * attention.n_kv_heads * attention.head_dim  # K and V, gathered
         floats += 2 * limits.outputs * spec.vocab_size
         largest = max(largest, spec.vocab_size * d)
     tiles = [tile_layout(e.parts).n_bytes for layer in experts.experts for e in layer]
@@ -88,9 +90,9 @@ def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense:
 
 def host_bytes(spec: ModelSpec, limits: Limits) -> int:
     """Return the bytes of pinned memory that what goes to the device and comes back passes through."""
-    t, heads = limits.batch_tokens, max(spec.rope_dim, 1)
+    t, heads = limits.batch_tokens, max(spec.attention.rope.dim, 1)
     down = FLOAT_BYTES * t * (heads + 16) + 8 * limits.sequences * limits.sequence_blocks
-    back = FLOAT_BYTES * (limits.outputs * spec.vocab_size + t * spec.n_layers * spec.top_k)
+    back = FLOAT_BYTES * (limits.outputs * spec.vocab_size + t * spec.n_routed * spec.top_k)
     return 2 * (down + back)  # torch keeps buffers of powers of two
 
 

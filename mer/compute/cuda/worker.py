@@ -128,7 +128,7 @@ class CUDAWorker:
         self._passes = None
         self._failure = ""
         if isinstance(dense, DeviceForward):
-            self._passes = TokenPasses(device, dense, self._run_chosen, spec.n_layers)
+            self._passes = TokenPasses(device, dense, self._run_chosen, spec.n_routed)
         self._thread = CallThread("mer-cuda-0")
         self._counters = _Counters()
         self._pairs: Pairs | None = None
@@ -363,7 +363,7 @@ class CUDAWorker:
                 chosen.append(dense.ids)
                 self._run_chosen(layer)
                 layer += 1
-                if layer == self._spec.n_layers:
+                if layer == self._spec.n_routed:
                     break
                 dense.attend(layer)
             answer.routes = self._device.to_host(torch.stack(chosen).int()).numpy()
@@ -380,7 +380,7 @@ class CUDAWorker:
             self._run_share(_Share(layer, (), there, ()))
             dense.combine(self._rows())
             layer += 1
-            if layer == self._spec.n_layers:
+            if layer == self._spec.n_routed:
                 break
             dense.attend(layer)
         answer.routes = np.stack(routes)

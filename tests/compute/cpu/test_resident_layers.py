@@ -38,9 +38,9 @@ def model(folder: Path, kind: Type, **shape: Any) -> TinyModel:
 
 async def addresses(it: Resident, *, without: tuple[tuple[int, int], ...] = ()) -> Int64Array:
     """Return where all experts lie, each arranged by a batch that uses all of them."""
-    table = np.zeros((it.spec.n_layers, it.spec.n_experts, 3), np.int64)
+    table = np.zeros((it.spec.n_routed, it.spec.n_experts, 3), np.int64)
     await it.do(Begin(batch([1])))
-    for layer in range(it.spec.n_layers):
+    for layer in range(it.spec.n_routed):
         loaded = tuple(it.experts.load(layer, expert) for expert in range(it.spec.n_experts))
         await it.do(Attend(layer))
         await it.do(RunExperts(layer, loaded))
@@ -63,7 +63,7 @@ async def at_once(it: Resident, table: Int64Array, what: Batch) -> tuple[Done, l
         assert done.expert_ids.tolist() == routes[-1]
         loaded = tuple(it.experts.load(layer, int(expert)) for expert in np.unique(done.expert_ids))
         operations = RunExperts(layer, loaded), Combine(layer)
-        if layer + 1 == it.spec.n_layers:
+        if layer + 1 == it.spec.n_routed:
             return await it.do(*operations, Project()), routes
         done = await it.do(*operations, Attend(layer + 1), RunResident(layer + 1, table), Project())
 

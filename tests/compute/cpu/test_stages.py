@@ -17,8 +17,9 @@ from mer.compute.cpu.program import Memory
 from mer.compute.cpu.scratch import Limits
 from mer.compute.kernels.interleave import rows_of_tiles
 from mer.compute.messages import Attend, Begin, Combine, Done, LoadedExpert, Project, RunExperts, Stage
-from mer.compute.reference.model import ReferenceModel, rms_norm
-from mer.compute.reference.model import route as reference_route
+from mer.compute.reference.blocks.norm import rms_norm
+from mer.compute.reference.blocks.router import route as reference_route
+from mer.compute.reference.model import ReferenceModel
 from mer.errors import ComputeError
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
@@ -147,7 +148,7 @@ async def test_a_stage_reads_and_arranges_its_own_matrices_only(model: TinyModel
     async with open_resident(model.path, limits()) as it:
         plain = await it.run(batch(TOKENS[:n_tokens]))
         operations: list[Any] = [Begin(batch(TOKENS[:n_tokens]))]
-        for layer in range(it.spec.n_layers):
+        for layer in range(it.spec.n_routed):
             done = await it.do(*operations, Attend(layer))
             assert done.expert_ids is not None
             operations = [Combine(layer)]
@@ -263,12 +264,12 @@ async def test_the_next_layers_router_is_applied_to_the_stream_before_the_expert
     hidden = reference.trace(TOKENS).hidden
     predictions = []
     for layer in range(2):
-        x = hidden[layer] + reference.attend(layer, hidden[layer])
-        h = rms_norm(x, reference.vector(f"blk.{layer + 1}.ffn_norm.weight"), reference.spec.rms_eps)
+        x = hidden[layer] + reference.attend(reference.spec.layers[layer], hidden[layer])
+        h = rms_norm(x, reference.vector(f"blk.{layer + 1}.ffn_norm.weight"), reference.spec.norm.eps)
         router = h @ reference.matrix(f"blk.{layer + 1}.ffn_gate_inp.weight").weights.T
         ranked = -np.sort(-router, axis=-1)[:, :4]
         assert (-np.diff(ranked, axis=-1)).min() > 1e-5, "choose another seed: the routing is too close to call"
-        predictions.append(reference_route(router, 3, reference.spec.routing)[0])
+        predictions.append(reference_route(router, 3, normalize=True)[0])
     async with open_resident(path, limits(threads=3)) as it:
         plain = await it.run(batch(TOKENS, outputs=[21]))
         results: list[Done] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import attrs
 import numpy as np
 import pytest
 import torch
@@ -12,9 +11,11 @@ from mer.compute.cuda.device import TORCH_CPU, Device
 from mer.compute.cuda.sizes import kv_block_bytes
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.messages import Batch
-from mer.compute.reference import model as reference
+from mer.compute.reference.blocks.attention import round_kv
+from mer.compute.reference.model import ReferenceModel
 from mer.config import KVType
 from mer.model.spec import ModelSpec
+from tests._lib.specs import with_attention
 from tests._lib.tiny_models import tiny_model
 
 TYPES: list[KVType] = ["f32", "f16", "q8_0"]
@@ -24,7 +25,7 @@ SLOTS = [(2, 0), (2, 63), (0, 5), (3, 17)]  # (block, offset) of four rows
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     path = tiny_model(tmp_path_factory.mktemp("model") / "m.gguf", n_layers=2).path
-    return attrs.evolve(reference.ReferenceModel(path).spec, n_kv_heads=3, head_dim=64)
+    return with_attention(ReferenceModel(path).spec, n_kv_heads=3, head_dim=64)
 
 
 def inputs() -> Inputs:
@@ -38,9 +39,10 @@ def stored(cache: KVCache, spec: ModelSpec, kv: list[np.ndarray]) -> None:
 
 
 def random_kv(spec: ModelSpec, seed: int = 0) -> list[np.ndarray]:
+    attention = spec.attention
     rng = np.random.default_rng(seed)
-    scale = 10.0 ** rng.integers(-6, 4, (2, len(SLOTS), spec.n_kv_heads, 1))
-    values = (rng.normal(size=(2, len(SLOTS), spec.n_kv_heads, spec.head_dim)) * scale).astype(np.float32)
+    scale = 10.0 ** rng.integers(-6, 4, (2, len(SLOTS), attention.n_kv_heads, 1))
+    values = (rng.normal(size=(2, len(SLOTS), attention.n_kv_heads, attention.head_dim)) * scale).astype(np.float32)
     values[0, 0, 0, :32] = 0
     values[0, 1, 0, :32] = np.resize(np.arange(-31, 32) / 2, 32)  # ties, once the scale is 1
     values[0, 1, 0, 0] = 127
@@ -49,17 +51,18 @@ def random_kv(spec: ModelSpec, seed: int = 0) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kv_type", TYPES)
 def test_what_is_kept_is_rounded_as_the_processor_does(spec: ModelSpec, kv_type: KVType) -> None:
+    attention = spec.attention
     cache = KVCache(spec, 4, kv_type, Device(TORCH_CPU))
     kv = random_kv(spec)
     stored(cache, spec, kv)
     table = torch.tensor([[3, 2], [0, 0]])
     for number, values in enumerate(kv):
-        want = np.zeros((4, KV_TILE, spec.n_kv_heads, spec.head_dim))
+        want = np.zeros((4, KV_TILE, attention.n_kv_heads, attention.head_dim))
         for (block, offset), row in zip(SLOTS, values, strict=True):
-            want[block, offset] = reference.round_kv(row.astype(np.float64), kv_type)
+            want[block, offset] = round_kv(row.astype(np.float64), kv_type)
         got = cache.gathered(1, number, table)
         assert got.dtype == torch.float32
-        expected = want[table.numpy()].reshape(2, -1, spec.n_kv_heads, spec.head_dim).transpose(0, 2, 1, 3)
+        expected = want[table.numpy()].reshape(2, -1, attention.n_kv_heads, attention.head_dim).transpose(0, 2, 1, 3)
         assert np.array_equal(got.numpy(), expected)
         assert not cache.gathered(0, number, table).any()  # the other layer
 

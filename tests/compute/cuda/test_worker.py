@@ -237,7 +237,8 @@ async def test_layers_stop_where_an_expert_is_not_there(folder: Path) -> None:
 async def test_predictions_are_the_next_routers(folder: Path) -> None:
     path = path_of(folder, "qwen3moe", Type.F32)
     reference = ReferenceModel(path)
-    from mer.compute.reference.model import rms_norm, route
+    from mer.compute.reference.blocks.norm import rms_norm
+    from mer.compute.reference.blocks.router import route
 
     async with running(path) as it:
         operations: list[Operation] = [Begin(batch(TOKENS[:9]))]
@@ -248,10 +249,10 @@ async def test_predictions_are_the_next_routers(folder: Path) -> None:
             if layer + 1 == N_LAYERS:
                 assert done.predicted_ids is None
                 break
-            before = x[layer] + reference.attend(layer, x[layer])
-            h = rms_norm(before, reference.vector(f"blk.{layer + 1}.ffn_norm.weight"), reference.spec.rms_eps)
+            before = x[layer] + reference.attend(reference.spec.layers[layer], x[layer])
+            h = rms_norm(before, reference.vector(f"blk.{layer + 1}.ffn_norm.weight"), reference.spec.norm.eps)
             logits = h @ reference.matrix(f"blk.{layer + 1}.ffn_gate_inp.weight").weights.T
-            want, _ = route(logits, reference.spec.top_k, reference.spec.routing)
+            want, _ = route(logits, reference.spec.top_k, normalize=True)
             assert done.predicted_ids is not None
             assert np.array_equal(done.predicted_ids, want)
             union = np.unique(done.expert_ids).tolist()

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from mer.compute.kernels.attention import ATTENTION, SPAN, split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, tile_bytes
 from mer.compute.kernels.rope import ROPE_STORE
-from mer.compute.reference import model as reference
+from mer.compute.reference.blocks.attention import attention, rope, round_kv
+from mer.compute.reference.blocks.norm import rms_norm
 from mer.config import KVType
-from mer.model.spec import RopeStyle
+from mer.model.operators import RopeStyle
 from tests._lib.steps import F32, Areas, address, run_step
 
 BASE = 500.0
@@ -159,11 +160,8 @@ def rotated(shape: Shape, sequence: Sequence, norms: F32 | None = None) -> tuple
     """Return the reference's Q [T, H, C] and K [T, G, C], normalized and rotated."""
     q, k = (a.astype(np.float64) for a in (sequence.q, sequence.k))
     if norms is not None:
-        q, k = reference.rms_norm(q, norms[0], EPS), reference.rms_norm(k, norms[1], EPS)
-    q, k = (
-        reference.rope(a, np.arange(len(a)), dim=shape.rope_dim, base=BASE, scale=1.0, style=shape.style)
-        for a in (q, k)
-    )
+        q, k = rms_norm(q, norms[0], EPS), rms_norm(k, norms[1], EPS)
+    q, k = (rope(a, np.arange(len(a)), dim=shape.rope_dim, base=BASE, scale=1.0, style=shape.style) for a in (q, k))
     return q, k
 
 
@@ -243,10 +241,10 @@ def test_any_layer_in_two_chunks(shape: Shape, length: int, n_threads: int, data
     got = np.concatenate([first, *layer.run([(sequence, cut, length)], n_threads)])
     q, k = rotated(shape, sequence, norms)
     keys, values = cached(layer, sequence.table, length)
-    assert np.array_equal(values, reference.round_kv(sequence.v.astype(np.float64), NAMES[shape.kind]))
+    assert np.array_equal(values, round_kv(sequence.v.astype(np.float64), NAMES[shape.kind]))
     near = {F32_KIND: 3e-6, F16_KIND: 2.0**-10, Q8_0_KIND: 1 / 127}[shape.kind]  # a rounding may go the other way
-    assert (np.abs(keys - reference.round_kv(k, NAMES[shape.kind])) <= near * (1 + np.abs(k).max())).all()
-    assert close(got, reference.attention(q, keys, values, shape.window or None), shape.kind)
+    assert (np.abs(keys - round_kv(k, NAMES[shape.kind])) <= near * (1 + np.abs(k).max())).all()
+    assert close(got, attention(q, keys, values, shape.window or None), shape.kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +257,7 @@ def test_rows_go_together_in_any_numbers(group: int, head_dim: int, kind: int) -
     layer = Layer(shape, 3, 3)
     got = layer.run([(sequence, 0, 150)])[0]
     keys, values = cached(layer, sequence.table, 150)
-    assert close(got, reference.attention(rotated(shape, sequence)[0], keys, values), kind)
+    assert close(got, attention(rotated(shape, sequence)[0], keys, values), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,9 +273,9 @@ def test_keys_and_values_lie_where_the_table_says(style: RopeStyle, head_dim: in
     layer.run([(sequence, 0, 70)])
     keys, values = cached(layer, [3, 1], 70)
     name = NAMES[kind]
-    assert np.array_equal(values, reference.round_kv(sequence.v.astype(np.float64), name))
-    assert np.array_equal(keys[0], reference.round_kv(sequence.k[0].astype(np.float64), name))  # position 0 stays
-    exact = np.mean(keys == reference.round_kv(rotated(shape, sequence)[1].astype(np.float32), name))
+    assert np.array_equal(values, round_kv(sequence.v.astype(np.float64), name))
+    assert np.array_equal(keys[0], round_kv(sequence.k[0].astype(np.float64), name))  # position 0 stays
+    exact = np.mean(keys == round_kv(rotated(shape, sequence)[1].astype(np.float32), name))
     assert exact > (0.3 if kind == F32_KIND else 0.98)
     assert np.isnan(layer.kv[[0, 2]].view(np.float16 if kind else np.float32)).all()
     rest = [part[70:] for part in cached(layer, [3, 1], 128)]
@@ -321,7 +319,7 @@ def test_q8_0_rounds_as_the_gguf_package_does() -> None:
     raw = gguf.quants.quantize(v[:, 0], gguf.GGMLQuantizationType.Q8_0)
     want = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0)
     assert np.array_equal(cached(layer, [0], 64)[1][:, 0], want.astype(np.float64))
-    assert np.array_equal(reference.round_kv(v[:, 0].astype(np.float64), "q8_0"), want.astype(np.float64))
+    assert np.array_equal(round_kv(v[:, 0].astype(np.float64), "q8_0"), want.astype(np.float64))
 
 
 def test_half_floats_have_the_arithmetic_of_float32() -> None:
@@ -465,4 +463,4 @@ def test_scores_of_minus_infinity_leave_their_positions_out(length: int) -> None
     layer.run([(s, 0, length)])
     got = layer.run([(s, length, length + 9)])
     keys = rotated(shape, s)[1][length:]
-    assert close(got[0], reference.attention(rotated(shape, s)[0][length:], keys, s.v[length:].astype(np.float64)))
+    assert close(got[0], attention(rotated(shape, s)[0][length:], keys, s.v[length:].astype(np.float64)))

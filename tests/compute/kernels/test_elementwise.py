@@ -16,7 +16,8 @@ from mer.compute.kernels.ir import V16F32, load, load_i64, store
 from mer.compute.kernels.numba_api import intrinsic
 from mer.compute.kernels.step import ARG0, step
 from mer.compute.kernels.vector import exp_of_negative, exp_vector
-from mer.compute.reference import model as reference
+from mer.compute.reference.blocks.feed_forward import silu
+from mer.compute.reference.blocks.norm import rms_norm as reference_norm
 from tests._lib.steps import F32, Areas, address, run_step
 
 
@@ -109,7 +110,7 @@ def test_rms_norm(d: int, n: int, seed: int, n_threads: int, scale: float, eps: 
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(n, d)) * scale).astype(np.float32)
     weight = rng.normal(size=d).astype(np.float32)
-    want = reference.rms_norm(x.astype(np.float64), weight, float(np.float32(eps)))
+    want = reference_norm(x.astype(np.float64), weight, float(np.float32(eps)))
     got = normalized(x, weight, eps, n_threads=n_threads)
     assert np.allclose(got, want, rtol=(d / 16 + 16) * 2.0**-24, atol=1e-40)
     index = [int(row) for row in rng.integers(0, n, 5)]
@@ -176,7 +177,7 @@ def test_swiglu(n_threads: int) -> None:
     assert np.array_equal(result[untouched].ravel(), gate.reshape(-1, 16)[untouched].ravel())
     run_step(swiglu, areas.put_entries([(95, 5, 0), (191, 109, 0)]), 2, address(result), areas.put(up), 64)
     result = result.reshape(-1)
-    want = reference.silu(gate.astype(np.float64)) * up
+    want = silu(gate.astype(np.float64)) * up
     precise = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up  # silu loses digits far below 0
     ordinary = np.isfinite(gate) & (gate > -87.2)
     assert np.allclose(result[ordinary], precise[ordinary], rtol=5 * 2.0**-23, atol=1e-44)

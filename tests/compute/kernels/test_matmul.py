@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.compute.kernels.matmul import STEPS, block_format
-from mer.compute.reference.model import matmul_quantized
+from mer.compute.reference.products import matmul_quantized
 from mer.compute.reference.types import unpack
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType

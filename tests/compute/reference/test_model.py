@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mer.compute.reference.model import (
-    ReferenceModel,
-    attention,
-    dequantize,
-    matmul_quantized,
-    quantize_q8_0,
-    quantize_q8_k,
-    rms_norm,
-    rope,
-    route,
-    silu,
-)
+from mer.compute.reference.blocks.attention import attention, rope
+from mer.compute.reference.blocks.feed_forward import silu
+from mer.compute.reference.blocks.norm import rms_norm
+from mer.compute.reference.blocks.router import route
+from mer.compute.reference.model import ReferenceModel
+from mer.compute.reference.products import dequantize, matmul_quantized, quantize_q8_0, quantize_q8_k
 from mer.embedded import embedded_model_path
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
-from mer.model.spec import RopeStyle, Routing
+from mer.model.operators import RopeStyle
+from mer.model.spec import ModelSpec
 from tests._lib.quantize import HALVES, decode, encode
+from tests._lib.specs import with_attention, with_rope, with_router
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
 TYPES = sorted(MATRIX_TYPES)
@@ -155,11 +152,15 @@ def test_attention_equals_plain_loops() -> None:
 
 
 @given(hnp.arrays(np.float64, (4, 7), elements=st.floats(-30, 30)), st.integers(1, 7))
-def test_both_routings_choose_alike_and_share_out_one(logits: npt.NDArray[np.float64], top_k: int) -> None:
-    ids, weights = route(logits, top_k, Routing.SOFTMAX_OVER_TOP_K)
-    other_ids, other_weights = route(logits, top_k, Routing.SOFTMAX_THEN_TOP_K)
+def test_routing_shares_out_one_or_what_the_chosen_have_of_it(logits: npt.NDArray[np.float64], top_k: int) -> None:
+    ids, weights = route(logits, top_k, normalize=True)
+    other_ids, other_weights = route(logits, top_k, normalize=False)
     assert np.array_equal(ids, other_ids)
-    assert np.allclose(weights, other_weights, rtol=1e-9)
+    powers_of_all = np.exp(logits)
+    assert np.allclose(
+        other_weights * powers_of_all.sum(-1, keepdims=True), np.take_along_axis(powers_of_all, ids, axis=1)
+    )
+    assert np.allclose(weights, other_weights / other_weights.sum(-1, keepdims=True), rtol=1e-9)
     assert np.allclose(weights.sum(-1), 1)
     for row, chosen, shares in zip(logits, ids, weights, strict=True):
         assert list(chosen) == sorted(range(7), key=lambda e: (-row[e], e))[:top_k]
@@ -220,23 +221,26 @@ def test_llama_files_without_the_permutation_are_told_from_good_ones(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("arch", "mistake"),
+    ("arch", "mistaken"),
     [
-        ("llama", {"rope_style": RopeStyle.NEOX}),
-        ("llama", {"rope_base": 10100.0}),
-        ("llama", {"rope_scale": 0.5}),
-        ("llama", {"rms_eps": 1e-2}),
-        ("llama", {"top_k": 1}),
-        ("qwen3moe", {"rope_style": RopeStyle.INTERLEAVED}),
-        ("qwen3moe", {"qk_norm": False}),
-        ("qwen3moe", {"top_k": 3}),
+        pytest.param("llama", lambda spec: with_rope(spec, style=RopeStyle.NEOX), id="llama-style"),
+        pytest.param("llama", lambda spec: with_rope(spec, base=10100.0), id="llama-base"),
+        pytest.param("llama", lambda spec: with_rope(spec, scale=0.5), id="llama-scale"),
+        pytest.param("llama", lambda spec: attrs.evolve(spec, norm=attrs.evolve(spec.norm, eps=1e-2)), id="llama-eps"),
+        pytest.param("llama", lambda spec: with_router(spec, top_k=1), id="llama-top_k"),
+        pytest.param("llama", lambda spec: with_router(spec, normalize=False), id="llama-shares"),
+        pytest.param("qwen3moe", lambda spec: with_rope(spec, style=RopeStyle.INTERLEAVED), id="qwen3moe-style"),
+        pytest.param("qwen3moe", lambda spec: with_attention(spec, q_norm=None, k_norm=None), id="qwen3moe-qk_norm"),
+        pytest.param("qwen3moe", lambda spec: with_router(spec, top_k=3), id="qwen3moe-top_k"),
     ],
 )
-def test_seeded_mistakes_show_in_the_logits(tmp_path: Path, arch: Any, mistake: dict[str, Any]) -> None:
+def test_seeded_mistakes_show_in_the_logits(
+    tmp_path: Path, arch: Any, mistaken: Callable[[ModelSpec], ModelSpec]
+) -> None:
     model = tiny_model(tmp_path / "m.gguf", arch)
     tokens = some_tokens(model)
     reference = ReferenceModel(model.path)
-    reference.spec = attrs.evolve(reference.spec, **mistake)
+    reference.spec = mistaken(reference.spec)
     assert relative_error(reference.logits(tokens), model.hf_logits(tokens)) > 1e-4
 
 
@@ -307,6 +311,6 @@ def test_the_trained_model_knows_its_language_only_as_it_was_made() -> None:
     good = nats_per_token()
     assert good < 3.5  # log(4096) = 8.3 would be knowing nothing
     spec = reference.spec
-    for mistake in ({"rope_style": RopeStyle.NEOX}, {"rope_base": 100.0}):
-        reference.spec = attrs.evolve(spec, **mistake)
+    for mistake in ({"style": RopeStyle.NEOX}, {"base": 100.0}):
+        reference.spec = with_rope(spec, **mistake)
         assert nats_per_token() > good + 1

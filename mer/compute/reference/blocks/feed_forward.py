@@ -1,0 +1,30 @@
+"""Gated feed-forward networks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mer.compute.reference.products import F64
+from mer.compute.reference.weights import Weights
+from mer.model.operators import FeedForward
+
+
+def feed_forward(record: FeedForward, weights: Weights, x: F64) -> F64:
+    """Return what a network of dense weights gives for x [T, D]."""
+    inner = silu(weights.linear(record.gate, x)) * weights.linear(record.up, x)
+    out = weights.linear(record.down, inner)
+    if record.gate_by is None:
+        return out
+    logit = x @ weights.matrix(record.gate_by.weight.name).weights.T
+    return out * sigmoid(logit)
+
+
+def sigmoid(x: F64) -> F64:
+    """Return the logistic sigmoid of x."""
+    out: F64 = 0.5 * (1 + np.tanh(x / 2))
+    return out
+
+
+def silu(x: F64) -> F64:
+    """Return x times its logistic sigmoid."""
+    return x * sigmoid(x)

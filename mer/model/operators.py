@@ -1,0 +1,230 @@
+"""Operators of a layer as data: which tensors each reads, and how it computes. No arithmetic.
+
+Shape letters: D d_model, F hidden size of a feed-forward network, E experts, K experts used, H heads, G kv heads, C
+head dim, V vocab. Shapes are [rows, columns]; a matrix maps columns to rows.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import Final
+
+import attrs
+
+from mer.io.extents import MATRIX_TYPES
+from mer.io.ggml import GGMLType
+
+VECTOR_TYPES: Final = frozenset({GGMLType.F32})
+ROUTER_TYPES: Final = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
+
+
+@attrs.frozen
+class Tensor:
+    """A dense tensor that a model reads: its name in the file, its shape, and the types that it may have."""
+
+    name: str
+    shape: tuple[int, ...]  # slowest axis first
+    types: frozenset[GGMLType] = MATRIX_TYPES
+
+
+def vector(name: str, n: int) -> Tensor:
+    """Return a float32 vector of n elements."""
+    return Tensor(name, (n,), VECTOR_TYPES)
+
+
+@attrs.frozen
+class Linear:
+    """x @ weight.T + bias; without a bias, the product alone."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Elements of a result."""
+        return self.weight.shape[0]
+
+    @property
+    def cols(self) -> int:
+        """Elements of an input."""
+        return self.weight.shape[1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that it reads."""
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
+
+
+@attrs.frozen
+class Norm:
+    """RMSNorm (Zhang & Sennrich 2019): weight * x / sqrt(mean(x**2) + eps)."""
+
+    weight: Tensor
+    eps: float
+
+
+class RopeStyle(enum.Enum):
+    """Which pairs of a head's elements RoPE rotates together."""
+
+    INTERLEAVED = "interleaved"  # (2i, 2i + 1): llama-arch files, whose Q and K rows are stored permuted for it
+    NEOX = "neox"  # (i, i + dim / 2)
+
+
+@attrs.frozen
+class Rope:
+    """Rotary position embedding (Su et al. 2021): pair i turns by position * scale * base ** (-2 i / dim)."""
+
+    dim: int  # leading elements of each head that are rotated, even, <= C
+    base: float
+    scale: float  # positions are multiplied by it (1 / linear scaling factor)
+    style: RopeStyle
+
+
+@attrs.frozen(kw_only=True)
+class Attention:
+    """Causal grouped-query attention; query head h attends with kv head h // (H / G).
+
+    Scores are divided by sqrt(C). With `q_norm` and `k_norm` each head of Q and K is normalized before RoPE.
+    """
+
+    q: Linear  # [H * C, D]
+    k: Linear  # [G * C, D]
+    v: Linear  # [G * C, D]
+    out: Linear  # [D, H * C]
+    n_heads: int  # H
+    n_kv_heads: int  # G
+    head_dim: int  # C
+    rope: Rope
+    q_norm: Norm | None  # [C]
+    k_norm: Norm | None  # [C]
+    window: int | None  # positions that a token attends to, its own included; None: all before it
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that it reads, in the order in which a token meets them."""
+        for linear in (self.q, self.k, self.v):
+            yield from linear.tensors()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                yield norm.weight
+        yield from self.out.tensors()
+
+
+@attrs.frozen
+class FeedForward:
+    """A gated network whose weights are always in memory: down(silu(gate(x)) * up(x)) (Shazeer 2020).
+
+    With `gate_by`, the result is multiplied by the logistic sigmoid of that row's product with x.
+    """
+
+    gate: Linear  # [F, D]
+    up: Linear  # [F, D]
+    down: Linear  # [D, F]
+    gate_by: Linear | None = None  # [1, D]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that it reads, in the order in which a token meets them."""
+        for linear in (self.gate, self.up, self.down):
+            yield from linear.tensors()
+        if self.gate_by is not None:
+            yield from self.gate_by.tensors()
+
+
+@attrs.frozen
+class Router:
+    """The choice of a token's experts: the K largest logits, of equal ones the lower number first.
+
+    An expert's weight is its share of the softmax over all E logits; with `normalize`, divided by the K shares' sum,
+    which is the softmax over the K.
+    """
+
+    linear: Linear  # [E, D]
+    top_k: int  # K
+    normalize: bool
+
+
+@attrs.frozen
+class ExpertMatrix:
+    """One matrix of every expert of a layer: E slices of one tensor `STEM_exps`, or E tensors `STEM.0` and so on."""
+
+    stem: str  # blk.3.ffn_gate
+    rows: int
+    cols: int
+
+    @property
+    def merged(self) -> str:
+        """The name of the tensor that holds it for all experts."""
+        return f"{self.stem}_exps.weight"
+
+    def single(self, expert: int) -> str:
+        """Return the name of the tensor that holds it for one expert."""
+        return f"{self.stem}.{expert}.weight"
+
+
+@attrs.frozen
+class ExpertWeights:
+    """The matrices of a layer's routed experts, in the order in which they are computed.
+
+    They are not dense: they are streamed. The last one reads what the others give.
+    """
+
+    n: int  # E
+    matrices: tuple[ExpertMatrix, ...]  # gate [F, D], up [F, D], down [D, F]
+
+
+def gated_experts(layer: int, n: int, d_model: int, d_ff: int) -> ExpertWeights:
+    """Return the matrices of n gated networks, with the names that llama.cpp gives them."""
+    block = f"blk.{layer}.ffn_"
+    shapes = (("gate", d_ff, d_model), ("up", d_ff, d_model), ("down", d_model, d_ff))
+    return ExpertWeights(n, tuple(ExpertMatrix(block + name, rows, cols) for name, rows, cols in shapes))
+
+
+@attrs.frozen
+class Experts:
+    """Routed experts, each a gated network as `FeedForward`; the router's weights scale what they give.
+
+    A `shared` network adds its result for every token, before theirs.
+    """
+
+    router: Router
+    weights: ExpertWeights
+    shared: FeedForward | None = None
+
+    @property
+    def n(self) -> int:
+        """Experts, E."""
+        return self.weights.n
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token uses, K."""
+        return self.router.top_k
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden size of an expert, F."""
+        return self.weights.matrices[-1].cols
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the dense tensors that it reads, in the order in which a token meets them."""
+        yield from self.router.linear.tensors()
+        if self.shared is not None:
+            yield from self.shared.tensors()
+
+
+@attrs.frozen
+class Layer:
+    """x += mixer(mixer_norm(x)), then x += ffn(ffn_norm(x))."""
+
+    mixer_norm: Norm
+    mixer: Attention
+    ffn_norm: Norm
+    ffn: FeedForward | Experts
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the dense tensors that it reads, in the order in which a token meets them."""
+        yield self.mixer_norm.weight
+        yield from self.mixer.tensors()
+        yield self.ffn_norm.weight
+        yield from self.ffn.tensors()

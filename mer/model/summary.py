@@ -1,0 +1,58 @@
+"""A model's hyperparameters in one flat table, for people and for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from mer.model.operators import Attention, Experts, FeedForward
+from mer.model.spec import ModelSpec
+
+T = TypeVar("T")
+
+
+def summary(spec: ModelSpec) -> dict[str, Any]:
+    """Return name and value of each hyperparameter: one value where all layers agree, else a list, layer by layer."""
+    mixers = [layer.mixer for layer in spec.layers]
+    experts = list(spec.routed.values())
+    dense = [layer.ffn.gate.rows for layer in spec.layers if isinstance(layer.ffn, FeedForward)]
+
+    def mixer(read: Callable[[Attention], Any]) -> Any:
+        return _agreed(map(read, mixers))
+
+    def routed(read: Callable[[Experts], Any]) -> Any:
+        return _agreed(map(read, experts))
+
+    return {
+        "n_layers": len(spec.layers),
+        "n_routed_layers": spec.n_routed,
+        "d_model": spec.d_model,
+        "d_ff": routed(lambda it: it.d_ff),
+        "dense_d_ff": _agreed(dense),
+        "shared_d_ff": routed(lambda it: None if it.shared is None else it.shared.gate.rows),
+        "n_experts": spec.n_experts,
+        "top_k": spec.top_k,
+        "routing": routed(lambda it: "softmax over the chosen" if it.router.normalize else "softmax over all"),
+        "n_heads": mixer(lambda it: it.n_heads),
+        "n_kv_heads": mixer(lambda it: it.n_kv_heads),
+        "head_dim": mixer(lambda it: it.head_dim),
+        "vocab_size": spec.vocab_size,
+        "context_length": spec.context_length,
+        "rms_eps": spec.norm.eps,
+        "rope_base": mixer(lambda it: it.rope.base),
+        "rope_dim": mixer(lambda it: it.rope.dim),
+        "rope_scale": mixer(lambda it: it.rope.scale),
+        "rope_style": mixer(lambda it: it.rope.style.value),
+        "qk_norm": mixer(lambda it: it.q_norm is not None),
+        "qkv_bias": mixer(lambda it: it.q.bias is not None),
+        "sliding_window": mixer(lambda it: it.window),
+        "tied_head": spec.tied_head,
+    }
+
+
+def _agreed(values: Iterable[T]) -> T | list[T] | None:
+    """Return the value if there is one, None if there is none, or all of them if they differ."""
+    every = list(values)
+    if not every:
+        return None
+    return every[0] if all(value == every[0] for value in every) else every

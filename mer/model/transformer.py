@@ -1,0 +1,275 @@
+"""The common transformer: GQA, RoPE and RMSNorm in every layer, with the tensor names that llama.cpp gives them.
+
+An architecture's file makes its layers of what `Trunk` gives and adds what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from mer.errors import GGUFError
+from mer.limits import (
+    MAX_CONTEXT,
+    MAX_EXPERTS,
+    MAX_EXPERTS_PER_LAYER,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_TOP_K,
+    MAX_VOCAB,
+    MAX_WIDTH,
+)
+from mer.model.keys import Keys
+from mer.model.operators import (
+    ROUTER_TYPES,
+    Attention,
+    Experts,
+    FeedForward,
+    Layer,
+    Linear,
+    Norm,
+    Rope,
+    RopeStyle,
+    Router,
+    Tensor,
+    gated_experts,
+    vector,
+)
+from mer.model.spec import ModelSpec
+from mer.quoting import quoted
+
+
+@attrs.frozen(kw_only=True)
+class Trunk:
+    """What the layers of a transformer share, and the operators made of it; letters as in `operators`."""
+
+    keys: Keys
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    eps: float
+    vocab_size: int
+    context_length: int
+    window: int | None
+
+    @classmethod
+    def read(cls, keys: Keys) -> Trunk:
+        """Read the sizes, each checked against the others.
+
+        Raises:
+            GGUFError: a hyperparameter is missing, out of range or contradicts another one.
+            UnsupportedModel: layers differ, or keys are longer than values.
+        """
+        n_layers = keys.integer("block_count", maximum=MAX_LAYERS)
+        d_model = keys.integer("embedding_length", maximum=MAX_WIDTH)
+        n_heads = keys.integer("attention.head_count", maximum=MAX_HEADS)
+        n_kv_heads = keys.integer("attention.head_count_kv", maximum=MAX_HEADS, default=n_heads)
+        if n_heads % n_kv_heads:
+            must = f"it must divide {keys.name('attention.head_count')} = {n_heads}"
+            raise keys.error("attention.head_count_kv", f"is {n_kv_heads}; {must}")
+        context = keys.integer("context_length", maximum=MAX_CONTEXT)
+        window = keys.integer("attention.sliding_window", default=0, minimum=0, maximum=MAX_CONTEXT)
+        keys.ignore("tensor_data_layout")  # who wrote the file, in words
+        return cls(
+            keys=keys,
+            n_layers=n_layers,
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=_head_dim(keys, d_model, n_heads),
+            eps=keys.real("attention.layer_norm_rms_epsilon", maximum=1.0),
+            vocab_size=_vocab_size(keys),
+            context_length=context,
+            window=window if 0 < window < context else None,
+        )
+
+    def norm(self, name: str, n: int | None = None) -> Norm:
+        """Return a norm by its tensor's name, of D elements or of n."""
+        return Norm(vector(f"{name}.weight", self.d_model if n is None else n), self.eps)
+
+    def linear(self, name: str, rows: int, cols: int, *, bias: bool = False) -> Linear:
+        """Return a linear map by its tensor's name, with a bias if the architecture has one there."""
+        return Linear(Tensor(f"{name}.weight", (rows, cols)), vector(f"{name}.bias", rows) if bias else None)
+
+    def rope(self, style: RopeStyle) -> Rope:
+        """Read how positions rotate the heads.
+
+        Raises:
+            GGUFError: a number is out of range.
+            UnsupportedModel: another scaling than the linear one.
+        """
+        keys, head_dim = self.keys, self.head_dim
+        dim = keys.integer("rope.dimension_count", maximum=MAX_HEAD_DIM, default=head_dim)
+        if dim % 2 or dim > head_dim:
+            raise keys.error(
+                "rope.dimension_count", f"is {dim}; it must be even and at most the head dimension {head_dim}"
+            )
+        # the first three say how a scaling was made, the others are of YaRN, which its scaling type gives away
+        keys.ignore("rope.scaling.finetuned", "rope.scaling.original_context_length")
+        keys.ignore("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
+        return Rope(dim, keys.real("rope.freq_base", default=10000.0, maximum=1e15), _rope_scale(keys), style)
+
+    def attention(self, layer: int, rope: Rope, *, qk_norm: bool = False, qkv_bias: bool = False) -> Attention:
+        """Return a layer's attention."""
+        block, d, c = f"blk.{layer}.attn_", self.d_model, self.head_dim
+        q_dim, kv_dim = self.n_heads * c, self.n_kv_heads * c
+        return Attention(
+            q=self.linear(block + "q", q_dim, d, bias=qkv_bias),
+            k=self.linear(block + "k", kv_dim, d, bias=qkv_bias),
+            v=self.linear(block + "v", kv_dim, d, bias=qkv_bias),
+            out=self.linear(block + "output", d, q_dim),
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=c,
+            rope=rope,
+            q_norm=self.norm(block + "q_norm", c) if qk_norm else None,
+            k_norm=self.norm(block + "k_norm", c) if qk_norm else None,
+            window=self.window,
+        )
+
+    def feed_forward(self, layer: int, d_ff: int, suffix: str = "", *, gated: bool = False) -> FeedForward:
+        """Return a network of dense weights, such as `ffn_gate` or, with a suffix, `ffn_gate_shexp`."""
+        block, d = f"blk.{layer}.ffn_", self.d_model
+        gate, up = (self.linear(f"{block}{name}{suffix}", d_ff, d) for name in ("gate", "up"))
+        by = Linear(Tensor(f"{block}gate_inp{suffix}.weight", (1, d), ROUTER_TYPES)) if gated else None
+        return FeedForward(gate, up, self.linear(f"{block}down{suffix}", d, d_ff), by)
+
+    def experts(
+        self, layer: int, n: int, top_k: int, d_ff: int, *, normalize: bool = True, shared: FeedForward | None = None
+    ) -> Experts:
+        """Return a layer's routed experts."""
+        linear = Linear(Tensor(f"blk.{layer}.ffn_gate_inp.weight", (n, self.d_model), ROUTER_TYPES))
+        return Experts(Router(linear, top_k, normalize), gated_experts(layer, n, self.d_model, d_ff), shared)
+
+    def layer(self, layer: int, mixer: Attention, ffn: FeedForward | Experts) -> Layer:
+        """Return a layer with the usual norms before its two halves."""
+        return Layer(self.norm(f"blk.{layer}.attn_norm"), mixer, self.norm(f"blk.{layer}.ffn_norm"), ffn)
+
+    def model(self, layers: Sequence[Layer]) -> ModelSpec:
+        """Return the model of these layers; the output head is the embedding where the file has no other."""
+        gguf, shape = self.keys.gguf, (self.vocab_size, self.d_model)
+        embedding = Tensor("token_embd.weight", shape)
+        return ModelSpec(
+            architecture=self.keys.architecture,
+            name=gguf.get_str("general.name", default="").encode(errors="replace").decode() or gguf.paths[0].stem,
+            context_length=self.context_length,
+            embedding=embedding,
+            layers=tuple(layers),
+            norm=self.norm("output_norm"),
+            head=Linear(Tensor("output.weight", shape) if "output.weight" in gguf.tensors else embedding),
+        )
+
+
+def refuse_dense(keys: Keys) -> None:
+    """Refuse a model without experts.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    count = keys.gguf.metadata.get(keys.name("expert_count"), 0)
+    if type(count) is int and count == 0:
+        raise keys.unsupported(
+            f"a dense '{keys.architecture}' model: {keys.name('expert_count')} is absent or 0. Every weight takes part "
+            "in every token, so there are no experts to stream; use a Mixture-of-Experts file, such as Mixtral or "
+            "Qwen3-30B-A3B"
+        )
+
+
+def read_routing(keys: Keys, n_layers: int) -> tuple[int, int]:
+    """Return E and K, which bound what is built for every expert, and for every expert that a token uses.
+
+    Raises:
+        GGUFError: one is missing, out of range or contradicts the other.
+        UnsupportedModel: layers differ.
+    """
+    n_experts = keys.integer("expert_count", maximum=MAX_EXPERTS_PER_LAYER)
+    if n_layers * n_experts > MAX_EXPERTS:
+        more = f"is {n_experts} in {n_layers} layers; all layers together may have {MAX_EXPERTS}"
+        raise keys.error("expert_count", more)
+    top_k = keys.integer("expert_used_count", maximum=MAX_TOP_K)
+    if top_k > n_experts:
+        raise keys.error("expert_used_count", f"is {top_k}; {keys.name('expert_count')} = {n_experts} is the most")
+    return n_experts, top_k
+
+
+def read_expert_width(keys: Keys, top_k: int) -> int:
+    """Return the experts' hidden size; where only that of a token's K experts together is given, its K-th part.
+
+    Raises:
+        GGUFError: it is missing, out of range or too small for K experts.
+        UnsupportedModel: layers differ.
+    """
+    key, together = "expert_feed_forward_length", "feed_forward_length"
+    d_ff = keys.integer(key, default=0, minimum=0, maximum=MAX_WIDTH)
+    if d_ff:
+        keys.ignore(together)  # of a dense layer, which there is none of
+        return d_ff
+    d_ff = keys.integer(together, maximum=MAX_WIDTH) // top_k
+    if not d_ff:
+        raise keys.error(together, f"is less than the {top_k} experts of a token, and {keys.name(key)} is not given")
+    return d_ff
+
+
+def _head_dim(keys: Keys, d_model: int, n_heads: int) -> int:
+    key, value_key = "attention.key_length", "attention.value_length"
+    if keys.has(key):
+        head_dim = keys.integer(key, maximum=MAX_HEAD_DIM)
+    elif d_model % n_heads:
+        must = f"it must divide {keys.name('embedding_length')} = {d_model}, or {keys.name(key)} be given"
+        raise keys.error("attention.head_count", f"is {n_heads}; {must}")
+    else:
+        head_dim = d_model // n_heads
+    if head_dim % 2:
+        raise keys.malformed(f"the head dimension is {head_dim}; it must be even, RoPE rotates pairs of elements")
+    value_length = keys.integer(value_key, default=head_dim, maximum=MAX_HEAD_DIM)
+    if value_length != head_dim:
+        raise keys.unsupported(
+            f"{keys.name(value_key)} = {value_length} differs from the key length {head_dim}; only heads with keys "
+            "and values of one length are implemented"
+        )
+    return head_dim
+
+
+def _vocab_size(keys: Keys) -> int:
+    """Return the number of rows of the token embedding, one for each token if the file has any.
+
+    `vocab_size` may differ from it, as llama.cpp has it: files say there how many tokens the model had before tokens
+    were added or its embedding was padded.
+    """
+    gguf = keys.gguf
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise keys.malformed("tensor 'token_embd.weight' is missing")
+    vocab_size = embedding.shape[0]
+    if len(embedding.shape) != 2 or vocab_size > MAX_VOCAB:
+        reason = f"tensor 'token_embd.weight' has shape {embedding.shape}, not (V, D) with V at most {MAX_VOCAB}"
+        raise GGUFError(gguf.paths[embedding.file], embedding.offset, reason)
+    keys.integer("vocab_size", default=vocab_size, maximum=MAX_VOCAB)
+    tokens = gguf.get_strings("tokenizer.ggml.tokens", default=None)
+    if tokens is not None and len(tokens) != vocab_size:
+        reason = f"has {len(tokens)} entries, but 'token_embd.weight' has {vocab_size} rows"
+        raise gguf.error("tokenizer.ggml.tokens", reason)
+    return vocab_size
+
+
+def _rope_scale(keys: Keys) -> float:
+    """Return what positions are multiplied by; a factor without a scaling type means linear, as in llama.cpp.
+
+    A factor of 0 is none, as there.
+    """
+    spellings = ("rope.scaling.factor", "rope.scale_linear")  # the second is the older name
+    factor_key = next((key for key in spellings if keys.has(key)), spellings[0])
+    keys.ignore(*spellings)
+    kind = keys.text("rope.scaling.type", "")
+    if kind == "none":
+        return 1.0
+    if kind not in ("", "linear"):
+        named = keys.name("rope.scaling.type")
+        raise keys.unsupported(f"{named} = {quoted(kind)} is not implemented; 'none' and 'linear' work")
+    if keys.gguf.get_float(keys.name(factor_key), default=0.0) == 0:
+        return 1.0
+    return 1.0 / keys.real(factor_key, maximum=1e6)
