@@ -22,6 +22,7 @@ from mer.compute.messages import (
     Batch,
     Begin,
     Combine,
+    ComputeWorker,
     Done,
     Job,
     LoadedExpert,
@@ -114,7 +115,7 @@ class Resident:
     """A model whose worker is running."""
 
     spec: ModelSpec
-    worker: CPUWorker
+    worker: ComputeWorker
     experts: Experts
     split: Split
 

@@ -281,63 +281,6 @@ def test_only_the_rows_asked_for_give_logits(model: TinyModel, want: Array) -> N
     assert np.array_equal(done.logits, want[[89, 0, 17]])
 
 
-# --- damage -----------------------------------------------------------------------------------------
-
-
-DAMAGED_SHAPES: list[dict[str, Any]] = [
-    {"weight_type": Type.F32, "d_ff": 90},
-    {"weight_type": Type.Q8_0, "d_ff": 96},
-    {"weight_type": Type.Q4_0, "d_ff": 40},  # gate and up have padding rows, down is F32
-    {"weight_type": Type.Q4_0, "d_ff": 96, "d_model": 88, "head_dim": 16},  # the residual stream has padding
-]
-
-
-@pytest.mark.parametrize("shape", DAMAGED_SHAPES, ids=lambda shape: "-".join(map(str, shape.values())))
-def test_a_damaged_token_is_reported_and_harms_no_other_sequence_nor_a_later_batch(
-    shape: dict[str, Any], tmp_path: Path
-) -> None:
-    shape = {**shape, "vocab_size": 299, "types": {"token_embd.weight": Type.F32}}
-    good = tiny_model(tmp_path / "good.gguf", **shape)
-    embedding = good.weights["token_embd.weight"].copy()
-    embedding[5, 3] = np.nan
-    bad = tiny_model(tmp_path / "bad.gguf", **shape, tensors={"token_embd.weight": embedding}).path
-    tokens = [token for token in some_tokens(30, 299) if token != 5][:20]
-    want = logits(good.path, tokens)
-    hurt = joined([batch([1, 2, 5, 3], table=[4, 5]), batch(tokens, table=[0, 1])])
-    again = joined([batch(tokens, table=[5, 2]), batch(tokens[:4], table=[3, 4])])
-    first, second = run(bad, [hurt, again])
-    assert first.logits is not None
-    assert second.logits is not None
-    assert first.damaged is not None
-    assert first.damaged.tolist() == [2, 3]
-    assert not np.isfinite(first.logits[2:4]).any()
-    assert np.array_equal(first.logits[4:], want)
-    assert second.damaged is not None
-    assert second.damaged.tolist() == []
-    assert np.array_equal(second.logits, np.concatenate([want, want[:4]]))
-
-
-def test_a_batch_of_nothing_but_damaged_tokens_is_reported(tmp_path: Path) -> None:
-    """Every router logit is NaN then; damage behind the last router shows in the logits alone."""
-    shape: dict[str, Any] = {"n_experts": 4, "top_k": 3}
-    bad = tiny_model(tmp_path / "bad.gguf", **shape, tensors={"output_norm.weight": np.full(96, np.nan, np.float32)})
-    worse = tiny_model(
-        tmp_path / "worse.gguf", **shape, tensors={"blk.0.ffn_norm.weight": np.full(96, np.nan, np.float32)}
-    )
-    tokens = some_tokens(20)
-    done = run(worse.path, [batch(tokens), batch(tokens[:1], 20)])
-    for result, n in zip(done, (20, 1), strict=True):
-        assert result.damaged is not None
-        assert result.damaged.tolist() == list(range(n))
-        assert result.logits is not None
-        assert np.isnan(result.logits).all()
-    late = run(bad.path, [batch(tokens)])[0]
-    assert late.damaged is not None
-    assert late.damaged.tolist() == []  # the final norm comes after the last router
-    assert late.logits is not None
-    assert np.isnan(late.logits).all()
-
-
 @pytest.mark.parametrize("n_tokens", [1, 7])
 def test_every_expert_that_is_routed_to_runs_within_the_limits(n_tokens: int, tmp_path: Path) -> None:
     """Also if the batch's rows fill the scratch rows exactly, expert by expert."""

@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trio
 
 import mer
 from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import Device
-from mer.compute.cuda.opening import choose_kernels, open_device
+from mer.compute.cuda.opening import choose_kernels
 from mer.compute.cuda.passes import TokenPasses
-from mer.compute.cuda.sizes import vram_classes
 from mer.compute.cuda.worker import CUDAWorker
 from mer.compute.messages import (
-    AWAY,
     Attend,
     Batch,
     Begin,
@@ -40,11 +37,9 @@ from mer.compute.messages import (
 )
 from mer.compute.reference.model import ReferenceModel
 from mer.errors import ComputeError
-from mer.io.thread_reader import ThreadReader
-from mer.model.loading import load_model
-from mer.sched.policy import LayerLRU
 from tests._lib.resident import Experts, batch, joined
 from tests._lib.tiny_models import Type, tiny_model
+from tests._lib.workers import open_cuda
 
 LIMITS = Limits(batch_tokens=64, outputs=64, sequences=4, sequence_blocks=4, kv_blocks=12, threads=1)
 TOKENS = [int(token) for token in np.random.default_rng(7).integers(3, 299, 80)]
@@ -78,11 +73,7 @@ class Running:
 
     def loaded(self, layer: int, numbers: Sequence[int]) -> tuple[LoadedExpert, ...]:
         """Return experts as the store names them."""
-        tier = self.worker.tier
-        return tuple(
-            LoadedExpert(n, AWAY, (False, False)) if tier.resident(layer, n) else self.experts.load(layer, n)
-            for n in numbers
-        )
+        return tuple(self.experts.load(layer, n) for n in numbers)
 
     async def run(self, it: Batch) -> tuple[np.ndarray, list[np.ndarray]]:
         """Take a batch through the layers one by one; return its logits and the routes."""
@@ -102,35 +93,9 @@ class Running:
 
 @asynccontextmanager
 async def running(path: Path, slots: int = N_LAYERS * N_EXPERTS) -> AsyncIterator[Running]:
-    model = load_model(mer.EngineConfig(path=path))
-    classes = vram_classes(model.experts)
-    with ThreadReader(model.gguf.paths) as reader:
-        opened = await open_device(
-            "torch-cpu",
-            spec=model.spec,
-            limits=LIMITS,
-            dense=model.dense,
-            experts=model.experts,
-            classes=classes,
-            counts=(slots,),
-            policy=LayerLRU(N_LAYERS, slots),
-            reader=reader,
-            on_read=lambda done, total: None,
-            arithmetic="",
-            hybrid=False,
-            forward=None,
-        )
-    worker = opened.worker
-    assert isinstance(worker, ComputeWorker)
-    worker.start_threads()
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(worker.run)
-            yield Running(worker, Experts(model.gguf, model.experts, keep=False))
-            worker.jobs.close()
-    finally:
-        worker.close()
-        worker.close()
+    async with open_cuda(path, LIMITS, slots) as (worker, resident):
+        assert isinstance(worker, ComputeWorker)
+        yield Running(worker, resident.experts)
 
 
 @pytest.mark.parametrize("slots", [1, 4, 15])
@@ -148,29 +113,6 @@ async def test_logits_are_the_references(folder: Path, arch: str, kind: Type, sl
             assert np.abs(logits - want).max() < 2e-5 * np.abs(want).max()
             start += n
         assert start == len(TOKENS)
-
-
-async def test_sequences_do_not_see_each_other(folder: Path) -> None:
-    """A prompt, a longer one and two that decode in one batch, with tables that have room to spare."""
-    path = path_of(folder, "llama", Type.F32)
-    reference = ReferenceModel(path)
-    parts = [TOKENS[:5], TOKENS[20:37], TOKENS[40:44], TOKENS[50:70]]
-    tables = [(0, 7), (4, 3), (8, 9), (1, 2)]
-    async with running(path) as it:
-        for tokens, table in list(zip(parts, tables, strict=True))[2:]:
-            await it.run(batch(tokens[:-1], table=table))
-        logits, _ = await it.run(
-            joined(
-                [
-                    batch(parts[0], table=tables[0]),
-                    batch(parts[1], table=tables[1]),
-                    batch(parts[2][-1:], 3, table=tables[2]),
-                    batch(parts[3][-1:], 19, table=tables[3]),
-                ]
-            )
-        )
-    want = np.concatenate([reference.logits(p)[-n:] for p, n in zip(parts, (5, 17, 1, 1), strict=True)])
-    assert np.abs(logits - want).max() < 2e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -270,17 +212,6 @@ async def test_kv_blocks_are_read_and_written(folder: Path) -> None:
         await it.run(batch(TOKENS[10:50], table=(3,)))  # something else
         await it.do(WriteBlocks((7, 0), kv))
         got, _ = await it.run(batch(TOKENS[64:70], 64, table=(7, 0)))
-        assert np.array_equal(got, want)
-
-
-async def test_a_block_that_once_had_nan_is_as_good_as_new(folder: Path) -> None:
-    path = path_of(folder, "llama", Type.F32)
-    async with running(path) as it:
-        want, _ = await it.run(batch(TOKENS[:3], table=(2, 5)))
-        (block,) = (await it.do(ReadBlocks((2,)))).kv or ()
-        bad = np.full(len(block), 0xFF, np.uint8)  # NaN all over
-        await it.do(WriteBlocks((2, 5), (bad, bad)))
-        got, _ = await it.run(batch(TOKENS[:3], table=(2, 5)))
         assert np.array_equal(got, want)
 
 
