@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import numpy as np
 import trio
 
@@ -109,35 +110,63 @@ class TokenStream(trio.abc.ReceiveChannel[Event]):
         self._wake()
 
 
+@attrs.frozen
+class Origin:
+    """The model file that an engine was opened with, and the memory plan that came of it."""
+
+    model: Model
+    plan: MemoryPlan
+
+
 class Engine:
     """Generates text; made by `open_engine` or `run_engine`. Its methods may be called by any number of tasks.
 
     These must be tasks of the trio run that opened the engine, in the same process: other calls of `generate`,
     `stream`, `save_prefix`, `load_prefix` and `close` raise ForeignCall before anything is touched.
+
+    Args:
+        home: the trio run that may call it.
+        vocab_size: V; token ids of prompts are below it.
+        context: positions of the longest sequence.
+        longest_context: what the model allows, for errors.
+        tokenizer: of the model.
+        template: makes the model's chat template, when it is first needed.
+        scheduler: runs the generations.
+        prefixes: saves and restores what was computed.
+        heat: counts the use of experts.
+        statistics: returns a snapshot of every actor.
+        stop: cancelled to stop the engine.
+        origin: where the model comes from; None for one that comes of no file.
     """
 
     def __init__(
         self,
         *,
         home: Home,
-        model: Model,
-        plan: MemoryPlan,
+        vocab_size: int,
+        context: int,
+        longest_context: int,
         tokenizer: Tokenizer,
+        template: Callable[[], ChatTemplate],
         scheduler: Scheduler,
         prefixes: PrefixFiles,
         heat: HeatCounter,
         statistics: Callable[[], Statistics],
         stop: trio.CancelScope,
+        origin: Origin | None = None,
     ) -> None:
         self._home = home
-        self._model = model
-        self._plan = plan
+        self._vocab_size = vocab_size
+        self._context = context
+        self._longest_context = longest_context
         self._tokenizer = tokenizer
+        self._make_template = template
         self._scheduler = scheduler
         self._prefixes = prefixes
         self._heat = heat
         self._statistics = statistics
         self._stop = stop
+        self._origin = origin
         self._template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
         self._chats = trio.CapacityLimiter(1)  # chats are rendered one after the other; waiting for it can be cancelled
@@ -145,18 +174,28 @@ class Engine:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's hyperparameters."""
-        return self._model.spec
+        """The model's hyperparameters.
+
+        Raises:
+            RuntimeError: the engine is a simulated one, as for the next two.
+        """
+        return self._opened.model.spec
 
     @property
     def gguf(self) -> GGUFFile:
         """The model file's header."""
-        return self._model.gguf
+        return self._opened.model.gguf
 
     @property
     def plan(self) -> MemoryPlan:
         """How the memory budget is spent."""
-        return self._plan
+        return self._opened.plan
+
+    @property
+    def _opened(self) -> Origin:
+        if self._origin is None:
+            raise RuntimeError("a simulated engine has neither a model file nor a memory plan")
+        return self._origin
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -387,8 +426,8 @@ class Engine:
         for item in items:
             if isinstance(item, bool) or not isinstance(item, int | np.integer):
                 raise RequestError(f"a prompt is text, token ids or messages, not a sequence with {item!r}")
-            if not 0 <= item < self.spec.vocab_size:
-                raise RequestError(f"token id {item} is not in the vocabulary, 0 to {self.spec.vocab_size - 1}")
+            if not 0 <= item < self._vocab_size:
+                raise RequestError(f"token id {item} is not in the vocabulary, 0 to {self._vocab_size - 1}")
             ids.append(int(item))
         return ids
 
@@ -399,7 +438,7 @@ class Engine:
                 if self._closed:
                     raise EngineClosed(self._closed)
                 if self._template is None:
-                    self._template = ChatTemplate.from_gguf(self.gguf, self._tokenizer)
+                    self._template = self._make_template()
             parts = self._template.render_parts(messages, call=call)
         except TemplateError:
             if self._closed:  # which has ended the template's process
@@ -426,10 +465,10 @@ class Engine:
 
         def refuse(n_tokens: int) -> None:
             check()
-            if n_tokens > self._plan.context:
+            if n_tokens > self._context:
                 raise ContextOverflow(
-                    f"the prompt is at least {n_tokens} tokens long, the engine has {self._plan.context} positions per "
-                    f"sequence; shorten the prompt or raise the context (the model allows {self.spec.context_length})"
+                    f"the prompt is at least {n_tokens} tokens long, the engine has {self._context} positions per "
+                    f"sequence; shorten the prompt or raise the context (the model allows {self._longest_context})"
                 )
 
         return refuse
@@ -452,12 +491,12 @@ class Engine:
         if not ids:
             raise RequestError("the prompt is empty; give text or at least one token id")
         if max_tokens is None:
-            max_tokens = default_max_tokens(self._plan.context - len(ids))
-        if len(ids) + max_tokens > self._plan.context:
+            max_tokens = default_max_tokens(self._context - len(ids))
+        if len(ids) + max_tokens > self._context:
             raise ContextOverflow(
                 f"{len(ids)} prompt tokens and max_tokens={max_tokens} need {len(ids) + max_tokens} positions, "
-                f"the engine has {self._plan.context} per sequence; shorten the prompt, lower max_tokens, or raise "
-                f"the context (the model allows {self.spec.context_length})"
+                f"the engine has {self._context} per sequence; shorten the prompt, lower max_tokens, or raise "
+                f"the context (the model allows {self._longest_context})"
             )
         ends = self._tokenizer.eos_ids
         banned = self._tokenizer.suppressed | ends if ignore_eos else self._tokenizer.suppressed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import trio
 
@@ -16,15 +15,12 @@ from mer.compute.cpu.worker import CPUWorker
 from mer.compute.messages import Attend, Combine, Done, Operation, Project, RunExperts, nothing
 from mer.errors import MerError
 from mer.io.arena import PAGE_BYTES, Arena
-from mer.io.fetch import Fetch, Fetcher
-from mer.io.pool import BufferPool, demand_reserve
+from mer.io.fetch import Fetch
 from mer.io.priority import Priority
 from mer.io.reader import Reader
-from mer.sched.cache import ExpertCache
-from mer.sched.keys import ExpertKey
+from mer.opening.actors import open_expert_actors
 from mer.sched.layer import WORTH_BYTES, LayerRun, WorkerLink
 from mer.sched.policy import Policy
-from mer.sched.store import ExpertStore
 
 
 class _TimedLink(WorkerLink):
@@ -37,19 +33,6 @@ class _TimedLink(WorkerLink):
         done = await super().run(*operations, on_started=on_started)
         self.compute_s += done.compute_s
         return done
-
-
-class _TimedFetcher(Fetcher):
-    """Remembers when each fetch was started."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.started_s: dict[ExpertKey, float] = {}  # of the last fetch of each expert
-
-    def start(self, layer: int, expert: int, slot: int, priority: Priority = Priority.DEMAND) -> Fetch:
-        """See `Fetcher`."""
-        self.started_s[layer, expert] = time.perf_counter()
-        return super().start(layer, expert, slot, priority)
 
 
 class MerRun:
@@ -81,15 +64,16 @@ class MerRun:
     ) -> None:
         self._workload, self._data, self._tally = workload, data, tally
         self._link = _TimedLink(worker.jobs, worker.results)
-        classes = data.experts.slot_classes(PAGE_BYTES)
-        slot_counts = [arena.n_slots]
-        pool = BufferPool(slot_counts, reserve=demand_reserve(slot_counts, workload.widest))
-        self._cache = ExpertCache(policy)
-        self._store = ExpertStore(self._cache, pool, classes.kind_of)
-        self._fetcher = _TimedFetcher(
-            pool, arena, classes, data.experts, reader, on_done=self._landed, on_inner=self._store.inner_landed
+        actors = open_expert_actors(
+            experts=data.experts,
+            classes=data.experts.slot_classes(PAGE_BYTES),
+            arena=arena,
+            reader=reader,
+            top_k=workload.widest,
+            policy=policy,
+            on_fetched=self._fetched,
         )
-        self._store.attach(self._fetcher)
+        self._cache, self._store, self._fetcher = actors.cache, actors.store, actors.fetcher
 
     async def run(self) -> None:
         """Run every iteration.
@@ -131,12 +115,10 @@ class MerRun:
             self._count()
             self._tally.end_iteration(done.logits, link.compute_s, time.perf_counter() - begun_s)
 
-    def _landed(self, fetch: Fetch) -> None:
-        """Note that a fetch has ended; synchronous, called by the fetcher."""
-        started_s = self._fetcher.started_s[fetch.key]
+    def _fetched(self, fetch: Fetch) -> None:
+        """Note how long a fetch has taken that has landed; called by the fetcher."""
         if fetch.error is None:
-            self._tally.read_s.append(time.perf_counter() - started_s)
-        self._store.landed(fetch)
+            self._tally.read_s.append(trio.current_time() - fetch.begun_s)
 
     def _count(self) -> None:
         tally, cache, fetcher = self._tally, self._cache.statistics(), self._fetcher.statistics()

@@ -30,6 +30,7 @@ class Arena:
 
     Attributes:
         n_slots: number of slots.
+        slot_counts: number of slots of each class.
         class_bytes: bytes of one slot of each class, in whole pages.
         huge_pages: whether the kernel agreed to back the mapping with transparent huge pages.
 
@@ -49,6 +50,7 @@ class Arena:
                 f"not {list(slot_counts)} slots of {list(slot_bytes)} bytes"
             )
         self.n_slots = sum(slot_counts)
+        self.slot_counts = tuple(slot_counts)
         self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
         self.class_bytes = tuple(-(-n_bytes // PAGE_BYTES) * PAGE_BYTES for n_bytes in slot_bytes)
         self._starts = [0, *itertools.accumulate(self.class_bytes[kind] for kind in self._kinds)]

@@ -138,6 +138,11 @@ class ExpertMap:
     total_bytes: int = attrs.field(init=False, eq=False)  # of all experts' weights together
     formats: frozenset[tuple[GGMLType, int]] = attrs.field(init=False, eq=False)  # type and columns of all matrices
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers with experts, and experts of each: L, E."""
+        return len(self.experts), max(map(len, self.experts), default=0)
+
     @total_bytes.default
     def _sum(self) -> int:
         return sum(extents.n_bytes for layer in self.experts for extents in layer)

@@ -48,6 +48,7 @@ class Fetch:
         priority: of its reads; raised by `Fetcher.promote`.
         inner_landed: whether gate and up are in memory.
         done: whether it is over: landed, failed or abandoned.
+        begun_s: when it was started.
         error: why it failed, or None.
     """
 
@@ -56,6 +57,7 @@ class Fetch:
     slot: int
     addresses: tuple[int, int, int]
     priority: Priority
+    begun_s: float = attrs.field(factory=trio.current_time, init=False)
     inner_landed: bool = attrs.field(default=False, init=False)
     done: bool = attrs.field(default=False, init=False)
     error: ReadError | None = attrs.field(default=None, init=False)

@@ -95,6 +95,11 @@ class Lender(Reader, Protocol):
     """A reader whose reads a job can make by itself."""
 
     depth: int
+    chunk_bytes: int
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether drives share the reading, so that nothing can be lent."""
 
     def lend(self) -> bool:
         """Leave the ring to a job until `take_back`, if nothing is being read or waits for it; return whether it is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,33 +14,30 @@ import trio
 from mer.address_space import check_address_space, naming_refusals
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.config import EngineConfig
-from mer.engine import Engine
+from mer.engine import Engine, Origin
 from mer.errors import EngineClosed
 from mer.home import Home, OwnProcessStack, apart_from_children
 from mer.io.arena import Arena
-from mer.io.fetch import Fetcher
 from mer.io.file_reader import FileReader
 from mer.io.mirror import mirror_paths
-from mer.io.open_reader import open_reader
-from mer.io.pool import BufferPool, demand_reserve
+from mer.io.open_reader import OpenReader, open_reader
 from mer.io.priority import Priority
+from mer.io.ring_reader import RingReader
 from mer.model.loading import Model, load_model
+from mer.opening.actors import Guesses, Lending, open_actors, open_expert_actors
 from mer.opening.caching import open_residency
-from mer.opening.job_reads import open_job_reads
-from mer.opening.prefetching import open_guessing
+from mer.opening.prefetching import Experience, load_experience, measured_rate, prefetch_mode
 from mer.opening.settings import settings_in_force
 from mer.opening.worker import Computing, Worker, open_computing
 from mer.plan.plan import plan_memory
-from mer.sched.cache import ExpertCache
 from mer.sched.fingerprint import model_fingerprint
+from mer.sched.governor import PrefetchMode
 from mer.sched.kv import KVBlocks
 from mer.sched.kv_file import KVLayout
-from mer.sched.prefix_files import PrefixFiles
-from mer.sched.scheduler import Scheduler
-from mer.sched.store import ExpertStore
 from mer.setting import takes_settings_of
 from mer.stats import Statistics
 from mer.system import peak_rss_bytes, private_bytes
+from mer.text.chat import ChatTemplate
 from mer.text.tokenizer import Tokenizer
 
 
@@ -126,41 +124,37 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         stack.callback(arena.close)
         stack.callback(worker.close)
         pinned = computing.pin(arena.address(0), arena.n_bytes)
-        pool = BufferPool(plan.slot_counts, reserve=demand_reserve(plan.slot_counts, model.spec.top_k))
-        cache = ExpertCache(residency.policy, (model.spec.n_routed, model.spec.n_experts))
-        job_reads, job_reads_reason = open_job_reads(model, plan, arena, opened, cache, computing.tier)
-        store = ExpertStore(cache, pool, plan.classes.kind_of, computing.tier)
-        fetcher = Fetcher(
-            pool,
-            arena,
-            plan.classes,
-            model.experts,
-            reader,
-            on_done=store.landed,
-            on_inner=store.inner_landed,
-            job_reads=job_reads,
+        mode = prefetch_mode(config, plan)
+        experience = await load_experience(model, mode)
+        experts = open_expert_actors(
+            experts=model.experts,
+            classes=plan.classes,
+            arena=arena,
+            reader=reader,
+            top_k=model.spec.top_k,
+            policy=residency.policy,
+            tier=computing.tier,
+            lending=_lending(opened),
+            guesses=_guesses(mode, reader, experience),
         )
+        cache, store, fetcher, prefetcher = experts.cache, experts.store, experts.fetcher, experts.prefetcher
         stack.callback(store.stop_reads)
-        store.attach(fetcher)
-        guessing = await open_guessing(config, model, plan, store, reader)
-        if guessing is not None:
-            stack.callback(guessing.save)
+        if prefetcher is not None:
+            stack.callback(experience.save, prefetcher.markov)
         kv = KVBlocks(plan.limits.kv_blocks, KV_TILE, prefix_reuse=config.prefix_reuse)
-        scheduler = Scheduler(
-            n_layers=model.spec.n_routed,
-            n_experts=model.spec.n_experts,
+        actors = open_actors(
+            experts,
             worker=worker,
-            store=store,
             kv=kv,
+            layout=_kv_layout(model, computing),
             batch_tokens=plan.limits.batch_tokens,
             max_sequences=plan.limits.sequences,
             max_waiting=config.max_waiting,
-            bytes_read=lambda: fetcher.bytes_read,
-            prefetcher=None if guessing is None else guessing.prefetcher,
             on_routed=residency.routed,
             where=str(config.path),
         )
-        settings = settings_in_force(config, plan, model, computing, pinned, arena, opened, cache, job_reads_reason)
+        scheduler = actors.scheduler
+        settings = settings_in_force(config, plan, model, computing, pinned, arena, opened, cache, experts.job_reads)
         load_s = 0.0
 
         def statistics() -> Statistics:
@@ -176,8 +170,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 cache=cache.statistics(),
                 read_ahead=store.speculation(Priority.READ_AHEAD),
                 prefetch=store.speculation(Priority.PREFETCH),
-                predictors=None if guessing is None else guessing.prefetcher.statistics(),
-                pool=pool.statistics(),
+                predictors=None if prefetcher is None else prefetcher.statistics(),
+                pool=experts.pool.statistics(),
                 fetcher=fetcher.statistics(),
                 reader=reader.statistics(),
                 worker=worker.statistics(),
@@ -195,16 +189,14 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 stack.enter_context(apart_from_children(disown))
                 engine = Engine(
                     home=home,
-                    model=model,
-                    plan=plan,
+                    vocab_size=model.spec.vocab_size,
+                    context=plan.context,
+                    longest_context=model.spec.context_length,
                     tokenizer=tokenizer,
+                    template=partial(ChatTemplate.from_gguf, model.gguf, tokenizer),
+                    origin=Origin(model, plan),
                     scheduler=scheduler,
-                    prefixes=PrefixFiles(
-                        kv=kv,
-                        layout=_kv_layout(model, computing),
-                        transfer=scheduler.transfer,
-                        give_back=scheduler.give_back,
-                    ),
+                    prefixes=actors.prefixes,
                     heat=residency.heat,
                     statistics=statistics,
                     stop=nursery.cancel_scope,
@@ -225,6 +217,21 @@ async def _compute(worker: Worker, engine: Engine) -> None:
     """Run the worker; one that ends by itself can compute nothing more, so that the engine closes."""
     await worker.run()
     engine.fail(worker.failure)
+
+
+def _lending(opened: OpenReader) -> Lending:
+    """Return the reader as what jobs may be lent, or why it is not."""
+    reader = opened.reader
+    if isinstance(reader, RingReader):
+        return Lending(lender=reader)
+    return Lending(reason=f"only io_uring can be lent ({opened.reason})")
+
+
+def _guesses(mode: PrefetchMode, reader: FileReader, experience: Experience) -> Guesses | None:
+    """Return how to guess, or None if the mode is off."""
+    if mode == "off":
+        return None
+    return Guesses(mode=mode, bytes_per_s=measured_rate(reader), markov=experience.markov)
 
 
 def _kv_layout(model: Model, computing: Computing) -> KVLayout:

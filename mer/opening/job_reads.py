@@ -4,33 +4,45 @@ from __future__ import annotations
 
 from mer.compute.messages import Tier
 from mer.io.arena import Arena
-from mer.io.job_reads import JobReads, small_enough
-from mer.io.open_reader import OpenReader
-from mer.io.ring_reader import RingReader
-from mer.model.loading import Model
-from mer.plan.plan import MemoryPlan
+from mer.io.extents import ExpertMap, SlotClasses
+from mer.io.job_reads import JobReads, Lender, small_enough
 from mer.sched.cache import ExpertCache
 from mer.units import format_bytes
 
 
 def open_job_reads(
-    model: Model, plan: MemoryPlan, arena: Arena, opened: OpenReader, cache: ExpertCache, tier: Tier | None
+    experts: ExpertMap,
+    classes: SlotClasses,
+    arena: Arena,
+    lender: Lender | None,
+    reason: str,
+    cache: ExpertCache,
+    tier: Tier | None,
 ) -> tuple[JobReads | None, str]:
     """Return what jobs are lent for reads of their own, and "on", or None and why they are not.
 
     Experts of which a matrix is more than a chunk are left to the reader: beside such reads, a way through the event
     loop takes no time.
+
+    Args:
+        experts: where every expert lies.
+        classes: the sizes of the slots.
+        arena: their memory.
+        lender: the reader, if it can be lent.
+        reason: why it cannot.
+        cache: the residents.
+        tier: experts that the worker has in memory of its own.
     """
-    ranks, reader = cache.ranks, opened.reader
+    ranks = cache.ranks
     if tier is not None:
         return None, "off: the device's own memory is looked at first"
-    if not isinstance(reader, RingReader):
-        return None, f"off: only io_uring can be lent ({opened.reason})"
+    if lender is None:
+        return None, f"off: {reason}"
     if ranks is None:
         return None, f"off: the policy {cache.statistics().policy} has to be asked who leaves"
-    if not small_enough(model.experts, plan.classes.alignment, reader.chunk_bytes):
-        return None, f"off: a matrix of an expert is larger than {format_bytes(reader.chunk_bytes)}"
-    if reader.mirrored:
+    if not small_enough(experts, classes.alignment, lender.chunk_bytes):
+        return None, f"off: a matrix of an expert is larger than {format_bytes(lender.chunk_bytes)}"
+    if lender.mirrored:
         return None, "off: mirrors share what there is to read"
     assert cache.addresses is not None
-    return JobReads(model.experts, plan.classes, arena, reader, cache.addresses, ranks), "on"
+    return JobReads(experts, classes, arena, lender, cache.addresses, ranks), "on"

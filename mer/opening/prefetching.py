@@ -1,8 +1,9 @@
-"""What an engine guesses with: predictors that learn from run to run."""
+"""Prefetching of an engine: the mode in force, and predictors that learn from run to run."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -10,7 +11,6 @@ import trio
 
 from mer.config import EngineConfig
 from mer.errors import ConfigError
-from mer.io.chunks import DEFAULT_CHUNK_BYTES
 from mer.io.file_reader import FileReader
 from mer.model.loading import Model
 from mer.paths import cache_folder, make_private_folder
@@ -19,8 +19,6 @@ from mer.sched.fingerprint import model_fingerprint
 from mer.sched.governor import PrefetchMode
 from mer.sched.predictor_file import PredictorFileError, load_predictor, save_predictor
 from mer.sched.predictors.markov import MarkovPredictor
-from mer.sched.prefetch import DiskFacts, Prefetcher
-from mer.sched.store import ExpertStore
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +29,15 @@ def prefetch_mode(config: EngineConfig, plan: MemoryPlan) -> PrefetchMode:
 
 
 @attrs.frozen
-class Guessing:
-    """A prefetcher, and the file in which its Markov chains are kept, if there is a place for it."""
+class Experience:
+    """Markov chains of earlier runs, and the file in which they are kept, if there is a place for it."""
 
-    prefetcher: Prefetcher
+    markov: MarkovPredictor | None
     path: Path | None
     fingerprint: bytes
 
-    def save(self) -> None:
+    def save(self, markov: MarkovPredictor | None) -> None:
         """Keep what has been learnt; a failure is logged, as it costs the next run its experience and nothing else."""
-        markov = self.prefetcher.markov
         if self.path is None or markov is None or not any(markov.visits):
             return
         try:
@@ -59,19 +56,10 @@ def _path(fingerprint: bytes) -> Path | None:
         return None
 
 
-async def open_guessing(
-    config: EngineConfig, model: Model, plan: MemoryPlan, store: ExpertStore, reader: FileReader
-) -> Guessing | None:
-    """Make the prefetcher, with what earlier runs have learnt of the model; None if the mode in force is off."""
-    mode = prefetch_mode(config, plan)
-    if mode == "off":
-        return None
+async def load_experience(model: Model, mode: PrefetchMode) -> Experience:
+    """Load what earlier runs have learnt of the model, if the mode has use for it."""
     spec, fingerprint = model.spec, model_fingerprint(model.gguf)
-    path = None if mode == "gate" else _path(fingerprint)
-
-    def bytes_per_s() -> float:
-        statistics = reader.statistics()
-        return statistics.bytes_read / statistics.busy_s if statistics.busy_s else 0.0
+    path = None if mode in ("off", "gate") else _path(fingerprint)
 
     def load(path: Path) -> MarkovPredictor | None:
         try:
@@ -84,17 +72,14 @@ async def open_guessing(
             logger.warning("prefetching learns from the start: %s", error)
             return None
 
-    prefetcher = Prefetcher(
-        mode,
-        store,
-        DiskFacts(
-            expert_bytes=lambda key: model.experts.experts[key[0]][key[1]].n_bytes,
-            bytes_per_s=bytes_per_s,
-            chunk_bytes=DEFAULT_CHUNK_BYTES,
-        ),
-        n_layers=spec.n_routed,
-        n_experts=spec.n_experts,
-        top_k=spec.top_k,
-        markov=None if path is None else await trio.to_thread.run_sync(load, path),
-    )
-    return Guessing(prefetcher, path, fingerprint)
+    return Experience(None if path is None else await trio.to_thread.run_sync(load, path), path, fingerprint)
+
+
+def measured_rate(reader: FileReader) -> Callable[[], float]:
+    """Return what tells the rate of a reader while it reads, in bytes per second; 0 as long as it is unknown."""
+
+    def bytes_per_s() -> float:
+        statistics = reader.statistics()
+        return statistics.bytes_read / statistics.busy_s if statistics.busy_s else 0.0
+
+    return bytes_per_s

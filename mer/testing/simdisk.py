@@ -146,7 +146,7 @@ class SimDisk:
         self._frozen = False
         self._closed = False
         self._lent = False
-        self.depth = n_threads
+        self.depth, self.chunk_bytes = n_threads, chunk_bytes
         self._job_reads: dict[int, ReadOperation] = {}  # by token
         self._adopted: list[ReadOperation] = []  # that have landed, and are to be told of once more
         self._changed = trio.Event()
@@ -230,6 +230,11 @@ class SimDisk:
         )
 
     # --- the Lender protocol ---
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether further drives have copies of the files."""
+        return bool(self.mirrors)
 
     def lend(self) -> bool:
         """Leave the disk to a job; see `Lender.lend`."""

@@ -6,23 +6,23 @@ import errno
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
 
 import attrs
 import trio
 
 from mer.config import Sampling
 from mer.engine import Engine
+from mer.errors import TemplateError
 from mer.home import Home
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
 from mer.io.fetch import DEFAULT_READ_DEADLINE_S, Fetcher
 from mer.io.ggml import GGMLType
-from mer.io.job_reads import JobReads, small_enough
-from mer.io.pool import BufferPool, demand_reserve
+from mer.io.pool import BufferPool
 from mer.io.priority import Priority
+from mer.opening.actors import Guesses, Lending, open_actors, open_expert_actors
 from mer.sched.cache import ExpertCache
 from mer.sched.draws import INLINE_LOGITS, Draws
 from mer.sched.fingerprint import FINGERPRINT_BYTES
@@ -31,8 +31,7 @@ from mer.sched.heat import HeatCounter, HeatProfile
 from mer.sched.kv import KVBlocks
 from mer.sched.kv_file import KVLayout
 from mer.sched.policies.registry import DEFAULT_POLICY, CacheShape, make_policy
-from mer.sched.prefetch import DiskFacts, Prefetcher
-from mer.sched.prefix_files import PrefixFiles
+from mer.sched.prefetch import Prefetcher
 from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
 from mer.sched.store import ExpertStore
@@ -294,118 +293,74 @@ async def open_sim_engine(
         sizes, seed=seed, profile=profile, mirrors=mirrors, n_threads=io_threads, chunk_bytes=chunk_bytes
     ) as disk:
         arena = Arena((n_slots,), classes.slot_bytes)
-        pool = BufferPool((n_slots,), reserve=demand_reserve((n_slots,), model.top_k))
-        ranks = CacheShape(
-            n_layers=model.n_layers,
-            n_experts=model.n_experts,
-            n_slots=n_slots,
-            expert_bytes=tuple(max(extents.n_bytes for extents in layer) for layer in experts.experts),
-            profile=HeatProfile.count(
-                bytes(FINGERPRINT_BYTES),
-                model.n_layers,
-                model.n_experts,
-                [(layer, range(model.n_experts)) for layer in range(model.n_layers)],
-            ),
-        )
-        cache = ExpertCache(make_policy(policy, ranks), (model.n_layers, model.n_experts))
-        heat = HeatCounter(bytes(FINGERPRINT_BYTES), model.n_layers, model.n_experts)
-        reads, worth = None, cache.ranks
-        if job_reads and worth is not None and small_enough(experts, 4096, chunk_bytes):
-            assert cache.addresses is not None
-            reads = JobReads(experts, classes, arena, disk, cache.addresses, worth)
-        store = ExpertStore(cache, pool, classes.kind_of)
-        fetcher = Fetcher(
-            pool,
-            arena,
-            classes,
-            experts,
-            disk,
-            on_done=store.landed,
-            on_inner=store.inner_landed,
-            read_deadline_s=read_deadline_s,
-            job_reads=reads,
-        )
-        store.attach(fetcher)
-        worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures, disk=disk)
-        prefetcher = None
+        guesses = None
         if prefetch != "off":
-            facts = DiskFacts(
-                expert_bytes=lambda key: experts.experts[key[0]][key[1]].n_bytes,
-                bytes_per_s=lambda: (profile or DiskProfile()).bytes_per_s,
-                chunk_bytes=chunk_bytes,
-            )
-            prefetcher = Prefetcher(
-                prefetch, store, facts, n_layers=model.n_layers, n_experts=model.n_experts, top_k=model.top_k
-            )
-        kv = KVBlocks(kv_blocks, worker.block_tokens, prefix_reuse=prefix_reuse)
-        scheduler = Scheduler(
-            n_layers=model.n_layers,
-            n_experts=model.n_experts,
+            rate = (profile or DiskProfile()).bytes_per_s
+            guesses = Guesses(mode=prefetch, bytes_per_s=lambda: rate, chunk_bytes=chunk_bytes)
+        streaming = open_expert_actors(
+            experts=experts,
+            classes=classes,
+            arena=arena,
+            reader=disk,
+            top_k=model.top_k,
+            policy=make_policy(policy, _shape(model, n_slots, experts)),
+            lending=Lending(lender=disk) if job_reads else None,
+            guesses=guesses,
+            read_deadline_s=read_deadline_s,
+        )
+        worker = SimWorker(model, arena, experts, disk_seed=seed, cost=cost, failures=failures, disk=disk)
+        heat = HeatCounter(bytes(FINGERPRINT_BYTES), model.n_layers, model.n_experts)
+        actors = open_actors(
+            streaming,
             worker=worker,
-            store=store,
-            kv=kv,
+            kv=KVBlocks(kv_blocks, worker.block_tokens, prefix_reuse=prefix_reuse),
+            layout=_layout(model, worker, seed),
             batch_tokens=batch_tokens,
             max_sequences=max_sequences,
             max_waiting=max_waiting,
-            bytes_read=lambda: fetcher.bytes_read,
-            prefetcher=prefetcher,
             on_routed=lambda layer, _n_tokens, used: heat.use(layer, used),
             worth_bytes=worth_bytes,
             draws=Draws(in_thread=run_here, inline_logits=0 if draws_in_thread else INLINE_LOGITS),
-        )
-        layout = KVLayout(
-            fingerprint=seed.to_bytes(FINGERPRINT_BYTES),
-            kv_type="simulated",
-            arithmetic="hashes",
-            n_layers=model.n_layers,
-            n_kv_heads=1,
-            head_dim=1,
-            block_tokens=worker.block_tokens,
-            block_bytes=worker.block_bytes,
+            in_thread=run_here,
         )
         stop = trio.CancelScope()
 
         async def run_actors() -> None:
             with stop:
-                async with trio.open_nursery() as actors:
-                    actors.start_soon(fetcher.run)
-                    actors.start_soon(worker.run)
-                    actors.start_soon(scheduler.run)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(streaming.fetcher.run)
+                    nursery.start_soon(worker.run)
+                    nursery.start_soon(actors.scheduler.run)
 
-        known = SimpleNamespace(spec=SimpleNamespace(vocab_size=model.vocab_size, context_length=context))
         engine = Engine(
             home=Home(),
-            model=cast(Any, known),
-            plan=cast(Any, SimpleNamespace(context=context)),
+            vocab_size=model.vocab_size,
+            context=context,
+            longest_context=context,
             tokenizer=cast(Any, SimTokenizer()),
-            scheduler=scheduler,
-            prefixes=PrefixFiles(
-                kv=kv,
-                layout=layout,
-                transfer=scheduler.transfer,
-                give_back=scheduler.give_back,
-                in_thread=run_here,
-            ),
+            template=_no_template,
+            scheduler=actors.scheduler,
+            prefixes=actors.prefixes,
             heat=heat,
-            statistics=cast(Any, None),
+            statistics=_no_statistics,
             stop=stop,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_actors)
             sim = SimEngine(
                 engine=engine,
-                scheduler=scheduler,
+                scheduler=actors.scheduler,
                 model=model,
                 experts=experts,
                 disk=disk,
                 worker=worker,
                 arena=arena,
-                pool=pool,
-                cache=cache,
-                store=store,
-                fetcher=fetcher,
-                kv=kv,
-                prefetcher=prefetcher,
+                pool=streaming.pool,
+                cache=streaming.cache,
+                store=streaming.store,
+                fetcher=streaming.fetcher,
+                kv=actors.kv,
+                prefetcher=streaming.prefetcher,
             )
             open_engines.set((*open_engines.get(), sim))
             try:
@@ -414,3 +369,37 @@ async def open_sim_engine(
                 open_engines.set(tuple(other for other in open_engines.get() if other is not sim))
             engine.close()
         arena.close()
+
+
+def _shape(model: SimModel, n_slots: int, experts: ExpertMap) -> CacheShape:
+    """Return what a policy is made for, with a heat profile in which every expert is used in every visit."""
+    visits = [(layer, range(model.n_experts)) for layer in range(model.n_layers)]
+    return CacheShape(
+        n_layers=model.n_layers,
+        n_experts=model.n_experts,
+        n_slots=n_slots,
+        expert_bytes=tuple(max(extents.n_bytes for extents in layer) for layer in experts.experts),
+        profile=HeatProfile.count(bytes(FINGERPRINT_BYTES), model.n_layers, model.n_experts, visits),
+    )
+
+
+def _layout(model: SimModel, worker: SimWorker, seed: int) -> KVLayout:
+    """Return what the bytes of a simulated KV block depend on."""
+    return KVLayout(
+        fingerprint=seed.to_bytes(FINGERPRINT_BYTES),
+        kv_type="simulated",
+        arithmetic="hashes",
+        n_layers=model.n_layers,
+        n_kv_heads=1,
+        head_dim=1,
+        block_tokens=worker.block_tokens,
+        block_bytes=worker.block_bytes,
+    )
+
+
+def _no_template() -> NoReturn:
+    raise TemplateError("a simulated model has no chat template; give text or token ids")
+
+
+def _no_statistics() -> NoReturn:
+    raise RuntimeError("a simulated engine has no settings; ask the actors of the SimEngine for their statistics")
