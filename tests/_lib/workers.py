@@ -43,7 +43,7 @@ class TieredExperts(Experts):
 async def open_cuda(path: Path, limits: Limits, slots: int | None = None) -> AsyncIterator[tuple[CUDAWorker, Resident]]:
     """Run a CUDA worker on torch's `cpu` device, with so many slots for experts; by default every expert has one."""
     model = load_model(mer.EngineConfig(path=path))
-    slots = slots or model.spec.n_layers * model.spec.n_experts
+    slots = slots or model.spec.n_routed * model.spec.n_experts
     with ThreadReader(model.gguf.paths) as reader:
         opened = await open_device(
             "torch-cpu",
@@ -53,7 +53,7 @@ async def open_cuda(path: Path, limits: Limits, slots: int | None = None) -> Asy
             experts=model.experts,
             classes=vram_classes(model.experts),
             counts=(slots,),
-            policy=LayerLRU(model.spec.n_layers, slots),
+            policy=LayerLRU(model.spec.n_routed, slots),
             reader=reader,
             on_read=lambda done, total: None,
             arithmetic="",

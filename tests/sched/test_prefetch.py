@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -11,7 +12,9 @@ from trio.testing import MockClock
 
 from mer.io.priority import Priority
 from mer.sched.governor import PrefetchMode
+from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.speculation import SpeculationStatistics
+from mer.sched.store import ExpertStore
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simengine import SimEngine, open_sim_engine
 from mer.testing.simworker import JobCost, SimModel
@@ -96,3 +99,42 @@ async def test_nothing_is_guessed_where_every_expert_has_a_slot(autojump_clock: 
     async with open_sim_engine(model=ROTATING, cost=COST, context=128, prefetch="markov") as sim:
         await generate(sim)
         assert sim.store.speculation(Priority.PREFETCH).issued == 0
+
+
+class _Store:
+    """What a prefetcher needs of a store that has one candidate, and room for it or not."""
+
+    def __init__(self) -> None:
+        self.loading, self.guessing = False, 0
+        self.on_idle: object = None
+
+    def price(self, key: tuple[int, int]) -> float:
+        return 0.5
+
+
+async def test_time_that_is_gone_leaves_less_for_a_guess(autojump_clock: MockClock) -> None:
+    """What the disk is idle for a layer counts from the moment when it became so, not from each look."""
+    store = _Store()
+    facts = DiskFacts(expert_bytes=lambda key: 1000, bytes_per_s=lambda: 1e6, chunk_bytes=1000)
+    prefetcher = Prefetcher("markov", cast(ExpertStore, store), facts, n_layers=2, n_experts=4, top_k=1)
+    told: list[float] = []
+
+    def select(candidates: list[Any], conditions: Any) -> list[Any]:
+        told.append(candidates[0].needed_in_s)
+        store.guessing = 100  # no room for a second one
+        return []
+
+    prefetcher.governor.select = select  # type: ignore[method-assign, assignment]
+    for _ in range(200):  # the layers follow each other after a second, always with the same experts
+        for layer in (0, 1):
+            store.guessing = 0
+            prefetcher.routed(layer, [layer, 2, 3], None, guess=True)
+            await trio.sleep(1.0)
+    store.guessing = 0
+    prefetcher.routed(0, [0, 2, 3], None, guess=True)
+    at_once = told[-1]
+    assert at_once == pytest.approx(1.0, rel=0.05)
+    await trio.sleep(0.75)
+    store.guessing = 0
+    prefetcher.idle()
+    assert told[-1] == pytest.approx(at_once - 0.75)
