@@ -122,7 +122,7 @@ class Engine:
     """Generates text; made by `open_engine` or `run_engine`. Its methods may be called by any number of tasks.
 
     These must be tasks of the trio run that opened the engine, in the same process: other calls of `generate`,
-    `stream`, `save_prefix`, `load_prefix` and `close` raise ForeignCall before anything is touched.
+    `stream`, `stream_nowait`, `save_prefix`, `load_prefix` and `close` raise ForeignCall before anything is touched.
 
     Args:
         home: the trio run that may call it.
@@ -298,6 +298,38 @@ class Engine:
         events = TokenStream(self._home, generation, channel, self._scheduler.wake)
         try:
             await self._scheduler.submit(generation)
+            yield events
+        finally:
+            events.cancel()
+
+    @asynccontextmanager
+    async def stream_nowait(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> AsyncIterator[TokenStream]:
+        """Generate as `stream` does, but refuse at once instead of waiting to be queued, as an overloaded server must.
+
+        Whether there is a place is decided when the block is entered, before the prompt is looked at. The place is kept
+        while the prompt is encoded and counts as taken meanwhile; it is given back if that fails or is cancelled. A
+        call is refused as long as an earlier `generate` or `stream` waits for a place, so that it never overtakes one.
+
+        Raises:
+            trio.WouldBlock: `max_waiting` requests are queued or being encoded, so that `stream` would wait; nothing
+                has happened.
+        """
+        self._check()
+        with self._scheduler.reserve() as place:
+            prompt = await self._encode_slow(prompt)
+            generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
+            self._scheduler.submit_nowait(generation, place)
+        events = TokenStream(self._home, generation, channel, self._scheduler.wake)
+        try:
+            await trio.lowlevel.checkpoint()
             yield events
         finally:
             events.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from types import TracebackType
 
 import attrs
 import trio
@@ -21,11 +22,46 @@ class _Submitter:
     queued: bool = attrs.field(default=False, init=False)
 
 
+class Place:
+    """A place that is kept in the queue for a sequence that is still being made; made by `AdmissionQueue.reserve`.
+
+    It is a context manager: a place that no sequence has entered when the block ends, however it ends, is given back.
+    Synchronous all through, so that no cancellation can lose a place.
+    """
+
+    def __init__(self, queue: AdmissionQueue) -> None:
+        self._queue = queue
+        self._kept = True
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._kept:
+            self._kept = False
+            self._queue._give_back()
+
+    def enter(self, sequence: Sequence) -> None:
+        """Queue the sequence that the place was kept for, behind those that are queued by now.
+
+        Raises:
+            EngineClosed: the queue is closed.
+        """
+        assert self._kept, "one sequence to a place"
+        if self._queue._closed:
+            raise EngineClosed("the engine is closed")
+        self._kept = False
+        self._queue._n_kept -= 1
+        self._queue._enter(sequence)
+
+
 class AdmissionQueue:
     """Sequences that wait to be run, and the tasks that wait for a place among them.
 
     A place that becomes free is handed to the task that has waited longest, at once, so that newcomers do not overtake:
-    tasks wait only while the queue is full.
+    tasks wait only while all places are taken or kept. For the same reason nobody gets a `Place` while a task waits.
 
     Args:
         n_places: sequences that may be queued.
@@ -37,6 +73,7 @@ class AdmissionQueue:
         self._line: deque[_Submitter] = deque()
         self._closed = False
         self._entered = 0
+        self._n_kept = 0  # places reserved
 
     def __len__(self) -> int:
         """Return how many sequences are queued."""
@@ -50,6 +87,11 @@ class AdmissionQueue:
     def entered(self) -> int:
         """How many sequences have ever been queued."""
         return self._entered
+
+    @property
+    def n_kept(self) -> int:
+        """How many places are kept for sequences to come."""
+        return self._n_kept
 
     @property
     def first(self) -> Sequence | None:
@@ -68,7 +110,7 @@ class AdmissionQueue:
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._closed:
             raise EngineClosed("the engine is closed")
-        if len(self._queue) < self._n_places:
+        if self._has_room:
             self._enter(sequence)
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
@@ -82,6 +124,23 @@ class AdmissionQueue:
             raise
         if not submitter.queued:
             raise EngineClosed("the engine is closed")
+
+    def reserve(self) -> Place:
+        """Keep a place for a sequence to come, without waiting.
+
+        The sequence could be made first and then be refused; but making one may take long, and a caller that is refused
+        is to hear of it before.
+
+        Raises:
+            trio.WouldBlock: there is no place, so that `put` would wait.
+            EngineClosed: the queue is closed.
+        """
+        if self._closed:
+            raise EngineClosed("the engine is closed")
+        if not self._has_room:
+            raise trio.WouldBlock
+        self._n_kept += 1
+        return Place(self)
 
     def take(self) -> Sequence:
         """Remove the first sequence."""
@@ -106,13 +165,21 @@ class AdmissionQueue:
             self._line.popleft().decided.set()
         return left
 
+    @property
+    def _has_room(self) -> bool:
+        return len(self._queue) + self._n_kept < self._n_places
+
+    def _give_back(self) -> None:
+        self._n_kept -= 1
+        self._serve_line()
+
     def _enter(self, sequence: Sequence) -> None:
         self._queue.append(sequence)
         self._entered += 1
 
     def _serve_line(self) -> None:
         """Hand free places to the tasks that have waited longest."""
-        while self._line and len(self._queue) < self._n_places:
+        while self._line and self._has_room:
             submitter = self._line.popleft()
             self._enter(submitter.sequence)
             submitter.queued = True

@@ -17,7 +17,7 @@ from mer.compute.messages import (
     WriteBlocks,
 )
 from mer.errors import EngineClosed, MerError, NumericsError
-from mer.sched.admission import AdmissionQueue
+from mer.sched.admission import AdmissionQueue, Place
 from mer.sched.batch import Member, compose
 from mer.sched.draws import Answer, Draws, Row
 from mer.sched.kv import KVBlocks, Lease, NextBlock
@@ -40,6 +40,7 @@ class SchedulerStatistics:
     cancelled: int
     running: int
     waiting: int  # in line for a place and KV blocks
+    reserved: int  # places in the queue that are kept for prompts which are being encoded
     paused: int  # preempted, and not in line again: their readers have not caught up
     preemptions: int
     batches: int
@@ -152,6 +153,19 @@ class Scheduler:
             raise
         self.wake()
 
+    def reserve(self) -> Place:
+        """Keep a place in the queue for a sequence to come; see `AdmissionQueue.reserve`."""
+        return self._queue.reserve()
+
+    def submit_nowait(self, sequence: Sequence, place: Place) -> None:
+        """Queue a sequence in the place that was kept for it.
+
+        Raises:
+            EngineClosed: the scheduler has stopped.
+        """
+        place.enter(sequence)
+        self.wake()
+
     def wake(self) -> None:
         """Make the scheduler look again: a sequence was cancelled, or its reader has made room.
 
@@ -200,6 +214,7 @@ class Scheduler:
             submitted=self._queue.entered,
             running=len(self._running),
             waiting=len(self._resumed) + len(self._queue),
+            reserved=self._queue.n_kept,
             paused=len(self._paused),
             **attrs.asdict(self._counters, recurse=False),
         )

@@ -21,6 +21,7 @@ class Outcome:
     completion: Completion | None = None
     error: MerError | None = None
     cancelled: bool = False
+    refused_by: int | None = None  # requests that were in line when it was refused as one that does not wait
     scope: trio.CancelScope | None = None  # that the caller is in, from its arrival on
     log: list[tuple[float, str]] = attrs.Factory(list)  # when it received what
 
@@ -39,12 +40,18 @@ async def call(sim: SimEngine, request: SimRequest, outcome: Outcome) -> None:
         except MerError as error:
             outcome.error = error
             outcome.log.append((trio.current_time(), type(error).__name__))
+        except trio.WouldBlock:
+            outcome.refused_by = (
+                sim.scheduler.statistics().waiting
+            )  # none is reserved: these prompts take no time to encode
+            outcome.log.append((trio.current_time(), "refused"))
     outcome.cancelled = outcome.scope.cancelled_caught
 
 
 async def _read(sim: SimEngine, request: SimRequest, outcome: Outcome) -> None:
     text, done, last = "", 0, None
-    async with sim.engine.stream(
+    stream = sim.engine.stream_nowait if request.nowait else sim.engine.stream
+    async with stream(
         request.prompt,
         max_tokens=request.max_tokens,
         ignore_eos=request.ignore_eos,
@@ -107,6 +114,11 @@ def judge(
     n_sound = max(0, damaged - len(request.prompt) + 1)  # tokens that come before NaN does
     got, error = tuple(outcome.tokens), outcome.error
     assert got == tokens[: len(got)], f"{got} is not what {tokens} begins with"
+    if outcome.refused_by is not None:
+        assert request.nowait, "refused, though it would have waited"
+        assert outcome.refused_by >= world.max_waiting, "refused, though there was a place"
+        assert not got
+        return
     if outcome.completion is not None:
         assert error is None
         assert not outcome.cancelled

@@ -197,7 +197,7 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
         cost = JobCost(job_s=0, row_s=0, expert_s=0)
     if Feature.SLOW_COMPUTE in features:
         cost = attrs.evolve(cost, job_s=source.choice([1e-3, 1e-2]))
-    return SimWorld(
+    world = SimWorld(
         features=frozenset(features),
         model=attrs.evolve(model, nan_hidden=worker_faults.nan_tokens),
         n_slots=n_slots,
@@ -223,4 +223,10 @@ def draw_world(source: Source, features: Collection[Feature]) -> SimWorld:
         requests=requests,
         deserted_at_s=source.integer(0, 400) * 5e-5 if Feature.DESERTION in features else None,
         seed=source.integer(0, 3),
+    )
+    if not crowd:
+        return world
+    choices = [False, False, True]
+    return attrs.evolve(
+        world, requests=tuple(attrs.evolve(request, nowait=source.choice(choices)) for request in requests)
     )

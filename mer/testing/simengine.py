@@ -212,6 +212,7 @@ class SimEngine:
             self.kv.statistics(),
         )
         assert (s.running, s.waiting, s.paused) == (0, 0, 0), f"sequences are not over:{report()}"
+        assert s.reserved == 0, "places in the queue are kept for nobody"
         assert s.submitted == s.finished + s.failed + s.cancelled
         assert kv.available == kv.n_blocks, f"{kv.n_blocks - kv.available} KV blocks are held by nobody"
         assert (pool.pinned, pool.quarantined) == (0, 0), f"slots do not come back: {pool}{report()}"

@@ -35,7 +35,7 @@ class Feature(enum.Enum):
     LONG_PROMPTS = "long prompts"
     SHARED_PROMPTS = "prompts that begin alike"
     NO_REUSE = "no reuse of prefixes"
-    CROWD = "more callers than places"
+    CROWD = "more callers than places, some of which do not wait for one"
     FEW_KV_BLOCKS = "few KV blocks"
     SMALL_CHANNELS = "channels of few events"
     SLOW_READERS = "callers that read slowly"
@@ -78,6 +78,7 @@ class SimRequest:
     stop: tuple[str, ...] = ()
     reads_every_s: float = 0.0  # how long it takes over each event
     cancelled_after_s: float | None = None  # counted from its arrival
+    nowait: bool = False  # whether it goes away when the queue is full
 
 
 @attrs.frozen(kw_only=True)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import attrs
 import pytest
 import trio
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from mer.config import Sampling
-from mer.errors import EngineClosed
-from mer.sched.admission import AdmissionQueue
+from mer.engine import Engine
+from mer.errors import EngineClosed, RequestError
+from mer.sched.admission import AdmissionQueue, Place
 from mer.sched.events import Event
 from mer.sched.sampling import Sampler
 from mer.sched.sequence import Sequence
 from mer.testing.cancel import Subject, cancel_at_every_step
+from mer.testing.deterministic import run_seeded
 from mer.testing.simengine import open_sim_engine
 
 
@@ -211,3 +218,167 @@ async def test_cancelled_requests_do_not_keep_live_ones_out(autojump_clock: Mock
         await sim.check_quiet()
         statistics = sim.scheduler.statistics()
         assert (statistics.submitted, statistics.finished, statistics.cancelled) == (16, 2, 14)
+
+
+@attrs.define
+class Line:
+    """What a queue must come to, as lists of numbers."""
+
+    n_places: int
+    queued: list[int] = attrs.Factory(list)
+    kept: list[int] = attrs.Factory(list)
+    waiting: list[int] = attrs.Factory(list)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.queued) + len(self.kept) < self.n_places
+
+    def serve(self) -> None:
+        while self.waiting and self.has_room:
+            self.queued.append(self.waiting.pop(0))
+
+
+STEPS = ("put", "reserve", "enter", "give back", "take", "cancel a waiting one", "cancel a queued one")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3), st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 3)), max_size=30))
+@example(1, [("reserve", 0), ("put", 0), ("give back", 0), ("reserve", 0)])  # the place goes to who waits
+def test_places_that_are_kept_are_neither_lost_nor_let_newcomers_overtake(
+    n_places: int, steps: list[tuple[str, int]]
+) -> None:
+    async def scenario() -> None:
+        queue, line = AdmissionQueue(n_places), Line(n_places)
+        places: dict[int, Place] = {}
+        sequences: dict[int, Sequence] = {}
+        scopes: dict[int, trio.CancelScope] = {}
+
+        async def put(number: int) -> None:
+            with trio.CancelScope() as scopes[number]:
+                await queue.put(sequences[number])
+
+        async with trio.open_nursery() as nursery:
+            for number, (step, which) in enumerate(steps):
+                sequences[number] = make(number)
+                if step == "put":
+                    nursery.start_soon(put, number)
+                    (line.queued if line.has_room else line.waiting).append(number)
+                elif step == "reserve" and line.has_room:
+                    assert not line.waiting
+                    places[number] = queue.reserve()
+                    line.kept.append(number)
+                elif step == "reserve":
+                    with pytest.raises(trio.WouldBlock):
+                        queue.reserve()
+                elif step == "enter" and which < len(line.kept):
+                    entering = line.kept.pop(which)
+                    with places[entering] as place:
+                        place.enter(sequences[entering])
+                    line.queued.append(entering)
+                elif step == "give back" and which < len(line.kept):
+                    with pytest.raises(KeyError), places[line.kept.pop(which)]:
+                        raise KeyError
+                elif step == "take" and line.queued:
+                    assert take(queue) == line.queued.pop(0)
+                elif step == "cancel a waiting one" and which < len(line.waiting):
+                    scopes[line.waiting.pop(which)].cancel()
+                elif step == "cancel a queued one" and which < len(line.queued):
+                    sequences[line.queued.pop(which)].cancelled = True
+                    queue.remove_cancelled()
+                line.serve()
+                await wait_all_tasks_blocked()
+                assert [sequence.prompt[0] for sequence in queue] == line.queued
+                assert queue.n_kept == len(line.kept)
+            nursery.cancel_scope.cancel()
+
+    run_seeded(scenario)
+
+
+async def test_a_closed_queue_keeps_no_place_and_lets_none_be_entered() -> None:
+    queue = AdmissionQueue(2)
+    with queue.reserve() as place:
+        assert queue.close() == []
+        with pytest.raises(EngineClosed):
+            place.enter(make(0))
+        with pytest.raises(EngineClosed):
+            queue.reserve()
+    assert (len(queue), queue.n_kept) == (0, 0)
+
+
+async def test_a_full_queue_refuses_who_does_not_wait_before_its_prompt_is_looked_at(autojump_clock: MockClock) -> None:
+    async with open_sim_engine(max_sequences=1, max_waiting=1) as sim:
+        held = sim.worker.frozen = trio.Event()
+        served: list[int] = []
+
+        async def ask(number: int) -> None:
+            async with sim.engine.stream((number,), max_tokens=1) as events:
+                await events.receive()
+                served.append(number)
+
+        async def ask_nowait(prompt: Any) -> None:
+            async with sim.engine.stream_nowait(prompt, max_tokens=1) as events:
+                await events.receive()
+                served.append(prompt[0])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_nowait, (3,))
+            await trio.sleep(1)
+            nursery.start_soon(ask_nowait, (4,))
+            await trio.sleep(1)
+            nursery.start_soon(ask, 5)  # waits to be queued
+            await trio.sleep(1)
+            before_s = trio.current_time()
+            for prompt in ((6,), "", None):
+                with pytest.raises(trio.WouldBlock):
+                    await ask_nowait(prompt)
+            assert trio.current_time() == before_s
+            assert sim.scheduler.statistics().submitted == 2
+            sim.worker.frozen = None
+            held.set()
+        assert served == [3, 4, 5]
+        with pytest.raises(RequestError):
+            await ask_nowait(None)
+        await ask_nowait((7,))
+        await sim.check_quiet()
+        sim.engine.close()
+        with pytest.raises(EngineClosed):
+            await ask_nowait((8,))
+
+
+def test_whoever_does_not_wait_loses_no_place_at_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a prompt that takes a while to encode, a place is kept for longer than a step."""
+    encode_slow = Engine._encode_slow
+
+    async def slower(self: Engine, prompt: Any) -> Any:
+        for _ in range(3):
+            await trio.sleep(1)
+        return await encode_slow(self, prompt)
+
+    monkeypatch.setattr(Engine, "_encode_slow", slower)
+
+    async def scenario(subject: Subject) -> None:
+        async with open_sim_engine(max_sequences=1, max_waiting=1) as sim:
+            answers: list[tuple[int, ...]] = []
+
+            async def ask_nowait() -> None:
+                async with sim.engine.stream_nowait((5, 6), max_tokens=2, ignore_eos=True) as events:
+                    assert sim.scheduler.statistics().reserved == 0
+                    async for _ in events:
+                        pass
+
+            async def ask() -> None:
+                done = await sim.engine.generate((7, 8), max_tokens=2, ignore_eos=True)
+                answers.append(done.tokens)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                await subject.run(ask_nowait)
+            assert answers == [sim.expected((7, 8), 2)[0]]
+            with pytest.raises(RequestError):
+                async with sim.engine.stream_nowait((5,), max_tokens=0):
+                    pass
+            await sim.check_quiet()
+            await ask_nowait()  # there is a place
+            await sim.check_quiet()
+
+    assert cancel_at_every_step(scenario) >= 5
