@@ -7,38 +7,38 @@ async with mer.open_engine("mixtral-8x7b.Q4_0.gguf", memory="8GiB") as engine:
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from mer.config import EngineConfig, Progress, Sampling
-from mer.embedded import embedded_model_path
-from mer.errors import (
-    ComputeError,
-    ConfigError,
-    ContextOverflow,
-    DeviceError,
-    EngineClosed,
-    FileChanged,
-    FileSuspended,
-    ForeignCall,
-    GenerationError,
-    GGUFError,
-    MerError,
-    MirrorMismatch,
-    ModelFileError,
-    NotEnoughMemory,
-    NumericsError,
-    ReadError,
-    ReadTimeout,
-    RequestError,
-    SavedFileError,
-    TemplateError,
-    TokenizerError,
-    UnsupportedModel,
-)
+TYPE_CHECKING = False  # type checkers take it to be true; importing it would take as long as all else here
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from mer.config import EngineConfig, Progress, Sampling
+    from mer.embedded import embedded_model_path
     from mer.engine import Engine, TokenStream
+    from mer.errors import (
+        ComputeError,
+        ConfigError,
+        ContextOverflow,
+        DeviceError,
+        EngineClosed,
+        FileChanged,
+        FileSuspended,
+        ForeignCall,
+        GenerationError,
+        GGUFError,
+        MerError,
+        MirrorMismatch,
+        ModelFileError,
+        NotEnoughMemory,
+        NumericsError,
+        ReadError,
+        ReadTimeout,
+        RequestError,
+        SavedFileError,
+        TemplateError,
+        TokenizerError,
+        UnsupportedModel,
+    )
     from mer.model.loading import Model, load_model
     from mer.opening.engine import open_engine, run_engine
     from mer.plan.plan import MemoryPlan, plan_memory
@@ -49,10 +49,12 @@ if TYPE_CHECKING:
     from mer.stats import Settings, Statistics
     from mer.text.chat import Message
 
-# What imports numba and friends is imported when it is first asked for.
-_LATE = {
+# Every public name is imported when it is first asked for: the command listens for ctrl-C as soon as this is imported,
+# and whoever wants an error's class need not wait for numba. All other public names are errors.
+_HOMES = {
     "Completion": "mer.sched.events",
     "Engine": "mer.engine",
+    "EngineConfig": "mer.config",
     "HeatProfile": "mer.sched.heat",
     "MemoryPlan": "mer.plan.plan",
     "Message": "mer.text.chat",
@@ -60,6 +62,8 @@ _LATE = {
     "PrefillEvent": "mer.sched.events",
     "PrefixFileError": "mer.sched.kv_file",
     "ProfileError": "mer.sched.heat",
+    "Progress": "mer.config",
+    "Sampling": "mer.config",
     "Settings": "mer.stats",
     "Statistics": "mer.stats",
     "Timings": "mer.sched.events",
@@ -67,6 +71,7 @@ _LATE = {
     "TokenStream": "mer.engine",
     "TraceError": "mer.sched.trace",
     "Usage": "mer.sched.events",
+    "embedded_model_path": "mer.embedded",
     "load_model": "mer.model.loading",
     "open_engine": "mer.opening.engine",
     "plan_memory": "mer.plan.plan",
@@ -125,10 +130,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    try:
-        module = _LATE[name]
-    except KeyError:
-        raise AttributeError(f"module 'mer' has no attribute {name!r}") from None
-    value = getattr(importlib.import_module(module), name)
+    if name not in __all__:
+        raise AttributeError(f"module 'mer' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES.get(name, "mer.errors")), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
