@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import stat
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -13,6 +16,7 @@ from mer.errors import naming
 
 PRIVATE: Final = 0o600
 SHARED: Final = 0o666  # less what the umask takes
+STALE_S: Final = 3600.0  # age from which nobody writes a small file any more
 
 
 class NewFile:
@@ -108,6 +112,27 @@ def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = PRIVATE) 
     with NewFile(path, mode) as file:
         file.write(data)
         file.commit()
+
+
+def sweep(folder: Path, suffix: str) -> None:
+    """Remove what killed processes have left in a folder of the temporary files of `NewFile`, if it is an hour old.
+
+    A younger one may be under way in another process. What cannot be looked at or removed stays, as nothing depends on
+    it.
+
+    Args:
+        folder: may not exist.
+        suffix: that the names of the files to be ended with.
+    """
+    temporary = re.compile(rf"\..*{re.escape(suffix)}\.[0-9a-f]{{8}}")
+    oldest_s = time.time() - STALE_S
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if temporary.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode) and status.st_mtime < oldest_s:
+                        os.unlink(entry.path)
 
 
 def sync_folder(path: Path) -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Final
 
 from mer.errors import ConfigError
-from mer.io.new_file import NewFile
+from mer.io.new_file import NewFile, sweep
 from mer.paths import distrust, distrust_status, make_private_folder
 
 _MARK: Final = b"mer-kernel-1\0\0\0\0"
+_SUFFIX: Final = ".kernel"
 _SUM_BYTES: Final = hashlib.sha256().digest_size
 _MOST_BYTES: Final = 64 << 20
 _log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class ObjectStore:
     def __init__(self, folder: Callable[[], Path], facts: str) -> None:
         self._facts = hashlib.sha256(facts.encode()).digest()
         self._said_damage = False
+        self._swept = False
         self._trusted: bool | None = None  # None: not known yet, as there may be no folder
         self.failure: str | None = None  # why nothing is kept, once known
         self._find_folder = folder
@@ -78,6 +80,7 @@ class ObjectStore:
             make_private_folder(self.folder)
             if not self._is_trusted(self.folder):
                 return
+            self._sweep(self.folder)
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
             with NewFile(path) as file:
@@ -88,9 +91,19 @@ class ObjectStore:
         except OSError as error:
             self._fail(f"{self.folder}: {error.strerror or error}")
 
+    def _sweep(self, folder: Path) -> None:
+        """Remove, once, what killed processes have left in a folder that can be trusted.
+
+        When something is kept, not when something is loaded: a run that compiles nothing has no time for it, and what
+        is left only grows where kernels are written.
+        """
+        if not self._swept:
+            self._swept = True
+            sweep(folder, _SUFFIX)
+
     def _path(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{name}-{self._facts.hex()[:12]}.kernel"
+        return self.folder / f"{name}-{self._facts.hex()[:12]}{_SUFFIX}"
 
     def _sum(self, name: str, content: bytes) -> bytes:
         return hashlib.sha256(self._facts + name.encode() + b"\0" + content).digest()

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,37 @@ def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path, caplog: p
     assert set(seen) <= set(codes)
     assert len(os.listdir(tmp_path)) == 1
     assert caplog.messages == []
+
+
+def test_what_killed_processes_have_left_goes_when_the_next_kernel_is_kept(tmp_path: Path) -> None:
+    left = tmp_path / f".{saved(tmp_path).name}.0123abcd"
+    others = [
+        left.with_name(f"{left.name}e"),  # no temporary file's name
+        left.with_name(left.name[1:]),
+        left.with_name(".notes.0123abcd"),
+        left.with_name(f"{left.name[:-1]}e"),  # a folder
+        left.with_name(f"{left.name[:-1]}f"),  # under way
+    ]
+    for path in (left, *others):
+        path.mkdir() if path is others[3] else path.write_bytes(b"half")
+        age_s = 3500 if path is others[4] else 3700
+        os.utime(path, times=(time.time() - age_s,) * 2)
+    assert store(tmp_path).load("kernel") == CODE
+    assert left.exists(), "a run that only loads kernels takes the time to sweep"
+    kept = saved(tmp_path, "other")
+    assert set(tmp_path.iterdir()) == {*others, kept, kept.with_name(left.name[1:].removesuffix(".0123abcd"))}
+
+
+def test_what_cannot_be_swept_is_in_the_way_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f".{saved(tmp_path).name}.0123abcd"
+    left.write_bytes(b"half")
+    os.utime(left, times=(0, 0))
+
+    def refuse(_path: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        saved(tmp_path, "other")
+    assert left.exists()
+    assert store(tmp_path).load("other") == CODE
