@@ -133,8 +133,7 @@ class BufferPool:
         """
         if ticket.slot is not None:
             raise RuntimeError(f"this ticket has slot {ticket.slot} already")
-        self._lines[ticket.priority][ticket.kind].append(ticket)
-        self._n_waiting += 1
+        self._enter_line(ticket)
         self.serve()
 
     def withdraw(self, ticket: Ticket) -> None:
@@ -251,6 +250,10 @@ class BufferPool:
         ticket.slot = slot
         ticket.on_granted(ticket)
         return True
+
+    def _enter_line(self, ticket: Ticket) -> None:
+        self._lines[ticket.priority][ticket.kind].append(ticket)
+        self._n_waiting += 1
 
     def _leave_line(self, ticket: Ticket) -> None:
         try:

@@ -1,4 +1,7 @@
-"""Bugs to be seeded: each context manager breaks production code in one way while its block runs."""
+"""Bugs to be seeded: each context manager breaks production code in one way while its block runs.
+
+None of them repeats the body of what it breaks: that would go on passing for the code as it once was.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +35,28 @@ def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[No
         yield
 
 
+def without(owner: Any, name: str, call: str) -> AbstractContextManager[None]:
+    """Let a method leave out what it calls of its own object."""
+
+    def method(self: Any, *args: Any) -> Any:
+        with patch.object(self, call, lambda *_: None):
+            return original(self, *args)
+
+    original = getattr(owner, name)
+    return replaced(owner, name, method)
+
+
 # --- lost wake-ups ---
 
 
 def freed_slot_wakes_nobody() -> AbstractContextManager[None]:
     """A slot that is given back stays free, whoever waits for one."""
-
-    def set_free(self: BufferPool, slot: int, *allowed: SlotState) -> None:
-        self._move(slot, SlotState.FREE, *allowed)
-        self._free[self._kinds[slot]].append(slot)
-
-    return replaced(BufferPool, "_set_free", set_free)
+    return without(BufferPool, "_set_free", "serve")
 
 
 def withdrawal_wakes_nobody() -> AbstractContextManager[None]:
     """Whoever stands behind a request that is withdrawn is not looked at."""
-
-    def withdraw(self: BufferPool, ticket: Ticket) -> None:
-        self._leave_line(ticket)
-
-    return replaced(BufferPool, "withdraw", withdraw)
+    return without(BufferPool, "withdraw", "serve")
 
 
 def end_of_a_fetch_wakes_nobody() -> AbstractContextManager[None]:
@@ -123,12 +128,12 @@ def slot_is_leased_twice() -> AbstractContextManager[None]:
 def newcomer_overtakes() -> AbstractContextManager[None]:
     """A request goes to the front of its line."""
 
-    def request(self: BufferPool, ticket: Ticket) -> None:
-        self._lines[ticket.priority][ticket.kind].appendleft(ticket)
-        self._n_waiting += 1
-        self.serve()
+    def enter_line(self: BufferPool, ticket: Ticket) -> None:
+        original(self, ticket)
+        self._lines[ticket.priority][ticket.kind].rotate(1)
 
-    return replaced(BufferPool, "request", request)
+    original = BufferPool._enter_line
+    return replaced(BufferPool, "_enter_line", enter_line)
 
 
 def speculation_takes_the_reserve() -> AbstractContextManager[None]:
@@ -138,12 +143,7 @@ def speculation_takes_the_reserve() -> AbstractContextManager[None]:
 
 def pin_is_stale() -> AbstractContextManager[None]:
     """A slot stays pinned after its last use."""
-
-    def unpin(self: BufferPool, slot: int) -> None:
-        self._move(slot, SlotState.PINNED, SlotState.PINNED)
-        self._pins[slot] -= 1
-
-    return replaced(BufferPool, "unpin", unpin)
+    return without(BufferPool, "unpin", "_move")
 
 
 def pin_is_ignored() -> AbstractContextManager[None]:
@@ -161,26 +161,28 @@ def pin_is_ignored() -> AbstractContextManager[None]:
 # --- fetches ---
 
 
+def reclaimed_with(name: str, value: object) -> AbstractContextManager[None]:
+    """Let what keeps a slot from being given back look as it does when nothing does; once, as the pool would notice."""
+
+    def reclaim(self: Fetcher, fetch: Fetch) -> None:
+        if self._pool.state(fetch.slot) is SlotState.QUARANTINED:
+            with patch.object(fetch, name, value):
+                original(self, fetch)
+
+    original = Fetcher._reclaim
+    return replaced(Fetcher, "_reclaim", reclaim)
+
+
 def hold_is_ignored() -> AbstractContextManager[None]:
     """A slot is given away while a job works in it."""
 
-    def reclaim(self: Fetcher, fetch: Fetch) -> None:
-        if fetch.done and fetch._missing and not fetch._reading and self._pool.state(fetch.slot) is quarantined:
-            self._pool.reclaim(fetch.slot)
-
-    quarantined = SlotState.QUARANTINED
-    return replaced(Fetcher, "_reclaim", reclaim)
+    return reclaimed_with("_holds", 0)
 
 
 def slot_is_given_back_before_its_reads() -> AbstractContextManager[None]:
     """The slot of a fetch that is given up is free at once, though the kernel may still write into it."""
 
-    def reclaim(self: Fetcher, fetch: Fetch) -> None:
-        if fetch.done and fetch._missing and not fetch._holds and self._pool.state(fetch.slot) is quarantined:
-            self._pool.reclaim(fetch.slot)
-
-    quarantined = SlotState.QUARANTINED
-    return replaced(Fetcher, "_reclaim", reclaim)
+    return reclaimed_with("_reading", frozenset())
 
 
 def promotion_reads_again() -> AbstractContextManager[None]:
