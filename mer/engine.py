@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import attrs
 import numpy as np
@@ -37,8 +37,12 @@ if TYPE_CHECKING:  # these import the kernels' compiler, which a simulated engin
     from mer.plan.plan import MemoryPlan
     from mer.stats import Statistics
 
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
 Prompt = str | Sequence[int] | Sequence[Message]
-LONG_TEXT = 1 << 12  # characters from which a prompt is encoded in a thread: some 10 ms
+LONG_TEXT = 1 << 8  # characters from which a prompt is encoded in a thread: new words take some 5 us a character
+LONG_IDS = 1 << 12  # tokens from which they are looked at in a thread: half a microsecond for each
+LONG_STOPS = 1 << 12  # characters of stop strings from which these are prepared in a thread
 
 
 class _Text:
@@ -293,8 +297,8 @@ class Engine:
         the tokens nor the events are other than without the pause.
         """
         self._check()
-        prompt = await self._encode_slow(prompt)
-        generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
+        ids = await self._encode_aside(prompt)
+        generation, channel = await self._prepare_aside(ids, max_tokens, sampling, stop, ignore_eos)
         events = TokenStream(self._home, generation, channel, self._scheduler.wake)
         try:
             await self._scheduler.submit(generation)
@@ -324,8 +328,8 @@ class Engine:
         """
         self._check()
         with self._scheduler.reserve() as place:
-            prompt = await self._encode_slow(prompt)
-            generation, channel = self._prepare(prompt, max_tokens, sampling, stop, ignore_eos)
+            ids = await self._encode_aside(prompt)
+            generation, channel = await self._prepare_aside(ids, max_tokens, sampling, stop, ignore_eos)
             self._scheduler.submit_nowait(generation, place)
         events = TokenStream(self._home, generation, channel, self._scheduler.wake)
         try:
@@ -346,19 +350,19 @@ class Engine:
         If cancelled, an encoding ends soon, and a template at once. Chats wait for one another. Raises as `encode`.
         """
         self._check()
-        return self.encode(await self._encode_slow(prompt))
+        return await self._encode_aside(prompt)
 
-    async def _encode_slow(self, prompt: Prompt) -> Prompt:
-        """Return the tokens of what takes long to encode, made in a thread: long texts, and chats, whose templates may
-        be malicious.
+    async def _encode_aside(self, prompt: Prompt) -> list[int]:
+        """Return the tokens of a prompt, made in a thread where that takes long: of long texts, many token ids, and of
+        chats, whose templates may be malicious.
         """
         if isinstance(prompt, str):
-            if len(prompt) <= LONG_TEXT:
-                return prompt
+            if len(prompt) < LONG_TEXT:
+                return self.encode(prompt)
             return await trio.to_thread.run_sync(self._encode_text, prompt, trio.from_thread.check_cancelled)
         items = _items(prompt)
         if not _is_chat(items):
-            return items
+            return await _aside(len(items) >= LONG_IDS, self._checked_ids, items)
         call = Call()
         try:
             return await trio.to_thread.run_sync(
@@ -404,7 +408,7 @@ class Engine:
 
     async def _compute(self, ids: list[int]) -> Lease:
         """Compute a prompt and return its KV blocks, which the caller gives back."""
-        generation, channel = self._prepare(ids, 1, None, (), True)
+        generation, channel = await self._prepare_aside(ids, 1, None, (), ignore_eos=True)
         generation.keeps_lease = True
         events = TokenStream(self._home, generation, channel, self._scheduler.wake)
         lease = None
@@ -454,6 +458,10 @@ class Engine:
         items = _items(prompt)
         if _is_chat(items):
             return self._encode_chat(items, Call())
+        return self._checked_ids(items)
+
+    def _checked_ids(self, items: list[Any]) -> list[int]:
+        """Return what should be token ids as such; runs in any thread."""
         ids: list[int] = []
         for item in items:
             if isinstance(item, bool) or not isinstance(item, int | np.integer):
@@ -505,10 +513,24 @@ class Engine:
 
         return refuse
 
-    def _prepare(
-        self, prompt: Prompt, max_tokens: int | None, sampling: Sampling | None, stop: Sequence[str], ignore_eos: bool
+    async def _prepare_aside(
+        self, ids: list[int], max_tokens: int | None, sampling: Sampling | None, stop: Sequence[str], ignore_eos: bool
     ) -> tuple[Generation, trio.MemoryReceiveChannel[Event]]:
-        """Check a request and make its generation."""
+        """Check a request and make its generation, in a thread if that takes long."""
+        is_long = len(ids) >= LONG_IDS or _n_chars(stop) >= LONG_STOPS
+        now_s = trio.current_time()
+        return await _aside(is_long, self._prepare, ids, max_tokens, sampling, stop, ignore_eos, now_s)
+
+    def _prepare(
+        self,
+        ids: list[int],
+        max_tokens: int | None,
+        sampling: Sampling | None,
+        stop: Sequence[str],
+        ignore_eos: bool,
+        now_s: float,
+    ) -> tuple[Generation, trio.MemoryReceiveChannel[Event]]:
+        """Check a request and make its generation; runs in any thread."""
         if self._closed:
             raise EngineClosed(self._closed)
         given = max_tokens is not None
@@ -519,7 +541,6 @@ class Engine:
             raise RequestError(f"sampling is {sampling!r}; it must be a Sampling")
         if not isinstance(stop, Sequence):
             raise RequestError(f"stop is {stop!r}; it must be a list of stop strings")
-        ids = self.encode(prompt)
         if not ids:
             raise RequestError("the prompt is empty; give text or at least one token id")
         if max_tokens is None:
@@ -543,9 +564,19 @@ class Engine:
             output=_Text(self._tokenizer, ids, [stop] if isinstance(stop, str) else stop),
             end_tokens=frozenset() if ignore_eos else ends,
             events=send,
-            submitted_s=trio.current_time(),
+            submitted_s=now_s,
         )
         return generation, receive
+
+
+async def _aside(is_long: bool, sync_fn: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Return what a function returns that is called in a thread if that takes long; it is not interrupted."""
+    return await trio.to_thread.run_sync(sync_fn, *args) if is_long else sync_fn(*args)
+
+
+def _n_chars(stop: Sequence[str]) -> int:
+    """Return how long stop strings are together; what are none, and will be refused, have no length."""
+    return sum(len(text) for text in stop if isinstance(text, str)) if isinstance(stop, Sequence) else 0
 
 
 def _items(prompt: Sequence[int] | Sequence[Message]) -> list[Any]:

@@ -18,7 +18,7 @@ import mer
 from mer.config import IoEngine
 from mer.io.files import ModelFile
 from mer.sched.events import PrefillEvent, TokenEvent
-from mer.sched.sampling import Sampler
+from mer.sched.sampling import Draw, Drawn
 from mer.testing.cancel import MOST_STEPS, Subject
 from tests._lib.tiny_models import TinyModel, tiny_model
 
@@ -241,14 +241,14 @@ async def test_experts_that_are_damaged_in_the_file_are_read_twice_and_named(tmp
 async def test_a_sampler_that_raises_fails_its_own_generation(
     engine: mer.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = Sampler.draw
+    compute = Draw.compute
 
-    def bad_draw(sampler: Sampler, logits: np.ndarray) -> int:
-        if sampler.sampling.seed == 13:
+    def bad_compute(draw: Draw) -> Drawn:
+        if draw.sampling.seed == 13:
             raise IndexError("index 5 is out of bounds")
-        return draw(sampler, logits)
+        return compute(draw)
 
-    monkeypatch.setattr(Sampler, "draw", bad_draw)
+    monkeypatch.setattr(Draw, "compute", bad_compute)
 
     async def unlucky() -> None:
         with pytest.raises(mer.GenerationError, match="after 0 tokens: IndexError: index 5 is out of bounds") as caught:

@@ -29,7 +29,7 @@ from mer.opening.caching import open_residency
 from mer.opening.prefetching import Experience, load_experience, measured_rate, prefetch_mode
 from mer.opening.settings import settings_in_force
 from mer.opening.worker import Computing, Worker, open_computing
-from mer.plan.plan import plan_memory
+from mer.plan.plan import MemoryPlan, plan_memory
 from mer.sched.fingerprint import model_fingerprint
 from mer.sched.governor import PrefetchMode
 from mer.sched.kv import KVBlocks
@@ -99,8 +99,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     begun_s = time.perf_counter()
     home = Home()
     with naming_refusals(), OwnProcessStack() as stack:
-        model = load_model(config)
-        plan = plan_memory(model, config)
+        model, plan = await trio.to_thread.run_sync(_load, config)
         check_address_space(plan.used_bytes - private_bytes())
         tokenizer = await trio.to_thread.run_sync(Tokenizer.from_gguf, model.gguf)
         residency = await open_residency(config, model, plan)
@@ -211,6 +210,12 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 nursery.start_soon(scheduler.run)
                 load_s = time.perf_counter() - begun_s
                 task_status.started(engine)
+
+
+def _load(config: EngineConfig) -> tuple[Model, MemoryPlan]:
+    """Read a model's header and plan the memory: half a second each where a vocabulary has 250 thousand tokens."""
+    model = load_model(config)
+    return model, plan_memory(model, config)
 
 
 async def _compute(worker: Worker, engine: Engine) -> None:

@@ -347,14 +347,14 @@ async def test_a_full_queue_refuses_who_does_not_wait_before_its_prompt_is_looke
 
 def test_whoever_does_not_wait_loses_no_place_at_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a prompt that takes a while to encode, a place is kept for longer than a step."""
-    encode_slow = Engine._encode_slow
+    encode_aside = Engine._encode_aside
 
     async def slower(self: Engine, prompt: Any) -> Any:
         for _ in range(3):
             await trio.sleep(1)
-        return await encode_slow(self, prompt)
+        return await encode_aside(self, prompt)
 
-    monkeypatch.setattr(Engine, "_encode_slow", slower)
+    monkeypatch.setattr(Engine, "_encode_aside", slower)
 
     async def scenario(subject: Subject) -> None:
         async with open_sim_engine(max_sequences=1, max_waiting=1) as sim:

@@ -210,6 +210,11 @@ class Forward:
         found = any(damaged.data) if len(damaged) <= _FEW_ROWS else damaged.any()
         return np.flatnonzero(damaged).astype(np.int32) if found else _NO_ROWS
 
+    @property
+    def n_logits(self) -> int:
+        """How many logits the batch asks for, N * V."""
+        return len(self.batch.outputs) * self._spec.vocab_size
+
     def logits(self) -> Float32Array:
         """Return the logits [N, V] of the rows that the batch asked for, once `project` has run."""
         return self.scratch.logits[: len(self.batch.outputs), : self._spec.vocab_size].copy()

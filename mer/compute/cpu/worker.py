@@ -30,6 +30,7 @@ from mer.compute.messages import (
 from mer.errors import ComputeError, MerError
 
 _INLINE_TOKENS = 16  # a larger batch is taken over in a thread of trio's, so that the event loop goes on meanwhile
+_INLINE_LOGITS = 1 << 19  # more are copied in a thread: 2 MiB take a millisecond where they come from new pages
 
 
 class CPUWorker:
@@ -91,7 +92,7 @@ class CPUWorker:
                     job.on_started()
                     if self._program.length:
                         await self._team.wait()
-                    done = self._done(job, begun)
+                    done = await self._collect(job, begun)
                 except MerError as error:
                     done = Done(error=error, compute_s=time.perf_counter() - begun)
                 except Exception as error:
@@ -157,6 +158,13 @@ class CPUWorker:
         if self._forward is None:
             raise RuntimeError("the worker is closed")
         return self._forward
+
+    async def _collect(self, job: Job, begun: float) -> Done:
+        """Return what a job gave, copied in a thread if it is much."""
+        projects = any(isinstance(operation, Project) for operation in job.operations)
+        if projects and self._open_forward().n_logits > _INLINE_LOGITS:
+            return await trio.to_thread.run_sync(self._done, job, begun)
+        return self._done(job, begun)
 
     def _done(self, job: Job, begun: float) -> Done:
         """Collect what the job's operations ask for, once its program has finished."""

@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from mer.compute.cpu import team
+from mer.compute.cpu import worker as worker_module
 from mer.compute.cpu.forward import Forward
 from mer.compute.cpu.program import Memory, Program
 from mer.compute.cpu.team import Team
@@ -43,6 +44,7 @@ class Script:
     staged_pairs = 3
     resident_rows = 0
     threads = 2
+    n_logits = 3
 
     def __init__(
         self, act: Callable[[int], None] = lambda layer: None, build: Callable[[int], None] = lambda layer: None
@@ -51,6 +53,7 @@ class Script:
         self._steps: list[Callback] = []
         self.layers: list[int] = []
         self.begun_in: list[threading.Thread] = []
+        self.copied_in: list[threading.Thread] = []
 
     def begin(self, batch: Batch) -> None:
         self.batch = batch
@@ -82,6 +85,7 @@ class Script:
         pass
 
     def logits(self) -> Any:
+        self.copied_in.append(threading.current_thread())
         return np.zeros((1, 3), np.float32)
 
 
@@ -166,6 +170,18 @@ async def test_a_job_answers_what_its_operations_ask_for() -> None:
         assert done.logits is not None
         assert done.logits.shape == (1, 3)
         assert done.damaged is not None
+
+
+async def test_many_logits_are_copied_outside_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script()
+    async with working(script) as worker:
+        for most in (3, 2):
+            monkeypatch.setattr(worker_module, "_INLINE_LOGITS", most)
+            await worker.jobs.send(Job((Begin(some_batch()), Project())))
+            done = await worker.results.receive()
+            assert done.logits is not None
+            assert done.logits.shape == (1, 3)
+    assert [thread is threading.main_thread() for thread in script.copied_in] == [True, False]
 
 
 async def test_an_error_comes_back_with_its_job_and_the_worker_goes_on() -> None:
