@@ -168,8 +168,8 @@ def write_vocabulary(writer: Any, n: int) -> None:
     writer.add_eos_token_id(2)
 
 
-def write(path: Path, shape: Shape, mix: str, seed: int = 0) -> None:
-    """Write a model."""
+def write(path: Path, shape: Shape, mix: str, seed: int = 0, template: str | None = None) -> None:
+    """Write a model, with a chat template if there is one."""
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name(f"random {shape.arch}, {shape.layers} layers")
     writer.add_block_count(shape.layers)
@@ -189,6 +189,8 @@ def write(path: Path, shape: Shape, mix: str, seed: int = 0) -> None:
     writer.add_vocab_size(shape.vocab)
     writer.add_file_type(FILE_TYPES.get(mix, gguf.LlamaFileType.MOSTLY_Q8_0))
     write_vocabulary(writer, shape.vocab)
+    if template is not None:
+        writer.add_chat_template(template)
     found = tensors(shape, mix)
     for tensor in found:
         n_bytes = int(np.prod(tensor.shape[:-1], dtype=np.int64)) * tensor.row_bytes

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mer.testing.drawing import RandomSource, Source
     from mer.testing.hangs import fail_after
     from mer.testing.invariants import check_now, watch
+    from mer.testing.loop import Hold, LoopWatch, watch_loop
     from mer.testing.machines import MACHINE_SETTINGS, StartedTask, TrioStateMachine, machine_test, run_machine
     from mer.testing.seeds import digest, make_world, open_world, run_seed, run_world
     from mer.testing.simdisk import DiskProfile, SimDisk, open_sim_disk
@@ -43,6 +44,7 @@ _MODULES = {
     "drawing": ("RandomSource", "Source"),
     "hangs": ("fail_after",),
     "invariants": ("check_now", "watch"),
+    "loop": ("Hold", "LoopWatch", "watch_loop"),
     "machines": ("MACHINE_SETTINGS", "StartedTask", "TrioStateMachine", "machine_test", "run_machine"),
     "seeds": ("digest", "make_world", "open_world", "run_seed", "run_world"),
     "simdisk": ("DiskProfile", "SimDisk", "open_sim_disk"),
@@ -68,7 +70,9 @@ __all__ = [
     "MACHINE_SETTINGS",
     "DiskProfile",
     "Feature",
+    "Hold",
     "JobCost",
+    "LoopWatch",
     "Outcome",
     "RandomSource",
     "ReadFault",
@@ -106,6 +110,7 @@ __all__ = [
     "run_world",
     "seeded_schedule",
     "watch",
+    "watch_loop",
     "worker_faults",
     "worlds",
 ]
