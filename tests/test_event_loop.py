@@ -13,6 +13,7 @@ from mer.compute.cpu import worker
 from mer.compute.cpu.forward import Forward
 from mer.engine import LONG_IDS, LONG_STOPS, LONG_TEXT, Engine, Prompt
 from mer.model import loading
+from mer.opening import engine as opening
 from mer.sched.sampling import Draw
 from mer.testing.loop import watch_loop
 from mer.text.bpe import BpeCodec
@@ -48,6 +49,7 @@ LONG = (
     (Engine, "_checked_ids"),
     (Engine, "_prepare"),
     (loading, "check_model"),
+    (opening, "model_fingerprint"),
 )
 
 
@@ -70,14 +72,14 @@ async def test_under_load_all_that_takes_long_runs_elsewhere(path: Path, monkeyp
     monkeypatch.setattr(worker, "_INLINE_LOGITS", VOCABULARY - 1)
     with watch_loop(*LONG) as watch:
         async with mer.open_engine(path, memory="8GiB", threads=1, context=3 * LONG_IDS, max_sequences=8) as engine:
-            opening = watch.elsewhere.copy()
+            meanwhile = watch.elsewhere.copy()
             async with trio.open_nursery() as nursery:
                 for prompt in PROMPTS:
                     nursery.start_soon(ask, engine, prompt)
             stops = ["x" * 512 + str(number) for number in range(LONG_STOPS // 512)]
             await engine.generate(PROMPTS[0], max_tokens=1, sampling=SAMPLED, stop=stops)
     assert watch.on_loop == {"Engine._checked_ids": N_SHORT + 1, "Engine._prepare": len(PROMPTS) - 1}  # of few tokens
-    assert watch.elsewhere - opening == Counter(
+    assert watch.elsewhere - meanwhile == Counter(
         {
             "Draw.compute": 3 * len(PROMPTS) + 1,
             "Tokenizer.encode_parts": 2,
@@ -88,8 +90,9 @@ async def test_under_load_all_that_takes_long_runs_elsewhere(path: Path, monkeyp
             "Forward.logits": watch.elsewhere["Forward.logits"],
         }
     )
-    assert opening == {
+    assert meanwhile == {
         "loading.check_model": 1,
+        "engine.model_fingerprint": 1,
         "Tokenizer.from_gguf": 1,
         "Tokenizer.__init__": 1,
         "SpmCodec.__init__": 1,

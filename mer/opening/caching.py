@@ -12,7 +12,6 @@ from mer.config import EngineConfig
 from mer.errors import ConfigError
 from mer.model.loading import Model
 from mer.plan.plan import MemoryPlan
-from mer.sched.fingerprint import model_fingerprint
 from mer.sched.heat import HeatCounter, HeatProfile
 from mer.sched.policies.registry import DEFAULT_POLICY, CacheShape, make_policy
 from mer.sched.policy import Policy
@@ -35,7 +34,7 @@ class Residency:
             self.recorder.routed(layer, n_tokens, experts)
 
 
-async def open_residency(config: EngineConfig, model: Model, plan: MemoryPlan) -> Residency:
+async def open_residency(config: EngineConfig, model: Model, plan: MemoryPlan, fingerprint: bytes) -> Residency:
     """Make the policy, load its heat profile, and open the trace in a thread.
 
     Raises:
@@ -44,7 +43,7 @@ async def open_residency(config: EngineConfig, model: Model, plan: MemoryPlan) -
         TraceError: the trace exists and cannot be appended to.
         OSError: one of the files cannot be read or written.
     """
-    spec, fingerprint = model.spec, model_fingerprint(model.gguf)
+    spec = model.spec
     name = DEFAULT_POLICY if config.policy is None else config.policy
     profile = None
     if config.heat is not None:

@@ -99,10 +99,10 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     begun_s = time.perf_counter()
     home = Home()
     with naming_refusals(), OwnProcessStack() as stack:
-        model, plan = await trio.to_thread.run_sync(_load, config)
+        model, plan, fingerprint = await trio.to_thread.run_sync(_load, config)
         check_address_space(plan.used_bytes - private_bytes())
         tokenizer = await trio.to_thread.run_sync(Tokenizer.from_gguf, model.gguf)
-        residency = await open_residency(config, model, plan)
+        residency = await open_residency(config, model, plan, fingerprint)
         if residency.recorder is not None:
             stack.callback(residency.recorder.close)
         opened = stack.enter_context(
@@ -124,7 +124,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         stack.callback(worker.close)
         pinned = computing.pin(arena.address(0), arena.n_bytes)
         mode = prefetch_mode(config, plan)
-        experience = await load_experience(model, mode)
+        experience = await load_experience(model, mode, fingerprint)
         experts = open_expert_actors(
             experts=model.experts,
             classes=plan.classes,
@@ -145,7 +145,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             experts,
             worker=worker,
             kv=kv,
-            layout=_kv_layout(model, computing),
+            layout=_kv_layout(model, computing, fingerprint),
             batch_tokens=plan.limits.batch_tokens,
             max_sequences=plan.limits.sequences,
             max_waiting=config.max_waiting,
@@ -212,10 +212,13 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 task_status.started(engine)
 
 
-def _load(config: EngineConfig) -> tuple[Model, MemoryPlan]:
-    """Read a model's header and plan the memory: half a second each where a vocabulary has 250 thousand tokens."""
+def _load(config: EngineConfig) -> tuple[Model, MemoryPlan, bytes]:
+    """Read a model's header, plan the memory, and take the model's fingerprint.
+
+    Runs in a thread: where a vocabulary has 250 thousand tokens, the three take a second and more.
+    """
     model = load_model(config)
-    return model, plan_memory(model, config)
+    return model, plan_memory(model, config), model_fingerprint(model.gguf)
 
 
 async def _compute(worker: Worker, engine: Engine) -> None:
@@ -239,11 +242,11 @@ def _guesses(mode: PrefetchMode, reader: FileReader, experience: Experience) -> 
     return Guesses(mode=mode, bytes_per_s=measured_rate(reader), markov=experience.markov)
 
 
-def _kv_layout(model: Model, computing: Computing) -> KVLayout:
+def _kv_layout(model: Model, computing: Computing, fingerprint: bytes) -> KVLayout:
     """Return what the bytes of a KV block depend on."""
     spec = model.spec
     return KVLayout(
-        fingerprint=model_fingerprint(model.gguf),
+        fingerprint=fingerprint,
         kv_type=computing.kv_type,
         arithmetic=computing.arithmetic,
         n_layers=spec.n_routed,

@@ -15,7 +15,6 @@ from mer.io.file_reader import FileReader
 from mer.model.loading import Model
 from mer.paths import cache_folder, make_private_folder
 from mer.plan.plan import MemoryPlan
-from mer.sched.fingerprint import model_fingerprint
 from mer.sched.governor import PrefetchMode
 from mer.sched.predictor_file import PredictorFileError, load_predictor, save_predictor
 from mer.sched.predictors.markov import MarkovPredictor
@@ -56,9 +55,9 @@ def _path(fingerprint: bytes) -> Path | None:
         return None
 
 
-async def load_experience(model: Model, mode: PrefetchMode) -> Experience:
+async def load_experience(model: Model, mode: PrefetchMode, fingerprint: bytes) -> Experience:
     """Load what earlier runs have learnt of the model, if the mode has use for it."""
-    spec, fingerprint = model.spec, model_fingerprint(model.gguf)
+    spec = model.spec
     path = None if mode in ("off", "gate") else _path(fingerprint)
 
     def load(path: Path) -> MarkovPredictor | None:
