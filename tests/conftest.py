@@ -11,13 +11,16 @@ import sys
 
 import pytest
 
+WHOLE = ("not demo", "not demo and not slow")
+"""What selects the whole suite, and its fast half."""
+
 _COMPILER: pytest.StashKey[subprocess.Popen[bytes]] = pytest.StashKey()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Start compiling, unless only some tests are asked for."""
     config = session.config
-    if config.option.file_or_dir or config.option.collectonly or config.option.markexpr != "not demo":
+    if config.option.file_or_dir or config.option.collectonly or config.option.markexpr not in WHOLE:
         return
     if hasattr(config, "workerinput"):  # one of several processes of pytest-xdist, whose parent compiles
         return

@@ -201,7 +201,7 @@ class KVMachine(RuleBasedStateMachine):
 
 
 KVMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestKVMachine = KVMachine.TestCase
+TestKVMachine = pytest.mark.slow(KVMachine.TestCase)
 
 
 @given(st.integers(0, 1000), st.integers(1, 70))

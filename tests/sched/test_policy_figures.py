@@ -55,6 +55,7 @@ def routing(name: str) -> Routing:
     return Routing(reader.header.n_layers, reader.header.n_experts, events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bypass", [False, True])
 def test_the_default_has_no_fewer_hits_than_lru_on_the_article_stream(bypass: bool) -> None:
     hits = routing("article").hits(DEFAULT_POLICY, 16, bypass=bypass)
@@ -62,12 +63,14 @@ def test_the_default_has_no_fewer_hits_than_lru_on_the_article_stream(bypass: bo
     assert hits >= 14.72
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bypass", [False, True])
 @pytest.mark.parametrize(("n_slots", "least"), [(16, 89.3), (32, 92.2), (64, 94.6)])
 def test_the_default_on_the_skewed_stream(n_slots: int, least: float, bypass: bool) -> None:
     assert routing("skewed").hits(DEFAULT_POLICY, n_slots, bypass=bypass) >= least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n_slots"),
     [

@@ -46,6 +46,7 @@ ROUTERS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(events=ROUTERS)
 @settings(deadline=None, max_examples=50)
 def test_probabilities_are_the_precision_of_the_best_rank(

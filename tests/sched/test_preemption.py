@@ -212,6 +212,7 @@ async def test_two_that_preempt_each_other_both_get_on(autojump_clock: MockClock
 # --- the tokens ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=4.0, seed=7), Sampling(temperature=9.0, top_p=0.9)])
 @pytest.mark.parametrize("channel", [1, 5])
 @pytest.mark.parametrize("batch_tokens", [1, 3, 64])

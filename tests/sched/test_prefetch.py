@@ -66,6 +66,7 @@ def run(
     return trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_slots", [1, 10])
 @pytest.mark.parametrize("mode", ["markov", "gate", "auto"])
 @pytest.mark.parametrize("model", [ROTATING, RANDOM], ids=["rotating", "random"])
@@ -73,6 +74,7 @@ def test_guesses_change_no_token(mode: PrefetchMode, model: SimModel, n_slots: i
     run(mode, model, n_slots=n_slots)
 
 
+@pytest.mark.slow
 def test_what_can_be_foretold_is_there_when_it_is_needed() -> None:
     off_s, nothing, _ = run("off", ROTATING, LAGGARD, n_slots=10)
     assert nothing.issued == 0
@@ -87,6 +89,7 @@ def test_what_cannot_be_foretold_is_not_guessed() -> None:
     assert guesses.issued < 0.05 * misses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", [FAST, SLOW], ids=["fast", "slow"])
 @pytest.mark.parametrize("model", [ROTATING, RANDOM], ids=["rotating", "random"])
 def test_auto_is_never_slower_than_off(model: SimModel, profile: DiskProfile) -> None:

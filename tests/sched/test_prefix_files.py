@@ -341,6 +341,7 @@ async def test_closing_the_engine_meanwhile_leaves_nothing(
 # --- cancellation ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_cancelling_a_saving_at_any_step_leaves_nothing_behind(tmp_path: Path, saved: Path, cached: bool) -> None:
     finished: list[bool] = []

@@ -344,6 +344,7 @@ async def serve(sim: SimEngine, caller: Caller, prompt: tuple[int, ...]) -> None
     assert not scope.cancelled_caught or caller.cancelled_after_s is not None
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     st.lists(callers, min_size=2, max_size=9),

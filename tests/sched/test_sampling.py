@@ -37,6 +37,7 @@ def distribution(logits: Sequence[float], sampling: Sampling, banned: set[int]) 
     return {t: p[t] / total for t in kept}
 
 
+@pytest.mark.slow
 @given(
     st.lists(finite, min_size=2, max_size=8),
     temperatures,
@@ -104,6 +105,7 @@ def test_a_large_vocabulary_gives_the_draws_of_all_of_it_sorted(
     assert drawn == [Sampler(sampling).draw(row) for row in rows]
 
 
+@pytest.mark.slow
 def test_frequencies_are_the_distribution() -> None:
     sampling = Sampling(temperature=0.7, top_k=5, top_p=0.95, min_p=0.02, seed=3)
     logits = np.array([1.0, 0.5, 2.0, -1.0, 0.0, 1.5, -3.0], np.float32)

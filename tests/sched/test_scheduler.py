@@ -437,6 +437,7 @@ async def test_a_failed_job_fails_its_batch_and_spoils_no_expert(autojump_clock:
         await sim.check_quiet()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("job", range(8, 48, 6))
 async def test_a_failed_job_that_reads_by_itself_spoils_no_expert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,8 @@ from mer.testing.deterministic import run_seeded
 from mer.testing.seeds import run_world
 from mer.testing.strategies import worlds
 from mer.testing.world import FAULTS, Feature, SimWorld
+
+pytestmark = pytest.mark.slow
 
 orders = st.integers(0, 999)
 

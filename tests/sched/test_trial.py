@@ -207,6 +207,7 @@ def test_what_does_not_pay_takes_few_passes(seed: int, share: float, noise: floa
         assert acted <= 0.05 * n + 129
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), noise=st.sampled_from([0.0, 0.1]))
 @settings(deadline=None, max_examples=20)
 def test_what_pays_is_done_without_in_few_passes(seed: int, noise: float) -> None:

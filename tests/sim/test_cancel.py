@@ -75,6 +75,7 @@ async def beside_another(subject: Subject, body: Body) -> None:
         assert finished or subject.fired
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("body", "least"), [(generate, 4), (prefill, 10), (stream, 5)])
 def test_beside_another(body: Body, least: int, seed: int) -> None:
@@ -87,6 +88,7 @@ async def alone(subject: Subject) -> None:
         await subject.run(lambda: ask(sim, (5, 6, 7, 8, 9), 1))
 
 
+@pytest.mark.slow
 def test_alone_after_every_step_of_any_task() -> None:
     assert cancel_at_every_step(alone, any_task=True, seed=1) >= 50  # test_testers.py has seed 0
 
@@ -103,6 +105,7 @@ def test_while_tokens_are_drawn_after_every_step_of_any_task() -> None:
     assert cancel_at_every_step(scenario, any_task=True, seed=1) >= 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_in_front_of_a_full_queue(seed: int) -> None:
     async def scenario(subject: Subject) -> None:

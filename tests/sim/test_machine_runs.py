@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 from mer.testing.machines import MACHINE_SETTINGS, machine_test
@@ -13,9 +14,13 @@ from tests.sim.pool_machine import PoolMachine
 TestCache = CacheMachine.TestCase
 TestCache.settings = settings(max_examples=100, deadline=None)
 
-TestPool = PoolMachine.TestCase
+TestPool = pytest.mark.slow(PoolMachine.TestCase)
 TestPool.settings = settings(max_examples=150, deadline=None)
 
-test_fetcher = machine_test(FetchMachine, settings(MACHINE_SETTINGS, max_examples=60, stateful_step_count=40))
+test_fetcher = pytest.mark.slow(
+    machine_test(FetchMachine, settings(MACHINE_SETTINGS, max_examples=60, stateful_step_count=40))
+)
 
-test_engine = machine_test(EngineMachine, settings(MACHINE_SETTINGS, max_examples=60, stateful_step_count=30))
+test_engine = pytest.mark.slow(
+    machine_test(EngineMachine, settings(MACHINE_SETTINGS, max_examples=60, stateful_step_count=30))
+)

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,16 @@ from tests.sim import bugs
 N_SEEDS = 100
 
 
-@pytest.mark.parametrize("first", range(0, N_SEEDS, 25))
-def test_seeds(first: int) -> None:
-    for seed in range(first, first + 25):
+FEW = 5  # seeds that run every time
+PORTIONS: list[Any] = [
+    (0, FEW),
+    *(pytest.param(max(FEW, first), first + 25, marks=pytest.mark.slow) for first in range(0, N_SEEDS, 25)),
+]
+
+
+@pytest.mark.parametrize(("first", "end"), PORTIONS)
+def test_seeds(first: int, end: int) -> None:
+    for seed in range(first, end):
         try:
             run_seed(seed)
         except BaseException as error:
@@ -31,6 +39,7 @@ def test_seeds(first: int) -> None:
             raise
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_in_every_process() -> None:
     code = (
         "import sys; from mer.testing.seeds import run_seed; assert 'numba' not in sys.modules;"  # it takes a second

@@ -19,6 +19,8 @@ from tests.sim.guesses import check_guesses
 from tests.sim.pool_machine import PoolMachine
 from tests.sim.test_cancel import alone
 
+pytestmark = pytest.mark.slow
+
 FEW = settings(
     max_examples=60,
     stateful_step_count=40,

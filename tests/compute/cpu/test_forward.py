@@ -85,6 +85,7 @@ def test_float_models_equal_hugging_face(shape: dict[str, Any], tmp_path: Path) 
     assert (error(logits(model.path, tokens), want)[part] < 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("window", [1, 7, 63, 65, 100])
 def test_windows_equal_hugging_face(arch: Any, window: int, tmp_path: Path) -> None:
@@ -134,6 +135,7 @@ def test_half_models_equal_the_reference(arch: Any, kind: Type, tmp_path: Path) 
     assert (error(logits(path, tokens), ReferenceModel(path).logits(tokens))[part] < 1e-5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_models_equal_the_reference_on_int8_activations(arch: Any, kind: Type, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ BATCHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_one_job_gives_the_bits_of_many(tmp_path: Path, kind: Type, threads: int) -> None:

@@ -227,6 +227,7 @@ shapes = st.builds(
 LENGTHS = [1, 2, 63, 64, 65, 129, 200, SPAN + 1, 2 * SPAN + 70]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(shape=shapes, length=st.sampled_from(LENGTHS), n_threads=st.integers(1, 4), data=st.data())
 def test_any_layer_in_two_chunks(shape: Shape, length: int, n_threads: int, data: st.DataObject) -> None:

@@ -74,6 +74,7 @@ def test_answers_are_allowed_with_several_classes_of_slots(
         cache.event(layer, tuple(experts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "layer-lru"])
 @given(routing=routings(max_experts=8), data=st.data())
 @settings(max_examples=60, deadline=None)
@@ -131,6 +132,7 @@ class GivesUpTooEarly(LFRU):
         return lowest if lowest is None or lowest == (layer, newcomer) or evictable(lowest) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [GivesUpPinned, ForgetsToRemove, RefusesUnasked, GivesUpTooEarly])
 def test_a_broken_policy_is_caught(broken: type[LayerLRU] | type[LFRU]) -> None:
     def fails(case: tuple[tuple[int, int, list[Event]], int, bool]) -> bool:
@@ -167,6 +169,7 @@ def test_the_default_hits_in_a_cycle_larger_than_the_cache(n_slots: int, bypass:
     assert hits == 0
 
 
+@pytest.mark.slow
 @given(
     n_layers=st.integers(1, 4),
     impatient=st.booleans(),

@@ -136,6 +136,7 @@ def test_lfru_learns_from_every_layer_alike() -> None:
     assert set(lessons.values()) == {10}
 
 
+@pytest.mark.slow
 def test_lfru_likelihoods_are_kept_promises() -> None:
     """Of the experts that are said to be used with some likelihood, about that share is."""
     policy = LFRU(32, 8)
