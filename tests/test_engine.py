@@ -217,7 +217,7 @@ def engine_config(path: Path) -> mer.EngineConfig:
 async def test_experts_that_are_damaged_in_memory_are_read_again(tiny: TinyModel, slots: int) -> None:
     async with mer.open_engine(tiny.path, memory=MEMORY, slots=slots, prefetch="off") as engine:
         want = await engine.generate([7, 8, 9], max_tokens=6)
-        cache = engine._scheduler._store.cache
+        cache = engine._scheduler._store.residents.cache
         for layer in range(engine.spec.n_routed):
             for key, resident in cache.items():
                 if key[0] == layer:

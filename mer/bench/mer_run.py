@@ -104,13 +104,13 @@ class MerRun:
             run = LayerRun(store, link, layer, staged=True, pairs=len(experts), worth_bytes=WORTH_BYTES)
             result = await run.run(experts, _always)
             for error in result.failed.values():
-                store.unpin(layer, result.pinned, used=False)
+                store.residents.unpin(layer, result.pinned, used=False)
                 raise error
             following: tuple[Operation, ...] = ()
             if at + 1 < len(events):
                 following = begin(at + 1), Attend(events[at + 1][0])
             done = await link.run(RunExperts(layer, result.pinned), Combine(layer), Project(), *following)
-            store.unpin(layer, result.pinned, used=True)
+            store.residents.unpin(layer, result.pinned, used=True)
             assert done.logits is not None
             self._count()
             self._tally.end_iteration(done.logits, link.compute_s, time.perf_counter() - begun_s)
@@ -122,7 +122,7 @@ class MerRun:
 
     def _count(self) -> None:
         tally, cache, fetcher = self._tally, self._cache.statistics(), self._fetcher.statistics()
-        guesses = self._store.speculation(Priority.PREFETCH)
+        guesses = self._store.speculation.statistics(Priority.PREFETCH)
         tally.lookups, tally.hits, tally.reads = cache.lookups, cache.hits, fetcher.started
         tally.prefetches, tally.prefetches_used = guesses.issued, guesses.used + guesses.promoted
         tally.bytes_read = fetcher.started * self._data.plan.geometry.expert_bytes

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import attrs
 import trio
@@ -36,6 +36,19 @@ _LOANS_TO_SKIP: Final = 64  # after reads that a job has not waited for: the dis
 _DOWN: Final = 2  # index of the down projection: gate and up come before it in the order of parts
 
 
+class FetchListener(Protocol):
+    """Whoever has asked for a fetch; neither call may raise."""
+
+    def inner_landed(self, fetch: Fetch) -> None:
+        """Take note that gate and up matrices have landed while the down matrix has not."""
+
+    def landed(self, fetch: Fetch) -> None:
+        """Take note that a fetch has landed or failed, before any task that waits for it runs.
+
+        Its slot is READY, or FREE or QUARANTINED when `fetch.error` is set.
+        """
+
+
 @attrs.define(eq=False)
 class Fetch:
     """One expert on its way into a slot.
@@ -46,6 +59,7 @@ class Fetch:
         slot: where it goes; the fetch's own until it is done.
         addresses: where the bytes of gate, up and down begin in memory; valid to read after the wait for them.
         priority: of its reads; raised by `Fetcher.promote`.
+        listener: told of what has landed; whoever takes the fetch over puts itself there.
         inner_landed: whether gate and up are in memory.
         done: whether it is over: landed, failed or abandoned.
         begun_s: when it was started.
@@ -57,6 +71,7 @@ class Fetch:
     slot: int
     addresses: tuple[int, int, int]
     priority: Priority
+    listener: FetchListener | None
     begun_s: float = attrs.field(factory=trio.current_time, init=False)
     inner_landed: bool = attrs.field(default=False, init=False)
     done: bool = attrs.field(default=False, init=False)
@@ -136,9 +151,6 @@ class Fetcher:
         classes: the sizes of the slots.
         expert_map: where every expert lies in the files.
         reader: reads them.
-        on_inner: told of a fetch whose gate and up matrices have landed while its down matrix has not.
-        on_done: told of every fetch that has landed or failed, after its slot has become READY, or FREE or QUARANTINED
-            when `fetch.error` is set, and before any task that waits for it runs. Neither callback may raise.
         read_deadline_s: see above.
         job_reads: what jobs that read by themselves are lent; by default none does.
 
@@ -155,8 +167,6 @@ class Fetcher:
         expert_map: ExpertMap,
         reader: Reader,
         *,
-        on_inner: Callable[[Fetch], None] | None = None,
-        on_done: Callable[[Fetch], None] | None = None,
         read_deadline_s: float = DEFAULT_READ_DEADLINE_S,
         job_reads: JobReads | None = None,
     ) -> None:
@@ -184,8 +194,6 @@ class Fetcher:
         self._alignment = classes.alignment
         self._experts = expert_map.experts
         self._reader = reader
-        self._on_inner = on_inner
-        self._on_done = on_done
         self._deadline_s = read_deadline_s
         self._job_reads = job_reads
         self._loans_to_skip = 0
@@ -234,10 +242,24 @@ class Fetcher:
                 )
         return None
 
-    def start(self, layer: int, expert: int, slot: int, priority: Priority = Priority.DEMAND) -> Fetch:
+    def start(
+        self,
+        layer: int,
+        expert: int,
+        slot: int,
+        priority: Priority = Priority.DEMAND,
+        listener: FetchListener | None = None,
+    ) -> Fetch:
         """Start the reads of an expert into a leased slot (FILLING), gate and up before down.
 
         The slot is the fetcher's from here on; it stays with the caller if this raises.
+
+        Args:
+            layer: of the expert.
+            expert: its number.
+            slot: where to.
+            priority: of the reads.
+            listener: told of what has landed, by default nobody.
 
         Raises:
             EngineClosed: the reader is closed.
@@ -252,7 +274,7 @@ class Fetcher:
         if refusal is not None:
             self._counts.refused += 1
             raise refusal
-        fetch = self._prepare(layer, expert, slot, priority)
+        fetch = self._prepare(layer, expert, slot, priority, listener)
         self._start_reads(fetch, range(3))
         self._note_fetch(fetch)
         return fetch
@@ -288,7 +310,7 @@ class Fetcher:
 
         Reads that have not begun are cancelled; the slot is QUARANTINED until the others land, then FREE. The expert
         counts as not in flight from here on, so it may be fetched again, into another slot. Whoever still waits for
-        the fetch gets RuntimeError; `on_done` is not called.
+        the fetch gets RuntimeError; its listener hears nothing more.
 
         Raises:
             RuntimeError: the fetch is over.
@@ -315,7 +337,7 @@ class Fetcher:
             return None
         return reads if reads.lend([self._pool.has_free(kind) for kind in range(self._pool.n_kinds)], kept) else None
 
-    def take_back(self, on_evicted: Callable[[ExpertKey], None]) -> list[JobRead]:
+    def take_back(self, on_evicted: Callable[[ExpertKey], None], listener: FetchListener) -> list[JobRead]:
         """End the loan behind the job; return what it has begun to read, in order.
 
         Slots of experts that have landed are READY. The others are fetches in flight now, as if they had been started
@@ -323,6 +345,7 @@ class Fetcher:
 
         Args:
             on_evicted: told of every resident whose slot the job has taken; the slot must be FILLING afterwards.
+            listener: told of these fetches.
         """
         assert self._job_reads is not None
         begun = self._job_reads.take_back()
@@ -335,7 +358,7 @@ class Fetcher:
         self._counts.handed_over += len(open_reads)
         if any(read.late for read in open_reads):
             self._loans_to_skip = _LOANS_TO_SKIP
-        fetches = [self._prepare(read.layer, read.expert, read.slot, Priority.DEMAND) for read in open_reads]
+        fetches = [self._prepare(read.layer, read.expert, read.slot, Priority.DEMAND, listener) for read in open_reads]
         for read, fetch in zip(open_reads, fetches, strict=True):
             given = [part for part in range(3) if read.tokens[part] is not None]
             for part in given:
@@ -423,7 +446,7 @@ class Fetcher:
             **self._counts.as_dict(),
         )
 
-    def _prepare(self, layer: int, expert: int, slot: int, priority: Priority) -> Fetch:
+    def _prepare(self, layer: int, expert: int, slot: int, priority: Priority, listener: FetchListener | None) -> Fetch:
         """Return the fetch with its reads of gate, up and down, none of them started."""
         extents = self._experts[layer][expert]
         layout = extents.layout(self._alignment)
@@ -436,7 +459,7 @@ class Fetcher:
         hulls = [aligned_hull(part.offset, part.n_bytes, self._alignment) for part in parts]
         base = self._arena.address(slot)
         gate, up, down = (base + begin + lead for begin, (_, _, lead) in zip(offsets, hulls, strict=True))
-        fetch = Fetch(layer, expert, slot, (gate, up, down), priority)
+        fetch = Fetch(layer, expert, slot, (gate, up, down), priority, listener)
         fetch._reads += [
             ReadOperation(
                 file=part.file,
@@ -496,8 +519,8 @@ class Fetcher:
             fetch.inner_landed = True
             fetch._inner.set()
             if fetch._missing:
-                if self._on_inner is not None:
-                    self._on_inner(fetch)
+                if fetch.listener is not None:
+                    fetch.listener.inner_landed(fetch)
                 return
         if not fetch._missing:
             del self._in_flight[fetch.key]
@@ -507,8 +530,8 @@ class Fetcher:
             self._touched[fetch.slot] = 1
             fetch._reads.clear()  # they refer to the slot's memory, and back to the fetch
             self._pool.landed(fetch.slot)
-            if self._on_done is not None:
-                self._on_done(fetch)
+            if fetch.listener is not None:
+                fetch.listener.landed(fetch)
 
     def _part_failed(self, fetch: Fetch, index: int, error: ReadError) -> None:
         tries = fetch._tries[index]
@@ -568,8 +591,8 @@ class Fetcher:
         fetch.error = error
         self._classes[fetch.priority].failed += 1
         self._give_up(fetch)
-        if self._on_done is not None:
-            self._on_done(fetch)
+        if fetch.listener is not None:
+            fetch.listener.landed(fetch)
 
     def _give_up(self, fetch: Fetch) -> None:
         """End a fetch that has not landed; its slot is free once no read writes into it and nobody holds it."""

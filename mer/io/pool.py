@@ -22,6 +22,10 @@ class SlotState(enum.IntEnum):
     QUARANTINED = 4  # nobody wants the bytes, but the kernel may still write into it
 
 
+def keeps_all(_: Ticket) -> None:
+    """Give up no slot."""
+
+
 @attrs.define(eq=False)
 class Ticket:
     """A place in line for one slot.
@@ -32,6 +36,8 @@ class Ticket:
         priority: of the read that the slot is for.
         on_granted: called once, with the ticket, when its slot has become FILLING; synchronous, possibly before
             `request` has returned.
+        evict: called with the ticket when no slot is free: it forgets what one READY slot of the ticket's kind holds
+            and returns that slot, or None if the owner of the READY slots keeps them all.
         slot: the slot, once granted.
     """
 
@@ -39,6 +45,7 @@ class Ticket:
     kind: int
     priority: Priority
     on_granted: Callable[[Ticket], None]
+    evict: Callable[[Ticket], int | None] = keeps_all
     slot: int | None = None
 
 
@@ -68,10 +75,6 @@ class BufferPool:
     Everything is synchronous, and a transition that does not fit the slot's state raises RuntimeError and changes
     nothing. To be used from the trio thread alone.
 
-    Attributes:
-        evict: the owner of the READY slots sets it: called with a ticket, it forgets what one READY slot of the
-            ticket's kind holds and returns that slot, or None if it keeps them all.
-
     Args:
         slot_counts: number of slots of each kind, at least 1 each; slots are numbered from 0, kind after kind.
         reserve: slots that speculation leaves to demand, of each kind or of all, at least 1 (a kind with no more slots
@@ -87,7 +90,6 @@ class BufferPool:
             raise ConfigError(f"a buffer pool needs at least 1 slot of each kind, not {list(slot_counts)}")
         if len(reserves) != len(slot_counts) or min(reserves) < 1:
             raise ConfigError(f"demand needs a reserve of at least 1 slot of each kind, not {reserve}")
-        self.evict: Callable[[Ticket], int | None] = lambda _: None
         self.n_slots, self.n_kinds = sum(slot_counts), len(slot_counts)
         self._reserves = reserves
         self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
@@ -158,7 +160,7 @@ class BufferPool:
         self.request(ticket)
 
     def serve(self) -> None:
-        """Grant what can be granted; for owners whose `evict` would now answer otherwise."""
+        """Grant what can be granted; for owners whose tickets' `evict` would now answer otherwise."""
         if self._serving or not self._n_waiting:
             return
         self._serving = True
@@ -240,7 +242,7 @@ class BufferPool:
             slot = self._free[kind].pop()
             self._move(slot, SlotState.FILLING, SlotState.FREE)
         else:
-            given_up = self.evict(ticket)
+            given_up = ticket.evict(ticket)
             if given_up is None:
                 return False
             slot = given_up

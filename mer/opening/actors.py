@@ -111,7 +111,7 @@ def open_expert_actors(
         lending: what jobs may be lent for reads of their own; by default nothing.
         guesses: how to guess; by default nothing is.
         read_deadline_s: when a read that gives no answer is given up.
-        on_fetched: told of every fetch that has landed or failed, before the store; it may not raise.
+        on_fetched: see `ExpertStore`.
 
     Raises:
         ConfigError: the arena does not fit the experts or the reader, or the deadline is not positive.
@@ -122,25 +122,7 @@ def open_expert_actors(
     cache = ExpertCache(policy, shape)
     lending = lending or Lending()
     job_reads, why = open_job_reads(experts, classes, arena, lending.lender, lending.reason, cache, tier)
-    store = ExpertStore(cache, pool, classes.kind_of, tier)
-
-    def fetched(fetch: Fetch) -> None:
-        if on_fetched is not None:
-            on_fetched(fetch)
-        store.landed(fetch)
-
-    fetcher = Fetcher(
-        pool,
-        arena,
-        classes,
-        experts,
-        reader,
-        on_done=fetched,
-        on_inner=store.inner_landed,
-        read_deadline_s=read_deadline_s,
-        job_reads=job_reads,
-    )
-    store.attach(fetcher)
+    fetcher = Fetcher(pool, arena, classes, experts, reader, read_deadline_s=read_deadline_s, job_reads=job_reads)
     prefetcher = None
     if guesses is not None:
         facts = DiskFacts(
@@ -149,14 +131,9 @@ def open_expert_actors(
             chunk_bytes=guesses.chunk_bytes,
         )
         prefetcher = Prefetcher(
-            guesses.mode,
-            store,
-            facts,
-            n_layers=shape[0],
-            n_experts=shape[1],
-            top_k=top_k,
-            markov=guesses.markov,
+            guesses.mode, facts, n_layers=shape[0], n_experts=shape[1], top_k=top_k, markov=guesses.markov
         )
+    store = ExpertStore(cache, pool, fetcher, classes.kind_of, tier=tier, prefetcher=prefetcher, on_fetched=on_fetched)
     return ExpertActors(
         experts=experts,
         top_k=top_k,

@@ -137,7 +137,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             guesses=_guesses(mode, reader, experience),
         )
         cache, store, fetcher, prefetcher = experts.cache, experts.store, experts.fetcher, experts.prefetcher
-        stack.callback(store.stop_reads)
+        stack.callback(store.loans.stop)
         if prefetcher is not None:
             stack.callback(experience.save, prefetcher.markov)
         kv = KVBlocks(plan.limits.kv_blocks, KV_TILE, prefix_reuse=config.prefix_reuse)
@@ -161,14 +161,14 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 load_s=load_s,
                 dense_bytes_read=dense_bytes_read,
                 bytes_read=model.gguf.header_bytes_read + reader.statistics().bytes_read,
-                stalled_s=store.stalled_s,
+                stalled_s=store.waiting.stalled_s,
                 private_bytes=private_bytes(),
                 peak_rss_bytes=peak_rss_bytes(),
                 settings=settings,
                 scheduler=scheduler.statistics(),
                 cache=cache.statistics(),
-                read_ahead=store.speculation(Priority.READ_AHEAD),
-                prefetch=store.speculation(Priority.PREFETCH),
+                read_ahead=store.speculation.statistics(Priority.READ_AHEAD),
+                prefetch=store.speculation.statistics(Priority.PREFETCH),
                 predictors=None if prefetcher is None else prefetcher.statistics(),
                 pool=experts.pool.statistics(),
                 fetcher=fetcher.statistics(),

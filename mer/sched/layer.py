@@ -10,7 +10,8 @@ import trio
 
 from mer.compute.messages import Done, Job, LoadedExpert, Operation, RunExperts, nothing
 from mer.errors import EngineClosed, MerError
-from mer.sched.store import Claim, ExpertStore
+from mer.sched.store import ExpertStore
+from mer.sched.traffic import Claim
 
 
 class WorkerLink:
@@ -98,7 +99,7 @@ class LayerRun:
             MerError: a job failed; the experts it ran on are dropped.
         """
         store = self._store
-        self._ready, self._claims = store.claim(self._layer, experts)
+        self._ready, self._claims = store.claims.claim(self._layer, experts)
         # up to some rows, an expert takes as long as its weights take from memory
         self._worth_bytes //= max(1, self._pairs // (len(experts) or 1) // _CHEAP_ROWS)
         for claim in self._claims:
@@ -111,14 +112,14 @@ class LayerRun:
                     await self._run_ready()
                 elif self._claims:
                     self._tell()
-                    store.fail_starved()
+                    store.claims.fail_starved()
                     if all(claim.error is None for claim in self._claims):
-                        await store.wait_for_change(self._worth_bytes - self._ready_bytes())
+                        await store.waiting.wait_for_change(self._worth_bytes - self._ready_bytes())
         except BaseException:
-            store.unpin(self._layer, self._ready, used=False)
+            store.residents.unpin(self._layer, self._ready, used=False)
             raise
         finally:
-            store.give_up(self._claims)
+            store.claims.give_up(self._claims)
         self._tell()
         return LayerResult(tuple(self._ready), self._failed)
 
@@ -144,12 +145,12 @@ class LayerRun:
         for claim in self._claims:
             if claim.error is not None:
                 self._failed[claim.key[1]] = claim.error
-                store.give_up([claim])
+                store.claims.give_up([claim])
             elif claim.landed:
-                self._ready.append(store.take(claim))
+                self._ready.append(store.claims.take(claim))
             else:
                 waiting.append(claim)
-                if claim.staged and store.inner_ready(claim):
+                if claim.staged and store.claims.inner_ready(claim):
                     self._inner.append(claim)
         self._claims = waiting
 
@@ -158,14 +159,14 @@ class LayerRun:
         store = self._store
         ready, self._ready = self._ready, []
         inner, self._inner = self._inner, []
-        parts = [store.begin_inner(claim) for claim in inner]
+        parts = [store.claims.begin_inner(claim) for claim in inner]
         try:
             done = await self._link.run(RunExperts(self._layer, (*ready, *parts)), on_started=self._tell)
         except BaseException:  # the job failed, or the engine closes while the worker is still at it
             for claim in inner:
-                store.end_inner(claim, done=False)
-            store.discard(self._layer, ready)
+                store.claims.end_inner(claim, done=False)
+            store.residents.discard(self._layer, ready)
             raise
         for claim in inner:
-            store.end_inner(claim, done=True)
-        store.unpin(self._layer, ready, used=True, arranged=done.arranged)
+            store.claims.end_inner(claim, done=True)
+        store.residents.unpin(self._layer, ready, used=True, arranged=done.arranged)

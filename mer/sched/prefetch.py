@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 import numpy as np
@@ -17,7 +17,6 @@ from mer.sched.predict import Prediction, Predictor
 from mer.sched.predictors.best import BestPredictor, PredictionScore
 from mer.sched.predictors.gate import GatePredictor
 from mer.sched.predictors.markov import MarkovPredictor
-from mer.sched.store import ExpertStore
 
 _GUESSES_AT_ONCE: Final = 4  # some are read, and some are ready to be read next
 _PASSES_PER_LESSON: Final = 4  # while nothing is guessed: what is learnt then is for later, and takes time now
@@ -41,16 +40,29 @@ class DiskFacts:
     chunk_bytes: int  # the largest single read
 
 
+class GuessReader(Protocol):
+    """What reads guesses."""
+
+    @property
+    def guessing(self) -> int:
+        """How many experts are being read ahead or on a guess."""
+
+    def price(self, key: ExpertKey) -> float | None:
+        """Return the probability that who would leave is used; None if there is no need or no room for the expert."""
+
+    def prefetch(self, key: ExpertKey, probability: float) -> bool:
+        """Start reading an expert; return whether it was done."""
+
+
 class Prefetcher:
     """Turns predictions for the next layer into reads.
 
     A guess is read only while no layer waits for a read, a few at a time, and only into a slot that is free or
     whose expert is less likely to be used than the guess. When the next layer asks, what it needs becomes demand and
-    the rest is given up. Synchronous; used by the scheduler's task and by the store's callbacks.
+    the rest is given up. Synchronous; used by the scheduler's task and by the callbacks of `Speculation`.
 
     Args:
         mode: which predictions, and whether they must pay; anything but "off".
-        store: reads the guesses; its `on_idle` becomes this one's.
         disk: what a guess costs.
         n_layers: L.
         n_experts: E, of a layer.
@@ -61,7 +73,6 @@ class Prefetcher:
     def __init__(
         self,
         mode: PrefetchMode,
-        store: ExpertStore,
         disk: DiskFacts,
         *,
         n_layers: int,
@@ -69,7 +80,7 @@ class Prefetcher:
         top_k: int,
         markov: MarkovPredictor | None = None,
     ) -> None:
-        self._store, self._disk, self._n_layers = store, disk, n_layers
+        self._disk, self._n_layers = disk, n_layers
         self.governor = Governor(mode)
         self.markov = None if mode == "gate" else markov or MarkovPredictor(n_layers, n_experts, top_k)
         self._gate = None if mode == "markov" else GatePredictor(n_layers, n_experts, top_k)
@@ -83,7 +94,6 @@ class Prefetcher:
         self._began_s = 0.0  # when the pass began
         self._idle_since_s: float | None = None
         self._idle_s = 0.0  # usual time from there to the next layer's claims
-        store.on_idle = self.idle
 
     @property
     def asks_gate(self) -> bool:
@@ -94,6 +104,8 @@ class Prefetcher:
         self, layer: int, experts: Sequence[int], predicted_ids: npt.NDArray[np.int32] | None, *, guess: bool
     ) -> None:
         """Note what a layer uses, and guess what the next one will; to be called when the layer's experts are claimed.
+
+        `idle` follows, if nothing is being read that the layer waits for.
 
         Args:
             layer: the one that runs.
@@ -110,8 +122,6 @@ class Prefetcher:
         self._guesses.clear()
         if guess and self.governor.allowed:
             self._guesses.extend(self._predictor.predict(target))
-        if not self._store.loading:
-            self.idle()
 
     def passed(self, layer: int, experts: Sequence[int]) -> None:
         """Note what a layer has used that the worker has passed by itself, without a guess."""
@@ -138,15 +148,14 @@ class Prefetcher:
         self._guesses.clear()
         self._idle_since_s = None
 
-    def idle(self) -> None:
-        """Start the next guesses that are worth it, if nothing is being read that a layer waits for."""
-        store = self._store
+    def idle(self, reader: GuessReader) -> None:
+        """Let the next guesses that are worth it be read, as nothing is being read that a layer waits for."""
         if self._idle_since_s is None:
             self._idle_since_s = trio.current_time()
         needed_in_s = self._idle_s - (trio.current_time() - self._idle_since_s)
-        while self._guesses and not store.loading and store.guessing < _GUESSES_AT_ONCE:
+        while self._guesses and reader.guessing < _GUESSES_AT_ONCE:
             key, probability = self._guesses.popleft()
-            victim = store.price(key)
+            victim = reader.price(key)
             if victim is None:
                 continue
             candidate = Candidate(
@@ -159,7 +168,7 @@ class Prefetcher:
                 chunk_bytes=self._disk.chunk_bytes,
                 victims=[victim],
             )
-            if self.governor.select([candidate], conditions) and store.prefetch(key, probability):
+            if self.governor.select([candidate], conditions) and reader.prefetch(key, probability):
                 self.governor.started(key, probability)
 
     def statistics(self) -> PrefetchStatistics:

@@ -179,9 +179,9 @@ class Scheduler:
         for sequence in cancelled:
             self._let_go(sequence)
         if all(sequence.cancelled for sequence in self._running):
-            self._store.stop_reads()
+            self._store.loans.stop()
         self._wake_up()
-        self._store.wake()
+        self._store.waiting.wake()
 
     def _wake_up(self) -> None:
         """Let `run` go on if it waits for something to do."""
@@ -238,7 +238,7 @@ class Scheduler:
 
     def _drop_speculation(self) -> None:
         """Ask for nothing more ahead of time: no batch is to come."""
-        self._store.drop_ahead()
+        self._store.speculation.drop_ahead()
         if self._prefetcher is not None:
             self._prefetcher.stop()
 
@@ -418,7 +418,7 @@ class Scheduler:
 
     def _forget_used(self) -> int:
         """Drop the experts that the last batch has used, any of which may be damaged in memory; return how many."""
-        return sum(self._store.forget(layer, experts) for layer, experts in self._walk.used)
+        return sum(self._store.residents.forget(layer, experts) for layer, experts in self._walk.used)
 
     def _doubt(self, sequence: Sequence, forgotten: int) -> None:
         """Let rows that gave NaN be computed again with experts that are read anew; fail them if that was done before.

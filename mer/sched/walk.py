@@ -94,25 +94,25 @@ class LayerWalk:
         def catch_up() -> None:
             while late:
                 late.pop(0)()
-            store.cache.settle()
+            store.residents.cache.settle()
 
         layer = 0
         while True:
             following = self._next(layer, batch, (pinned_layer, pinned))
-            store.keeps_all = len(following) > 1
+            store.residents.keeps_all = len(following) > 1
             try:
                 done = await self._link.run(*operations, *following, on_started=catch_up)
             except BaseException as failure:
                 catch_up()
-                store.discard(pinned_layer, pinned)
+                store.residents.discard(pinned_layer, pinned)
                 if isinstance(failure, MerError) and not isinstance(failure, EngineClosed):  # else the job goes on
-                    store.drop(store.take_back())
+                    store.loans.drop(store.loans.take_back())
                 raise
             finally:
-                store.let_leave()
-            used = partial(store.unpin, pinned_layer, pinned, used=True, arranged=done.arranged)
+                store.residents.let_leave()
+            used = partial(store.residents.unpin, pinned_layer, pinned, used=True, arranged=done.arranged)
             if done.routes is not None:
-                layer += self._note_passed(layer, done, store.take_back())
+                layer += self._note_passed(layer, done, store.loans.take_back())
             if done.logits is not None:
                 used()
                 if self._prefetcher is not None:
@@ -120,16 +120,16 @@ class LayerWalk:
                 return done
             if not wanted():
                 used()
-                store.cache.missed(())
+                store.residents.cache.missed(())
                 return None
             assert done.expert_ids is not None
             ids = done.expert_ids
             union = union_of(ids, members)
             self.used.append((layer, union))
             routed = partial(self._routed, layer, union, done, members)
-            resident = store.pin_resident(layer, union)
+            resident = store.residents.pin_all(layer, union)
             if resident is not None:
-                late += used, store.claimed, routed
+                late += used, store.speculation.withdraw, routed
                 pinned_layer, pinned = layer, resident
             else:
                 used()
@@ -138,7 +138,7 @@ class LayerWalk:
                 result = await run.run(union, wanted, routed)
                 pinned_layer, pinned = layer, result.pinned
                 if not wanted():
-                    store.unpin(pinned_layer, pinned, used=False)
+                    store.residents.unpin(pinned_layer, pinned, used=False)
                     return None
                 for expert, error in result.failed.items():
                     for member in members:
@@ -151,12 +151,12 @@ class LayerWalk:
         """Return what follows the experts of the layer before this one."""
         if layer == self._n_layers:
             return (Project(),)
-        prefetcher, addresses = self._prefetcher, self._store.cache.addresses
-        if prefetcher is not None and prefetcher.governor.allowed and not self._store.all_held:
+        prefetcher, addresses = self._prefetcher, self._store.residents.cache.addresses
+        if prefetcher is not None and prefetcher.governor.allowed and not self._store.residents.all_held:
             return (Attend(layer, predict=prefetcher.asks_gate),)
         if addresses is None or len(batch.tokens) > self._resident_rows:
             return (Attend(layer),)
-        return Attend(layer), RunResident(layer, addresses, self._store.lend(*pinned)), Project()
+        return Attend(layer), RunResident(layer, addresses, self._store.loans.lend(*pinned)), Project()
 
     def _note_passed(self, layer: int, done: Done, reads: list[JobRead]) -> int:
         """Account for the layers from this one on that the worker has passed by itself; return how many.
@@ -171,18 +171,18 @@ class LayerWalk:
         for number, ids in enumerate(passed, layer):
             union = sorted(set(ids.ravel().tolist()))  # of those who have left meanwhile too
             used = [read for read in reads if read.layer == number]
-            self._store.cache.passed(number, union, len(used))
+            self._store.residents.cache.passed(number, union, len(used))
             self.used.append((number, union))
             for read in used:
-                self._store.keep(read)
+                self._store.loans.keep(read)
             if self._on_routed is not None:
                 self._on_routed(number, len(ids), union)
             if self._prefetcher is not None:
                 self._prefetcher.passed(number, union)
         unused = [read for read in reads if read.layer == layer + len(passed)]
-        self._store.cache.missed((read.layer, read.expert) for read in unused)
+        self._store.residents.cache.missed((read.layer, read.expert) for read in unused)
         for read in unused:
-            self._store.keep(read)
+            self._store.loans.keep(read)
         return len(passed)
 
     def _routed(self, layer: int, union: list[int], done: Done, members: list[Member]) -> None:
@@ -192,9 +192,10 @@ class LayerWalk:
             self._on_routed(layer, len(done.expert_ids), union)
         certain = self._is_next_certain(layer, done.expert_ids.shape, len(union) / len(self._experts), members)
         if certain:
-            self._store.read_ahead((layer + 1) % self._n_layers, self._experts)
+            self._store.speculation.read_ahead((layer + 1) % self._n_layers, self._experts)
         if self._prefetcher is not None:
             self._prefetcher.routed(layer, union, done.predicted_ids, guess=not certain)
+            self._store.speculation.guess()
 
     def _is_next_certain(self, layer: int, shape: tuple[int, ...], union_share: float, members: list[Member]) -> bool:
         """Return whether the batch is so large that it will need every expert of the next layer.

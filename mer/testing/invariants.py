@@ -44,7 +44,7 @@ def check_now(sim: SimEngine) -> None:
             counts.promoted_out + counts.landed + counts.failed + counts.abandoned + counts.in_flight
         )
     for priority in (Priority.READ_AHEAD, Priority.PREFETCH):
-        guesses = sim.store.speculation(priority)
+        guesses = sim.store.speculation.statistics(priority)
         fates = (guesses.used, guesses.promoted, guesses.evicted_unused, guesses.cancelled, guesses.failed)
         assert guesses.issued == sum(fates) + guesses.in_flight + guesses.resident_unused, (
             "the fate of a guess is not known"

@@ -225,11 +225,12 @@ class SimEngine:
         assert cache.hits + cache.misses == cache.lookups
         assert cache.resident + cache.evictions <= fetcher.landed
         assert fetcher.started == fetcher.landed + fetcher.failed + fetcher.abandoned + fetcher.in_flight
-        speculation = [self.store.speculation(priority) for priority in (Priority.READ_AHEAD, Priority.PREFETCH)]
+        guessed = Priority.READ_AHEAD, Priority.PREFETCH
+        speculation = [self.store.speculation.statistics(priority) for priority in guessed]
         assert fetcher.started <= cache.misses + sum(guesses.issued for guesses in speculation)
         for guesses in speculation:
             assert guesses.issued == sum(attrs.astuple(guesses)) - guesses.issued
-        if self.store.lent:  # a job was left alone when the engine was closed, and its reads with it
+        if self.store.loans.lent:  # a job was left alone when the engine was closed, and its reads with it
             assert self.engine._closed
             return
         assert fetcher.reads_started == 3 * fetcher.started + fetcher.retried == len(self.disk.log)

@@ -108,14 +108,21 @@ class Rig:
     arena: Arena
     experts: ExpertMap
     fetcher: Fetcher
-    inner: list[Fetch]  # what `on_inner` was told
-    done: list[Fetch]  # what `on_done` was told
-    done_s: list[float]  # when
+    inner: list[Fetch] = attrs.Factory(list)  # of which gate and up have landed alone
+    done: list[Fetch] = attrs.Factory(list)  # that have landed or failed
+    done_s: list[float] = attrs.Factory(list)  # when
+
+    def inner_landed(self, fetch: Fetch) -> None:
+        self.inner.append(fetch)
+
+    def landed(self, fetch: Fetch) -> None:
+        self.done.append(fetch)
+        self.done_s.append(trio.current_time())
 
     def start(self, layer: int, expert: int, priority: Priority = DEMAND) -> Fetch:
         slot = lease(self.pool)
         assert slot is not None
-        return self.fetcher.start(layer, expert, slot, priority)
+        return self.fetcher.start(layer, expert, slot, priority, self)
 
     def part(self, layer: int, expert: int, index: int) -> ExpertPart:
         return self.experts.experts[layer][expert].parts[index]
@@ -145,14 +152,7 @@ class Rig:
 def make_rig(reader: Reader, experts: ExpertMap, n_slots: int = 8, **settings: Any) -> Rig:
     classes = one_size(experts)
     pool, arena = BufferPool((n_slots,)), Arena((n_slots,), classes.slot_bytes)
-    inner, done, done_s = list[Fetch](), list[Fetch](), list[float]()
-
-    def on_done(fetch: Fetch) -> None:
-        done.append(fetch)
-        done_s.append(trio.current_time())
-
-    fetcher = Fetcher(pool, arena, classes, experts, reader, on_inner=inner.append, on_done=on_done, **settings)
-    return Rig(pool, arena, experts, fetcher, inner, done, done_s)
+    return Rig(pool, arena, experts, Fetcher(pool, arena, classes, experts, reader, **settings))
 
 
 @asynccontextmanager

@@ -370,7 +370,7 @@ async def swarm(seed: int) -> None:
                     fetch = rig.fetcher.in_flight(*key)
                     if fetch is None:
                         try:
-                            fetch = rig.fetcher.start(*key, slot, priority)
+                            fetch = rig.fetcher.start(*key, slot, priority, rig)
                         except FileSuspended:
                             rig.pool.release(slot)
                             return

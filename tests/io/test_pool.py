@@ -35,9 +35,6 @@ class Line:
     keeps: set[int] = attrs.Factory(set)  # slots that the owner does not give up
     landed: list[int] = attrs.Factory(list)
 
-    def __attrs_post_init__(self) -> None:
-        self.pool.evict = self.evict
-
     def evict(self, ticket: Ticket) -> int | None:
         for slot in self.landed:
             if slot not in self.keeps and self.pool.state(slot) is READY and self.pool.kind(slot) == ticket.kind:
@@ -46,7 +43,7 @@ class Line:
         return None
 
     def ask(self, priority: Priority = DEMAND, kind: int = 0) -> Ticket:
-        ticket = Ticket((0, 0), kind, priority, self.granted.append)
+        ticket = Ticket((0, 0), kind, priority, self.granted.append, self.evict)
         self.pool.request(ticket)
         return ticket
 
@@ -185,10 +182,10 @@ def test_kinds_have_their_own_slots_and_lines() -> None:
 def test_withdrawing_lets_the_next_one_in() -> None:
     pool = BufferPool([1])
     granted: list[Ticket] = []
-    first, picky, modest = (Ticket((0, expert), 0, DEMAND, granted.append) for expert in range(3))
+    first, picky, modest = (Ticket((0, expert), 0, DEMAND, granted.append, lambda _: 0) for expert in range(3))
+    picky.evict = lambda _: None
     pool.request(first)
     pool.landed(0)
-    pool.evict = lambda ticket: None if ticket is picky else 0
     pool.request(picky)
     pool.request(modest)
     assert granted == [first]
@@ -310,7 +307,7 @@ def test_against_the_model(slot_counts: list[int], reserve: int, program: list[O
         slot = number % pool.n_slots
         if name in ("demand", "ahead", "guess"):
             priority = {"demand": DEMAND, "ahead": READ_AHEAD, "guess": PREFETCH}[name]
-            ticket = Ticket((0, number), number % len(slot_counts), priority, line.granted.append)
+            ticket = Ticket((0, number), number % len(slot_counts), priority, line.granted.append, line.evict)
             tickets.append(ticket)
             model.waiting.append(ticket)
             pool.request(ticket)

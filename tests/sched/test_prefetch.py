@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import attrs
 import pytest
@@ -14,7 +14,6 @@ from mer.io.priority import Priority
 from mer.sched.governor import PrefetchMode
 from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.speculation import SpeculationStatistics
-from mer.sched.store import ExpertStore
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simengine import SimEngine, open_sim_engine
 from mer.testing.simworker import JobCost, SimModel
@@ -61,7 +60,7 @@ def run(
             model=model, n_slots=n_slots, context=128, profile=profile, cost=COST, prefetch=mode
         ) as sim:
             took_s = await generate(sim)
-            return took_s, sim.store.speculation(Priority.PREFETCH), sim.cache.statistics().misses
+            return took_s, sim.store.speculation.statistics(Priority.PREFETCH), sim.cache.statistics().misses
 
     return trio.run(main, clock=MockClock(autojump_threshold=0))
 
@@ -101,25 +100,27 @@ def test_auto_is_never_slower_than_off(model: SimModel, profile: DiskProfile) ->
 async def test_nothing_is_guessed_where_every_expert_has_a_slot(autojump_clock: MockClock) -> None:
     async with open_sim_engine(model=ROTATING, cost=COST, context=128, prefetch="markov") as sim:
         await generate(sim)
-        assert sim.store.speculation(Priority.PREFETCH).issued == 0
+        assert sim.store.speculation.statistics(Priority.PREFETCH).issued == 0
 
 
 class _Store:
-    """What a prefetcher needs of a store that has one candidate, and room for it or not."""
+    """Reads guesses, with room for one or not."""
 
     def __init__(self) -> None:
-        self.loading, self.guessing = False, 0
-        self.on_idle: object = None
+        self.guessing = 0
 
     def price(self, key: tuple[int, int]) -> float:
         return 0.5
+
+    def prefetch(self, key: tuple[int, int], probability: float) -> bool:
+        raise AssertionError("a guess is read that was not selected")
 
 
 async def test_time_that_is_gone_leaves_less_for_a_guess(autojump_clock: MockClock) -> None:
     """What the disk is idle for a layer counts from the moment when it became so, not from each look."""
     store = _Store()
     facts = DiskFacts(expert_bytes=lambda key: 1000, bytes_per_s=lambda: 1e6, chunk_bytes=1000)
-    prefetcher = Prefetcher("markov", cast(ExpertStore, store), facts, n_layers=2, n_experts=4, top_k=1)
+    prefetcher = Prefetcher("markov", facts, n_layers=2, n_experts=4, top_k=1)
     told: list[float] = []
 
     def select(candidates: list[Any], conditions: Any) -> list[Any]:
@@ -132,12 +133,14 @@ async def test_time_that_is_gone_leaves_less_for_a_guess(autojump_clock: MockClo
         for layer in (0, 1):
             store.guessing = 0
             prefetcher.routed(layer, [layer, 2, 3], None, guess=True)
+            prefetcher.idle(store)
             await trio.sleep(1.0)
     store.guessing = 0
     prefetcher.routed(0, [0, 2, 3], None, guess=True)
+    prefetcher.idle(store)
     at_once = told[-1]
     assert at_once == pytest.approx(1.0, rel=0.05)
     await trio.sleep(0.75)
     store.guessing = 0
-    prefetcher.idle()
+    prefetcher.idle(store)
     assert told[-1] == pytest.approx(at_once - 0.75)

@@ -290,7 +290,7 @@ async def test_an_expert_that_lands_for_nobody_is_not_read_again_by_who_wants_it
     async with open_sim_engine(model=model, n_slots=3, profile=profile) as sim:
         prompt = prompt_where(lambda p: {(0, 0), (0, 1)} <= sim.expected(p, 1)[1])
         sim.disk.freeze()
-        sim.store.give_up(sim.store.claim(0, (7, 6, 1))[1])  # to land in this order, all at once
+        sim.store.claims.give_up(sim.store.claims.claim(0, (7, 6, 1))[1])  # to land in this order, all at once
         async with trio.open_nursery() as nursery:
             nursery.start_soon(generate, sim, prompt, 1)
             await trio.sleep(1)

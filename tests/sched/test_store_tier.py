@@ -43,20 +43,20 @@ class FakeTier:
 def give(rig: Rig, *keys: tuple[int, int]) -> FakeTier:
     """Let the rig's store ask a tier."""
     tier = FakeTier(*keys)
-    rig.store._tier = tier
+    rig.store.residents.tier = tier
     return tier
 
 
 async def test_what_is_held_needs_no_slot_and_is_a_hit(autojump_clock: MockClock) -> None:
     async with open_rig(2) as rig:
         tier = give(rig, (0, 1), (0, 4))
-        loaded, claims = rig.store.claim(0, (1, 2, 4))
+        loaded, claims = rig.store.claims.claim(0, (1, 2, 4))
         assert [(one.expert, one.addresses) for one in loaded] == [(1, AWAY), (4, AWAY)]
         assert [claim.key for claim in claims] == [(0, 2)]
         assert tier.held == {(0, 1), (0, 4)}
         await rig.settle()
-        loaded.append(rig.store.take(claims[0]))
-        rig.store.unpin(0, loaded, used=True)
+        loaded.append(rig.store.claims.take(claims[0]))
+        rig.store.residents.unpin(0, loaded, used=True)
         assert tier.held == set()
         s = rig.cache.statistics()
         assert (s.lookups, s.hits, s.misses) == (3, 2, 1)
@@ -68,15 +68,15 @@ async def test_a_layer_whose_experts_are_in_either_place(autojump_clock: MockClo
     async with open_rig(3) as rig:
         await rig.use(0, 0, 2)
         tier = give(rig, (0, 1))
-        assert rig.store.pin_resident(0, (0, 1, 3)) is None
+        assert rig.store.residents.pin_all(0, (0, 1, 3)) is None
         assert tier.held == set(), "a layer that is not whole holds nothing"
-        pinned = rig.store.pin_resident(0, (0, 1, 2))
+        pinned = rig.store.residents.pin_all(0, (0, 1, 2))
         assert pinned is not None
         assert [one.expert for one in pinned] == [1, 0, 2]
         assert pinned[0].addresses == AWAY
         rig.check_bytes(0, list(pinned[1:]))
         assert tier.held == {(0, 1)}
-        rig.store.discard(0, pinned)  # a job failed on them
+        rig.store.residents.discard(0, pinned)  # a job failed on them
         assert tier.held == set()
         assert rig.resident() == set()
         rig.check_conservation()
@@ -84,12 +84,14 @@ async def test_a_layer_whose_experts_are_in_either_place(autojump_clock: MockClo
 
 async def test_only_what_was_rearranged_is_not_fresh_any_more(autojump_clock: MockClock) -> None:
     async with open_rig(3) as rig:
-        _, claims = rig.store.claim(0, (0, 1))
+        _, claims = rig.store.claims.claim(0, (0, 1))
         await rig.settle()
-        rig.store.unpin(0, [rig.store.take(claim) for claim in claims], used=True, arranged=frozenset({1}))
-        loaded, _ = rig.store.claim(0, (0, 1))
+        rig.store.residents.unpin(
+            0, [rig.store.claims.take(claim) for claim in claims], used=True, arranged=frozenset({1})
+        )
+        loaded, _ = rig.store.claims.claim(0, (0, 1))
         assert [(one.expert, one.fresh) for one in loaded] == [(0, (True, True)), (1, (False, False))]
-        rig.store.unpin(0, loaded, used=False)
+        rig.store.residents.unpin(0, loaded, used=False)
 
 
 async def test_what_the_tier_has_too_leaves_first(autojump_clock: MockClock) -> None:
@@ -106,16 +108,16 @@ async def test_what_the_tier_has_too_leaves_first(autojump_clock: MockClock) -> 
 async def test_nothing_is_guessed_or_read_ahead_that_the_tier_has(autojump_clock: MockClock) -> None:
     async with open_rig(8) as rig:
         give(rig, (1, 0), (1, 3))
-        rig.store.read_ahead(1, range(EXPERTS))
+        rig.store.speculation.read_ahead(1, range(EXPERTS))
         await rig.settle()
         assert rig.resident() == {(1, 1), (1, 2), (1, 4)}
-        assert rig.store.price((1, 0)) is None
-        assert not rig.store.prefetch((1, 3), 1.0)
-        assert rig.store.prefetch((2, 3), 1.0)
+        assert rig.store.speculation.price((1, 0)) is None
+        assert not rig.store.speculation.prefetch((1, 3), 1.0)
+        assert rig.store.speculation.prefetch((2, 3), 1.0)
         await trio.sleep(100)
-        assert not rig.store.all_held
+        assert not rig.store.residents.all_held
         give(rig, *((layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)))
-        assert rig.store.all_held
+        assert rig.store.residents.all_held
 
 
 def test_a_policy_hears_of_a_layer_once() -> None:

@@ -19,11 +19,14 @@ from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority
 from mer.sched.admission import AdmissionQueue
 from mer.sched.cache import ExpertCache, Resident
+from mer.sched.claims import Claims
 from mer.sched.keys import ExpertKey
 from mer.sched.layer import LayerRun
+from mer.sched.residents import Residents
 from mer.sched.scheduler import Scheduler
 from mer.sched.sequence import Sequence
-from mer.sched.store import Claim, ExpertStore
+from mer.sched.traffic import Claim
+from mer.sched.waiting import Waiting
 
 Bug = Callable[[], AbstractContextManager[None]]
 
@@ -61,7 +64,7 @@ def withdrawal_wakes_nobody() -> AbstractContextManager[None]:
 
 def end_of_a_fetch_wakes_nobody() -> AbstractContextManager[None]:
     """The scheduler does not hear that something has landed."""
-    return replaced(ExpertStore, "wake", lambda self, _fetch=None: None)
+    return replaced(Waiting, "wake", lambda self: None)
 
 
 def room_in_the_queue_wakes_nobody() -> AbstractContextManager[None]:
@@ -80,11 +83,11 @@ def abandoned_slot_leaks() -> AbstractContextManager[None]:
 def cancelled_claim_leaks_its_pin() -> AbstractContextManager[None]:
     """What has landed for a batch that nobody wants any more stays pinned."""
 
-    def give_up(self: ExpertStore, claims: list[Claim]) -> None:
+    def give_up(self: Claims, claims: list[Claim]) -> None:
         original(self, [claim for claim in claims if not claim.landed])
 
-    original = ExpertStore.give_up
-    return replaced(ExpertStore, "give_up", give_up)
+    original = Claims.give_up
+    return replaced(Claims, "give_up", give_up)
 
 
 def cancelled_claim_leaks_its_ticket() -> AbstractContextManager[None]:
@@ -216,7 +219,7 @@ def used_expert_counts_as_fresh() -> AbstractContextManager[None]:
     """An expert's bytes are re-arranged for the kernels again in its next use."""
 
     def unpin(
-        self: ExpertStore,
+        self: Residents,
         layer: int,
         experts: list[LoadedExpert],
         *,
@@ -225,8 +228,8 @@ def used_expert_counts_as_fresh() -> AbstractContextManager[None]:
     ) -> None:
         original(self, layer, experts, used=False)
 
-    original = ExpertStore.unpin
-    return replaced(ExpertStore, "unpin", unpin)
+    original = Residents.unpin
+    return replaced(Residents, "unpin", unpin)
 
 
 def expert_is_left_out() -> AbstractContextManager[None]:
@@ -236,7 +239,7 @@ def expert_is_left_out() -> AbstractContextManager[None]:
         original(self)
         if len(self._ready) > 2:
             loaded = self._ready.pop()
-            self._store.unpin(self._layer, [loaded], used=False)
+            self._store.residents.unpin(self._layer, [loaded], used=False)
 
     original = LayerRun._collect
     return replaced(LayerRun, "_collect", collect)

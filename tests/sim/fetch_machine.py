@@ -80,8 +80,6 @@ class FetchMachine(TrioStateMachine):
             classes,
             self.experts,
             self.disk,
-            on_inner=self.inner_landed,
-            on_done=self.ended,
             read_deadline_s=1.0,
         )
         self.start(self.fetcher.run)
@@ -101,7 +99,7 @@ class FetchMachine(TrioStateMachine):
         assert not fetch.done
         self.check_bytes(fetch, 2)
 
-    def ended(self, fetch: Fetch) -> None:
+    def landed(self, fetch: Fetch) -> None:
         known = self.flying.pop(fetch.key)
         assert known.fetch is fetch
         assert fetch.done
@@ -161,7 +159,7 @@ class FetchMachine(TrioStateMachine):
         assert ticket.slot is not None
         refusal = self.fetcher.refusal(*key)
         try:
-            fetch = self.fetcher.start(*key, ticket.slot, priority)
+            fetch = self.fetcher.start(*key, ticket.slot, priority, self)
         except FileSuspended:
             assert refusal is not None
             assert self.doubtful, "a file that nothing is wrong with was left alone"

@@ -31,7 +31,7 @@ def guesses(mode: PrefetchMode, *, habit: int) -> tuple[int, int]:
                 for token in (4, 5, 6):
                     await sim.engine.generate((2, 3, token), max_tokens=60, ignore_eos=True)
                 await sim.check_quiet()
-                return sim.store.speculation(Priority.PREFETCH).issued, sim.cache.statistics().lookups
+                return sim.store.speculation.statistics(Priority.PREFETCH).issued, sim.cache.statistics().lookups
 
     return run_seeded(generate)
 

@@ -45,7 +45,6 @@ class PoolMachine(RuleBasedStateMachine):
     )
     def open(self, counts: list[int], reserve: int, favour: bool) -> None:
         self.pool = BufferPool(counts, reserve=reserve)
-        self.pool.evict = self.give_up
         self.reserve = reserve
         if favour:  # layer 1: nothing leaves for layer 0
             self.kept = {(slot, 0) for slot in range(sum(counts))}
@@ -56,7 +55,7 @@ class PoolMachine(RuleBasedStateMachine):
     # --- the owner ---
 
     def give_up(self, ticket: Ticket) -> int | None:
-        """Be the pool's `evict`: give up the last READY slot that is not kept."""
+        """Be the tickets' `evict`: give up the last READY slot that is not kept."""
         for slot in reversed(range(len(self.kinds))):
             ready = self.pool.state(slot) is READY and self.kinds[slot] == ticket.kind
             if ready and (slot, ticket.key[0]) not in self.kept:
@@ -115,7 +114,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.ask(layer, min(kind, max(self.kinds)), priority, returns)
 
     def ask(self, layer: int, kind: int, priority: Priority, returns: bool) -> None:
-        ticket = Ticket((layer, 0), kind, priority, lambda _: self.told(asked))
+        ticket = Ticket((layer, 0), kind, priority, lambda _: self.told(asked), self.give_up)
         asked = Asked(ticket, returns, layer, kind, priority)
         self.lines[priority, kind].append(asked)
         self.pool.request(ticket)

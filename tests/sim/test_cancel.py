@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from mer.io.pool import Ticket
 from mer.io.priority import Priority
 from mer.sched.events import TokenEvent
 from mer.testing.cancel import Subject, cancel_at_every_step
@@ -124,14 +123,14 @@ def test_while_an_expert_is_fetched(seed: int) -> None:
     async def scenario(subject: Subject) -> None:
         with trio.fail_after(1e5):
             async with open_sim_engine(model=MODEL, profile=DiskProfile(jitter=5.0)) as sim:
-                ticket = Ticket((1, 2), 0, Priority.DEMAND, lambda _: None)
+                ticket = sim.store.residents.ticket((1, 2), Priority.DEMAND, lambda _: None)
                 sim.pool.request(ticket)
                 slot = ticket.slot
                 assert slot is not None
                 fetches = []
 
                 async def body() -> None:
-                    fetch = sim.fetcher.start(1, 2, slot)
+                    fetch = sim.fetcher.start(1, 2, slot, listener=sim.store.claims)
                     fetches.append(fetch)
                     await fetch.wait_gate_up()
                     await fetch.wait()

@@ -49,7 +49,7 @@ async def test_reads(autojump_clock: MockClock, decision: str) -> None:
         assert world.reads == want
         layers = shape["n_layers"] * (math.ceil(n_prompt / shape["batch_tokens"]) + n_tokens - 1)
         assert world.sim.cache.statistics().lookups == shape["top_k"] * layers
-        counts = world.sim.store.speculation(Priority.READ_AHEAD)
+        counts = world.sim.store.speculation.statistics(Priority.READ_AHEAD)
         assert counts.issued == counts.used + counts.promoted == sum(kind == "ahead" for kind, _, _ in want)
 
 
@@ -107,18 +107,20 @@ async def test_a_guess_that_would_come_late_is_not_read(
 ) -> None:
     """Layers follow each other after a second; four guesses are read at once, and more when these have landed."""
     async with open_world(n_layers=2, n_experts=8, top_k=6, prefetch="auto") as world:
-        prefetcher = world.sim.prefetcher
+        prefetcher, speculation = world.sim.prefetcher, world.sim.store.speculation
         assert prefetcher is not None
         for _ in range(200):
             prefetcher.begin_pass()
             for layer in (0, 1):
                 prefetcher.routed(layer, range(6), None, guess=False)
+                speculation.guess()
                 await trio.sleep(1.0)
             prefetcher.end_pass(comparable=False)
         assert world.reads == []
         world.sim.disk.freeze()
         prefetcher.begin_pass()
         prefetcher.routed(0, range(6), None, guess=True)
+        speculation.guess()
         assert world.reads == guess(1, 0, 1, 2, 3)
         await trio.sleep(landed_s)
         world.sim.disk.thaw()
@@ -137,12 +139,13 @@ async def test_a_guess_is_asked_for_only_if_an_expert_may_leave_for_it(
         for layer in (0, 1) * 40:
             prefetcher.routed(layer, [layer], None, guess=False)
         for expert in range(3):  # all slots are taken
-            _, claims = store.claim(0, [expert])
+            _, claims = store.claims.claim(0, [expert])
             await trio.sleep(1.0)
-            store.unpin(0, [store.take(claim) for claim in claims], used=False)
+            store.residents.unpin(0, [store.claims.take(claim) for claim in claims], used=False)
         world.reads.clear()
-        store.keeps_all = keeps_all
+        store.residents.keeps_all = keeps_all
         prefetcher.routed(0, [0], None, guess=True)
+        store.speculation.guess()
         assert world.reads == want
         assert sum(world.sim.pool.statistics().waiting) == 0
 

@@ -35,7 +35,7 @@ Tester = Callable[[], object]
 
 
 def pool() -> None:
-    run_state_machine_as_test(PoolMachine, settings=FEW)
+    run_state_machine_as_test(PoolMachine, settings=settings(FEW, max_examples=150))  # as in test_machine_runs
 
 
 def cache() -> None:
@@ -43,7 +43,7 @@ def cache() -> None:
 
 
 def fetcher() -> None:
-    run_machine(FetchMachine, FEW)
+    run_machine(FetchMachine, settings(FEW, max_examples=150))
 
 
 def engine() -> None:

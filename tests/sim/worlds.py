@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from mer.compute.messages import LoadedExpert, RunExperts, Stage
-from mer.io.fetch import Fetch
+from mer.io.fetch import Fetch, FetchListener
 from mer.io.priority import Priority
 from mer.io.reader import ReadOperation
 from mer.testing import DiskProfile, JobCost, SimEngine, SimModel, open_sim_engine
@@ -103,8 +103,14 @@ async def open_world(*, n_layers: int, n_experts: int, top_k: int, **settings: A
         start: Callable[..., Fetch] = sim.fetcher.start
         start_reads: Callable[..., None] = sim.disk.start
 
-        def noted(layer: int, expert: int, slot: int, priority: Priority = Priority.DEMAND) -> Fetch:
-            fetch = start(layer, expert, slot, priority)
+        def noted(
+            layer: int,
+            expert: int,
+            slot: int,
+            priority: Priority = Priority.DEMAND,
+            listener: FetchListener | None = None,
+        ) -> Fetch:
+            fetch = start(layer, expert, slot, priority, listener)
             world.reads.append((_KINDS[priority], layer, expert))
             return fetch
 
