@@ -19,9 +19,9 @@ import time
 import numba
 import numpy as np
 
+from mer.compute.cpu.blocks.attention import KV_KINDS
 from mer.compute.cpu.matrix import float_stride
 from mer.compute.cpu.program import Memory, Program
-from mer.compute.cpu.scratch import KV_KINDS
 from mer.compute.cpu.worker import Team
 from mer.compute.kernels.attention import ATTENTION, split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes

@@ -18,7 +18,7 @@ import mer
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import DeviceExperts
 from mer.compute.cuda.products import TorchKernels
-from mer.compute.cuda.sizes import kv_block_bytes
+from mer.compute.cuda.sizes import kv_layout
 from mer.compute.reference.model import ReferenceModel
 from mer.engine import Engine
 from mer.errors import ComputeError, ConfigError, DeviceError, EngineClosed, NotEnoughMemory
@@ -257,7 +257,7 @@ async def test_keys_and_values_are_kept_as_set(folder: Path, tmp_path: Path, kv_
         vram = engine.plan.vram
         assert vram is not None
         blocks = engine.plan.limits.kv_blocks
-        assert dict(vram.parts)["KV cache"] == blocks * kv_block_bytes(exact.spec, kv_type)
+        assert dict(vram.parts)["KV cache"] == blocks * kv_layout(exact.spec, kv_type).block_bytes
         want = (await engine.generate(prompt, max_tokens=8, ignore_eos=True)).tokens
         assert_near(exact, prompt, want)
         assert await engine.save_prefix(prompt, tmp_path / "p") == 128

@@ -12,7 +12,7 @@ from mer.bench.network import begin
 from mer.bench.tally import Tally
 from mer.bench.workload import Workload
 from mer.compute.cpu.worker import CPUWorker
-from mer.compute.messages import Attend, Combine, Done, Operation, Project, RunExperts, nothing
+from mer.compute.messages import Advance, Combine, Done, Operation, RunExperts, nothing
 from mer.errors import MerError
 from mer.io.arena import PAGE_BYTES, Arena
 from mer.io.fetch import Fetch
@@ -97,7 +97,7 @@ class MerRun:
 
     async def _iterate(self) -> None:
         events, store, link = self._workload.events, self._store, self._link
-        await link.run(begin(0), Attend(events[0][0]))
+        await link.run(begin(0), Advance(events[0][0]))
         begun_s = time.perf_counter()
         for at, (layer, experts) in enumerate(events):
             link.compute_s = 0.0
@@ -108,8 +108,10 @@ class MerRun:
                 raise error
             following: tuple[Operation, ...] = ()
             if at + 1 < len(events):
-                following = begin(at + 1), Attend(events[at + 1][0])
-            done = await link.run(RunExperts(layer, result.pinned), Combine(layer), Project(), *following)
+                following = begin(at + 1), Advance(events[at + 1][0])
+            done = await link.run(
+                RunExperts(layer, result.pinned), Combine(layer), Advance(self._workload.n_layers), *following
+            )
             store.residents.unpin(layer, result.pinned, used=True)
             assert done.logits is not None
             self._count()

@@ -2,69 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import numpy as np
 import trio
 
 from mer.bench.datafile import DataFile
 from mer.bench.workload import Workload
-from mer.compute.cpu.forward import Forward, steps_for
+from mer.compute.cpu.experts import RoutedExperts, expert_areas
+from mer.compute.cpu.forward import matrix_types, steps_for
 from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride
 from mer.compute.cpu.prepare import prepare_kernels
 from mer.compute.cpu.program import Program
-from mer.compute.cpu.scratch import Limits
-from mer.compute.cpu.weights import DenseWeights
+from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.cpu.worker import CPUWorker
 from mer.compute.kernels.elementwise import combine
-from mer.compute.messages import Batch, Begin, Float32Array, Int32Array
+from mer.compute.messages import Batch, Begin, Float32Array, Int32Array, LoadedExpert
 from mer.config import Progress
-from mer.errors import MerError
+from mer.errors import ComputeError, MerError
 from mer.io.ggml import GGMLType
-from mer.model.operators import (
-    Attention,
-    Experts,
-    Layer,
-    Linear,
-    Norm,
-    Rope,
-    RopeStyle,
-    Router,
-    Tensor,
-    gated_experts,
-    vector,
-)
-from mer.model.spec import ModelSpec
 from mer.sched.simulate import Event
 
 _INPUT_SEED = 12_648_430
-
-
-def _spec(workload: Workload, data: DataFile) -> ModelSpec:
-    """Return a model of the workload's experts whose attention, head and vocabulary are as small as can be."""
-    geometry = data.plan.geometry
-    d_model, one = geometry.d_model, Linear(Tensor("", (1, 1)))
-    rope = Rope(dim=2, base=10000.0, scale=1.0, style=RopeStyle.NEOX)
-    attention = Attention(
-        q=one, k=one, v=one, out=one, n_heads=1, n_kv_heads=1, head_dim=2, rope=rope, q_norm=None, k_norm=None,
-        window=None,
-    )  # fmt: skip
-    norm, embedding = Norm(vector("", d_model), 1e-5), Tensor("", (1, d_model))
-    router = Router(Linear(Tensor("", (workload.n_experts, d_model))), workload.widest, normalize=True)
-    layers = [
-        Layer(norm, attention, norm, Experts(router, gated_experts(layer, workload.n_experts, d_model, geometry.d_ff)))
-        for layer in range(workload.n_layers)
-    ]
-    return ModelSpec(
-        architecture="mer-bench-stream",
-        name=workload.name,
-        context_length=1,
-        embedding=embedding,
-        layers=tuple(layers),
-        norm=norm,
-        head=Linear(embedding),
-    )
 
 
 def input_vector(d_model: int) -> Float32Array:
@@ -73,58 +34,82 @@ def input_vector(d_model: int) -> Float32Array:
     return (np.asarray(raw >> np.uint64(40), np.float64) * 2.0**-23 - 1.0).astype(np.float32)
 
 
-class StreamForward(Forward):
+class StreamForward:
     """One-token batches whose routing is a workload's: token `at` uses the experts of iteration `at`, in equal shares.
 
-    `Attend` computes nothing, its result names the experts. `RunExperts` and `Combine` are those of every model, and
-    `Project` gives the mean of the experts' outputs, [1, D], in place of logits.
+    `Advance` computes nothing, its result names the experts. `RunExperts` and `Combine` are those of every model, and
+    an `Advance` behind the last layer gives the mean of the experts' outputs, [1, D], in place of logits.
     """
 
+    resident_rows = 0
+    n_logits = 0
+
     def __init__(self, workload: Workload, data: DataFile, n_threads: int) -> None:
-        spec = _spec(workload, data)
         limits = Limits(batch_tokens=1, outputs=1, sequences=1, sequence_blocks=1, kv_blocks=1, threads=n_threads)
-        super().__init__(spec, limits, DenseWeights({}), data.experts)
+        top_k, d = workload.widest, float_stride(data.plan.geometry.d_model)
+        own = Areas({"x": d, "expert_weights": FLOAT_BYTES * top_k})
+        areas = Areas.union([own, expert_areas(data.experts, top_k, limits)])
+        self._scratch = s = Scratch(areas, matrix_types((), data.experts), limits.planes)
+        self._experts = RoutedExperts(data.experts, top_k, limits, s)
+        self._d_model, self.threads = data.plan.geometry.d_model, n_threads
+        self.n_routed, self.staged_pairs = workload.n_layers, self._experts.staged_pairs
         self._events: tuple[Event, ...] = workload.events
-        self._used = 0  # experts of the iteration under way
-        s, d_model = self.scratch, spec.d_model
-        s.memory.floats(s.address["h"], d_model)[:] = input_vector(d_model)
-        self._shares = s.memory.floats(s.address["expert_weights"], spec.top_k)
+        self._at = 0  # the iteration under way
+        self._used = 0  # its experts
+        self._shares = s.floats("expert_weights")
+        s.floats("h")[: self._d_model] = input_vector(self._d_model)
 
     def begin(self, batch: Batch) -> None:
         """Take over a batch of one token, whose id is the number of its iteration."""
-        self._batch = batch
-        self._routed_experts.begin(1)
+        self._at = int(batch.tokens[0])
+        self._experts.begin(1)
 
-    def _attend(self, program: Program, layer: int, predict: bool) -> None:
+    def advance(self, program: Program, to: int, *, predict: bool = False) -> None:
         """Add what experts need of the input, which is always the same; the routing is given."""
-        self._routed_experts.prepare_token(program, layer)
-        program.barrier()
+        if to < self.n_routed:
+            self._experts.begin_layer()
+            self._experts.prepare_token(program, to)
+            program.barrier()
 
     def routed(self) -> Int32Array:
         """Return the experts of the batch's iteration, [1, K], and prepare for running them."""
-        _, experts = self._events[int(self.batch.tokens[0])]
+        _, experts = self._events[self._at]
         ids = np.array(experts, np.int32)
         self._used = len(ids)
         self._shares[: self._used] = 1 / self._used
-        self._routed_experts.assign(ids)
+        self._experts.assign(ids)
         return ids.reshape(1, -1)
 
-    def combine(self, program: Program) -> None:
+    def predicted(self) -> None:
+        """Predict nothing."""
+
+    def damaged(self) -> Int32Array:
+        """Return that no row is damaged."""
+        return np.zeros(0, np.int32)
+
+    def run_experts(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None:
+        """Add the feed-forward networks of loaded experts, or stages of them; see `RoutedExperts.run`."""
+        self._experts.run(program, layer, experts)
+
+    def combine(self, program: Program, layer: int) -> None:
         """Add the step that adds the experts' outputs up, in the order in which the iteration names them."""
-        a, d = self.scratch.address, float_stride(self._spec.d_model)
+        a, d = self._scratch.address, float_stride(self._d_model)
         program.add(
             combine, a["x"], d, 1, d // FLOAT_BYTES, a["y"], a["expert_weights"], a["places"], self._used
         )  # fmt: skip
         program.barrier()
 
-    def project(self, program: Program) -> None:
-        """Add nothing: the sum is what is wanted."""
-
     def logits(self) -> Float32Array:
         """Return the mean of the experts' outputs, float32 [1, D], and start from zero again."""
-        mean = self.scratch.x[:1, : self._spec.d_model].copy()
-        self.scratch.x[:] = 0
+        x = self._scratch.floats("x")
+        mean = x[None, : self._d_model].copy()
+        x[:] = 0
         return mean
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise ComputeError("the streaming benchmark has no KV, no shared experts and no jobs of all layers")
+
+    run_resident = run_shared = routes = read_block = write_block = _refuse
 
 
 def begin(at: int) -> Begin:

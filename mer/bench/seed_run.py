@@ -14,7 +14,7 @@ from mer.bench.network import begin
 from mer.bench.seed_cache import SeedCache
 from mer.bench.tally import Tally
 from mer.bench.workload import Workload
-from mer.compute.messages import Attend, Combine, Float32Array, LoadedExpert, Operation, Project, RunExperts
+from mer.compute.messages import Advance, Combine, Float32Array, LoadedExpert, Operation, RunExperts
 from mer.errors import ReadError
 from mer.io.arena import Arena
 from mer.io.extents import aligned_hull
@@ -99,7 +99,7 @@ class SeedRun:
             ComputeError: a job failed.
         """
         events = self._workload.events
-        await self._link.run(begin(0), Attend(events[0][0]))
+        await self._link.run(begin(0), Advance(events[0][0]))
         begun_s = time.perf_counter()
         permit: _Loading | None = None
         for at, ids in enumerate(self._workload.flat()):
@@ -137,9 +137,9 @@ class SeedRun:
         layer = events[at][0]
         following: tuple[Operation, ...] = ()
         if at + 1 < len(events):
-            following = begin(at + 1), Attend(events[at + 1][0])
+            following = begin(at + 1), Advance(events[at + 1][0])
         runs = [RunExperts(layer, (loading.loaded,)) for loading in used]
-        done = await self._link.run(*runs, Combine(layer), Project(), *following)
+        done = await self._link.run(*runs, Combine(layer), Advance(self._workload.n_layers), *following)
         for loading in used:
             loading.loaded = attrs.evolve(loading.loaded, fresh=(False, False))
         assert done.logits is not None

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from mer.compute.cpu.scratch import kv_block_bytes
+from mer.compute.cpu.forward import kv_layout
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.kernels.target import FORM
 from mer.errors import MerError
@@ -99,7 +99,7 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
     }
     kv_type = default_kv_type(model.dense.values(), experts)
     report["kv_type"] = kv_type
-    report["kv_bytes_per_token"] = kv_block_bytes(spec, kv_type) // KV_TILE
+    report["kv_bytes_per_token"] = kv_layout(spec, kv_type).block_bytes // KV_TILE
     report["dense_bytes"] = sum(t.n_bytes for t in gguf.tensors.values() if not is_expert_tensor(t.name))
     return report
 

@@ -1,7 +1,8 @@
 """What passes between the scheduler and a compute worker: jobs of operations one way, results the other.
 
 A worker keeps the residual stream of one batch at a time. For each batch the scheduler sends `Begin`, then for each
-layer `Attend`, one or more `RunExperts`, and `Combine`, at the end `Project`; several operations may share one job.
+routed layer `Advance`, one or more `RunExperts`, and `Combine`, and at the end `Advance` to the logits. Several
+operations may share one job.
 """
 
 from __future__ import annotations
@@ -46,14 +47,18 @@ class Begin:
 
 
 @attrs.frozen
-class Attend:
-    """Run attention and the router of one layer; the result's `expert_ids` are filled in.
+class Advance:
+    """Run everything up to and with the router of a routed layer, or to the logits.
 
-    With `predict`, also apply the next layer's router to the residual stream as it is before this layer's experts; the
-    result's `predicted_ids` are filled in, unless this is the last layer. No other bit changes.
+    Routed layers, those with experts, are numbered from 0, and `layer` means that number in all messages. Up to a
+    router the result's `expert_ids` are filled in. With `to` the number of routed layers, everything behind the last
+    experts is run, and the `logits` of the rows that the batch asked for are filled in.
+
+    With `predict`, also apply the next router to the residual stream as it is before this layer's experts; the result's
+    `predicted_ids` are filled in, unless this is the last router. No other bit changes.
     """
 
-    layer: int
+    to: int
     predict: bool = False
 
 
@@ -97,16 +102,16 @@ class RunExperts:
 
 @attrs.frozen(eq=False)
 class RunResident:
-    """Go on behind `Attend` of a layer, through all layers, as long as the experts that routers choose are in memory.
+    """Go on after `Advance` to a layer, through all routers, as long as the experts that they choose are in memory.
 
-    If one of a layer is not, the job ends behind that layer's `Attend`, and operations that follow are not run. The
+    If one of a layer is not, the job ends after that layer's router, and operations that follow are not run. The
     result's `routes` are filled in, and `expert_ids` with the last of them. For batches of at most
     `ComputeWorker.resident_rows` rows. No byte of the experts changes, even if the job fails. A worker with a `Tier`
     looks there, and not at the addresses.
 
     With `reads`, the worker reads missing experts by itself; what it has computed with is not fresh any more. It takes
     the slots of other experts for that, whose addresses become 0. If there is none, or a read fails or takes long, the
-    job ends behind that layer's `Attend` too.
+    job ends after that layer's router too.
     """
 
     layer: int
@@ -115,15 +120,21 @@ class RunResident:
 
 
 @attrs.frozen
-class Combine:
-    """Add the weighted expert outputs of a layer to the residual stream, in router order."""
+class RunShared:
+    """Compute the network that a layer's experts share, which is always in memory, and add it to the residual stream.
+
+    It may run between any two jobs of its layer after `Advance`, and runs with `Combine` if it has not: so that no bit
+    depends on when, it is added before the routed experts in either case.
+    """
 
     layer: int
 
 
 @attrs.frozen
-class Project:
-    """Apply the final norm and the output head to the rows that the batch asked for."""
+class Combine:
+    """Add the weighted expert outputs of a layer to the residual stream, in router order."""
+
+    layer: int
 
 
 @attrs.frozen
@@ -145,7 +156,7 @@ def nothing() -> None:
     """Do nothing: what is called where nothing is to be done."""
 
 
-Operation = Begin | Attend | RunExperts | RunResident | Combine | Project | ReadBlocks | WriteBlocks
+Operation = Begin | Advance | RunExperts | RunResident | RunShared | Combine | ReadBlocks | WriteBlocks
 
 
 @attrs.frozen(eq=False)
@@ -160,10 +171,10 @@ class Job:
 class Done:
     """What a job gave; exactly one comes back for each job, in order."""
 
-    expert_ids: Int32Array | None = None  # [T, K] of the job's Attend, in descending order of router weight
-    predicted_ids: Int32Array | None = None  # [T, K] of the job's predicting Attend, in the next layer
+    expert_ids: Int32Array | None = None  # [T, K] of the job's Advance, in descending order of router weight
+    predicted_ids: Int32Array | None = None  # [T, K] of the job's predicting Advance, in the next layer
     routes: Int32Array | None = None  # [layers, T, K] experts of the layers that the job's RunResident has come to
-    logits: Float32Array | None = None  # [N, V] of the job's Project
+    logits: Float32Array | None = None  # [N, V] of the job's Advance behind the last router
     damaged: Int32Array | None = None  # rows of the batch whose router logits were not finite so far
     kv: tuple[Uint8Array, ...] | None = None  # of the job's ReadBlocks: read-only, a copy or the worker's own memory
     arranged: frozenset[int] | None = None  # experts that the job's RunExperts re-arranged; None: all

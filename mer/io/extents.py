@@ -16,9 +16,6 @@ from mer.quoting import quoted
 if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile, TensorInfo
 
-ExpertKey: TypeAlias = tuple[int, int]
-"""(layer, expert)"""
-
 Projection: TypeAlias = Literal["gate", "up", "down"]
 
 PROJECTIONS: Final[tuple[Projection, ...]] = ("gate", "up", "down")

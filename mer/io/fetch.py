@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 import attrs
 import trio
@@ -16,7 +16,7 @@ import trio
 from mer.errors import ConfigError, EngineClosed, FileSuspended, ReadError, ReadTimeout
 from mer.io.arena import Arena
 from mer.io.breaker import CircuitBreaker
-from mer.io.extents import ExpertKey, ExpertMap, SlotClasses, aligned_hull
+from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
 from mer.io.fetch_counts import ClassCounts, FetcherStatistics, ReadCounts
 from mer.io.job_reads import JobRead, JobReads
 from mer.io.pool import BufferPool, SlotState
@@ -24,6 +24,9 @@ from mer.io.priority import Priority
 from mer.io.reader import Reader, ReadOperation
 from mer.io.retry import delay_s
 from mer.units import format_duration
+
+ExpertKey: TypeAlias = tuple[int, int]
+"""(layer, expert)"""
 
 DEFAULT_READ_DEADLINE_S: Final = 30.0
 _ROUNDING_S: Final = 1e-6  # sums of times are not exact: without it a look may come too early, and again at once

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 
 import attrs
 
 from mer.model.operators import Attention, Experts, Layer, Linear, Norm, Tensor
+
+_NUMBER = re.compile(r"blk\.\d+\.")
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -70,6 +73,14 @@ class ModelSpec:
     def d_ff(self) -> int:
         """Hidden size of every expert, F; 0 if there is none."""
         return next((experts.d_ff for experts in self.routed.values()), 0)
+
+    @cached_property
+    def distinct_layers(self) -> tuple[Layer, ...]:
+        """One layer of each kind: others differ from it in nothing but their tensors' names."""
+        kinds: dict[str, Layer] = {}
+        for layer in self.layers:
+            kinds.setdefault(_NUMBER.sub("", repr(layer)), layer)
+        return tuple(kinds.values())
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return every dense tensor by name, in the order in which a token meets them."""

@@ -8,12 +8,11 @@ from typing import Any, Protocol
 import attrs
 import numba
 
-from mer.compute.cpu.forward import Forward, matrix_types, steps_for
+from mer.compute.cpu.forward import Forward, kv_layout, matrix_types, steps_for
 from mer.compute.cpu.prepare import prepare_kernels
-from mer.compute.cpu.scratch import kv_block_bytes
 from mer.compute.cpu.weights import DenseWeights
 from mer.compute.cpu.worker import CPUWorker
-from mer.compute.cuda.sizes import kv_block_bytes as device_kv_block_bytes
+from mer.compute.cuda.sizes import kv_layout as device_kv_layout
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.target import FORM
 from mer.compute.messages import ComputeWorker, Tier
@@ -88,7 +87,7 @@ async def open_computing(config: EngineConfig, model: Model, plan: MemoryPlan, r
         activations=activations,
         arithmetic=activations,
         kv_type=plan.limits.kv_type,
-        kv_block_bytes=kv_block_bytes(model.spec, plan.limits.kv_type),
+        kv_block_bytes=kv_layout(model.spec, plan.limits.kv_type).block_bytes,
         pin=lambda address, n_bytes: "not pinned: no device",
     )
 
@@ -143,7 +142,7 @@ async def _open_device(
         activations=activations,
         arithmetic=_kv_arithmetic(opened.activations, on_host if on_cpu or hybrid else "", on_cpu=on_cpu),
         kv_type=plan.limits.kv_type,
-        kv_block_bytes=(kv_block_bytes if on_cpu else device_kv_block_bytes)(model.spec, plan.limits.kv_type),
+        kv_block_bytes=(kv_layout if on_cpu else device_kv_layout)(model.spec, plan.limits.kv_type).block_bytes,
         pin=opened.pin,
     )
 

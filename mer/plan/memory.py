@@ -6,8 +6,8 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from mer.compute.cpu.forward import matrix_types
-from mer.compute.cpu.scratch import Limits, kv_block_bytes, scratch_bytes
+from mer.compute.cpu.forward import kv_layout, matrix_types, scratch_areas
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cpu.weights import READ_BYTES, READS_AHEAD, dense_bytes
 from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
 from mer.compute.kernels.target import FORM, Form
@@ -169,10 +169,10 @@ class Planner:
         return parts | {"page tables": sum(parts.values()) // 512 + MiB}
 
     def _kv_bytes(self, blocks: int) -> int:
-        return blocks * kv_block_bytes(self._spec, self._kv_type)
+        return blocks * kv_layout(self._spec, self._kv_type).block_bytes
 
     def _scratch_bytes(self, limits: Limits) -> int:
-        return scratch_bytes(self._spec, limits, self._kinds, self._experts)
+        return scratch_areas(self._spec, limits, self._experts).n_bytes(self._kinds, limits.planes)
 
     def _fits(self, kv_bytes: int, scratch: int, slots: int) -> bool:
         return sum(self._parts(kv_bytes, scratch, slots).values()) <= self._budget

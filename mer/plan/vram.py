@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import attrs
 
+from mer.compute.cpu.experts import expert_areas
 from mer.compute.cpu.forward import matrix_types
-from mer.compute.cpu.scratch import Limits, scratch_bytes
+from mer.compute.cpu.scratch import Limits
 from mer.compute.cpu.weights import READ_BYTES, READS_AHEAD
 from mer.compute.cuda import sizes
 from mer.compute.cuda.sizes import VRAMClasses
@@ -160,7 +161,7 @@ class DevicePlanner(Planner):
         return self._fixed | {"KV cache": kv_bytes, "scratch": scratch, "expert slots": self._bytes_of_slots[slots]}
 
     def _kv_bytes(self, blocks: int) -> int:
-        return blocks * sizes.kv_block_bytes(self._spec, self._kv_type) if self.dense else 0
+        return blocks * sizes.kv_layout(self._spec, self._kv_type).block_bytes if self.dense else 0
 
     def _scratch_bytes(self, limits: Limits) -> int:
         return sizes.scratch_bytes(self._spec, limits, self._experts, dense=self.dense, hybrid=self._hybrid)
@@ -191,7 +192,7 @@ class HostPlanner(Planner):
     def _scratch_bytes(self, limits: Limits) -> int:
         n_bytes = sizes.host_bytes(self._spec, limits)
         if self._hybrid:
-            n_bytes += scratch_bytes(self._spec, sizes.hybrid_limits(limits), self._kinds, self._experts)
+            n_bytes += expert_areas(self._experts, self._spec.top_k, limits).n_bytes(self._kinds, limits.planes)
         return n_bytes
 
     def choose(self, floor: int) -> tuple[int, Limits]:

@@ -8,10 +8,9 @@ import attrs
 import numpy as np
 
 from mer.compute.messages import Int64Array, LoadedExpert
-from mer.io.extents import ExpertKey
 from mer.io.priority import Priority
 from mer.io.ranks import Ranks
-from mer.sched.policy import Policy
+from mer.sched.policy import ExpertKey, Policy
 
 
 @attrs.define

@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias
 
 import attrs
 
-from mer.io.extents import ExpertKey
+from mer.sched.keys import ExpertKey
 from mer.sched.trial import Trial
 
 PrefetchMode: TypeAlias = Literal["off", "markov", "gate", "auto"]

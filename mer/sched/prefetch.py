@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mer.io.extents import ExpertKey
 from mer.sched.governor import Candidate, Conditions, Governor, GovernorStatistics, PrefetchMode
+from mer.sched.keys import ExpertKey
 from mer.sched.predict import Prediction, Predictor
 from mer.sched.predictors.best import BestPredictor, PredictionScore
 from mer.sched.predictors.gate import GatePredictor

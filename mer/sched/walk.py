@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from mer.compute.messages import (
-    Attend,
+    Advance,
     Batch,
     Begin,
     Combine,
@@ -17,7 +17,6 @@ from mer.compute.messages import (
     Done,
     LoadedExpert,
     Operation,
-    Project,
     RunExperts,
     RunResident,
 )
@@ -150,13 +149,14 @@ class LayerWalk:
     def _next(self, layer: int, batch: Batch, pinned: tuple[int, tuple[LoadedExpert, ...]]) -> tuple[Operation, ...]:
         """Return what follows the experts of the layer before this one."""
         if layer == self._n_layers:
-            return (Project(),)
+            return (Advance(layer),)
         prefetcher, addresses = self._prefetcher, self._store.residents.cache.addresses
         if prefetcher is not None and prefetcher.governor.allowed and not self._store.residents.all_held:
-            return (Attend(layer, predict=prefetcher.asks_gate),)
+            return (Advance(layer, predict=prefetcher.asks_gate),)
         if addresses is None or len(batch.tokens) > self._resident_rows:
-            return (Attend(layer),)
-        return Attend(layer), RunResident(layer, addresses, self._store.loans.lend(*pinned)), Project()
+            return (Advance(layer),)
+        reads = self._store.loans.lend(*pinned)
+        return Advance(layer), RunResident(layer, addresses, reads), Advance(self._n_layers)
 
     def _note_passed(self, layer: int, done: Done, reads: list[JobRead]) -> int:
         """Account for the layers from this one on that the worker has passed by itself; return how many.

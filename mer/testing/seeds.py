@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import trio
 
-from mer.compute.messages import Attend, Begin, Combine, Job, Operation, Project, RunExperts, RunResident
+from mer.compute.messages import Advance, Begin, Combine, Job, Operation, RunExperts, RunResident
 from mer.testing.callers import Outcome, call, judge
 from mer.testing.deterministic import run_seeded
 from mer.testing.drawing import RandomSource, draw_features, draw_world
@@ -152,16 +152,14 @@ def _job(job: Job) -> str:
         match operation:
             case Begin(batch):
                 return f"begin {batch.tokens.tolist()} at {batch.positions.tolist()} in {batch.tables.tolist()}"
-            case Attend(layer):
-                return f"attend {layer}"
+            case Advance(to):
+                return f"advance to {to}"
             case RunExperts(layer, experts):
                 return f"run {layer}: {[(loaded.expert, loaded.fresh) for loaded in experts]}"
             case RunResident(layer):
                 return f"go on from {layer}"
             case Combine(layer):
                 return f"combine {layer}"
-            case Project():
-                return "project"
             case _:
                 return repr(operation)
 

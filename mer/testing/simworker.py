@@ -20,7 +20,7 @@ import numpy.typing as npt
 import trio
 
 from mer.compute.messages import (
-    Attend,
+    Advance,
     Batch,
     Begin,
     Combine,
@@ -29,7 +29,6 @@ from mer.compute.messages import (
     Job,
     LoadedExpert,
     Operation,
-    Project,
     ReadBlocks,
     RunExperts,
     RunResident,
@@ -144,7 +143,7 @@ class JobCost:
     """How long jobs take on the simulated clock."""
 
     job_s: float = 20e-6
-    row_s: float = 5e-6  # for each row of an Attend
+    row_s: float = 5e-6  # for each row of an Advance to a router
     expert_s: float = 10e-6  # for each expert; half of it for each stage
 
 
@@ -242,7 +241,7 @@ class SimWorker:
         match operation:
             case Begin(batch):
                 self._begin(batch)
-            case Attend(layer, predict):
+            case Advance(layer, predict) if layer < self._model.n_layers:
                 await trio.sleep(self._cost.job_s + self._cost.row_s * len(self._x))
                 self._attend(layer)
                 done = attrs.evolve(
@@ -257,7 +256,7 @@ class SimWorker:
                 done = await self._run_resident(operation, done, fails=fails)
             case Combine(layer):
                 self._combine(layer)
-            case Project():
+            case Advance():
                 await trio.sleep(self._cost.job_s)
                 done = attrs.evolve(done, logits=self._project(), damaged=self._damaged())
             case ReadBlocks(blocks):
@@ -285,7 +284,7 @@ class SimWorker:
             layer += 1
             if layer == self._model.n_layers:
                 break
-            done = await self._run_operation(Attend(layer), done, fails=fails)
+            done = await self._run_operation(Advance(layer), done, fails=fails)
             routes.append(self._routes)
         return attrs.evolve(done, routes=np.array(routes, np.int32))
 

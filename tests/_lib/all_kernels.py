@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
+from mer.compute.cpu.blocks.attention import KV_KINDS
 from mer.compute.cpu.forward import steps_for
-from mer.compute.cpu.scratch import KV_KINDS
 from mer.compute.kernels.matmul import FINE_STEPS, INTERLEAVE_STEPS, STEPS
 from mer.compute.kernels.step import Step
 from mer.io.ggml import GGMLType

@@ -18,7 +18,7 @@ from mer.compute.cpu.scratch import Limits
 from mer.compute.cpu.weights import DenseWeights
 from mer.compute.cpu.worker import CPUWorker
 from mer.compute.messages import (
-    Attend,
+    Advance,
     Batch,
     Begin,
     Combine,
@@ -27,7 +27,6 @@ from mer.compute.messages import (
     Job,
     LoadedExpert,
     Operation,
-    Project,
     RunExperts,
 )
 from mer.config import KVType
@@ -136,7 +135,7 @@ class Resident:
         """
         operations: list[Operation] = [Begin(batch)]
         for layer in range(self.spec.n_routed):
-            done = await self.do(*operations, Attend(layer, predict=attended is not None))
+            done = await self.do(*operations, Advance(layer, predict=attended is not None))
             assert done.expert_ids is not None
             if attended is not None:
                 attended.append(done)
@@ -145,7 +144,7 @@ class Resident:
             for group in first:
                 await self.do(group)
             operations = [last, Combine(layer)]
-        return await self.do(*operations, Project())
+        return await self.do(*operations, Advance(self.spec.n_routed))
 
 
 @asynccontextmanager

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import attrs
 from hypothesis import strategies as st
 
-from mer.io.extents import ExpertKey
-from mer.sched.policy import Policy
+from mer.sched.policy import ExpertKey, Policy
 from mer.sched.simulate import Event
 
 

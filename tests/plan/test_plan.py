@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mer
-from mer.compute.cpu.scratch import kv_block_bytes
+from mer.compute.cpu.forward import kv_layout
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
@@ -137,7 +137,7 @@ def test_from_the_floor_up_the_parts_fit_the_budget(
     classes = made.classes
     slot_bytes = [n * size for n, size in zip(made.slot_counts, classes.slot_bytes, strict=True)]
     assert made.parts["expert slots"] == sum(slot_bytes)
-    assert made.parts["KV cache"] == limits.kv_blocks * kv_block_bytes(spec, limits.kv_type)
+    assert made.parts["KV cache"] == limits.kv_blocks * kv_layout(spec, limits.kv_type).block_bytes
     assert classes == model.experts.slot_classes(4096)
     # every class has slots, none more than experts
     most = config.get("slots", made.total_experts)
@@ -157,7 +157,7 @@ def test_from_the_floor_up_the_parts_fit_the_budget(
     if made.slots < min(made.total_experts, most):
         got = made.parts["expert slots"] + made.parts["load buffers"] + max(classes.slot_bytes)
         assert got >= sum(classes.slot_bytes) + more * 19 // 24 * 512 // 513 - 3
-        block = kv_block_bytes(spec, limits.kv_type)
+        block = kv_layout(spec, limits.kv_type).block_bytes
         full = limits.kv_blocks == limits.sequences * limits.sequence_blocks
         assert full or made.used_bytes + block + block // 512 + 2 > made.budget_bytes
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mer.io.priority import Priority
 from mer.sched.cache import ExpertCache, Resident
-from mer.sched.policies.layer_lru import LayerLRU
+from mer.sched.policy import LayerLRU
 
 
 def resident(slot: int, speculation: Priority | None = None) -> Resident:

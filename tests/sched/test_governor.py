@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mer.io.extents import ExpertKey
 from mer.sched.governor import Candidate, Conditions, Governor, GovernorStatistics, PrefetchMode
+from mer.sched.keys import ExpertKey
 
 
 def candidate(expert: int = 0, **changes: Any) -> Candidate:

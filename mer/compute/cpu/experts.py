@@ -7,16 +7,26 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-from mer.compute.cpu.matrix import Activations, Matrix, Product, block_sizes, float_stride, is_tiled, product
+from mer.compute.cpu.matrix import (
+    FLOAT_BYTES,
+    Activations,
+    Matrix,
+    Product,
+    RawRoom,
+    block_sizes,
+    float_stride,
+    is_tiled,
+    product,
+    raw_bytes,
+)
 from mer.compute.cpu.program import Program
-from mer.compute.cpu.scratch import Limits, Scratch
+from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.kernels.elementwise import gather, swiglu
 from mer.compute.kernels.entry import ENTRY_WORDS, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO, flags
 from mer.compute.kernels.pack import pack
 from mer.compute.messages import Int32Array, LoadedExpert, Stage
 from mer.errors import ComputeError
 from mer.io.extents import ExpertMap, ExpertPart
-from mer.model.spec import ModelSpec
 
 _STAGES = {Stage.OUTER: 0, Stage.WHOLE: 1, Stage.INNER: 2}  # the order of a table's entries
 _FRESH = {Stage.OUTER: FRESH_OUTER, Stage.WHOLE: FRESH_INNER | FRESH_OUTER, Stage.INNER: FRESH_INNER}
@@ -41,15 +51,17 @@ class RoutedExperts:
     activations, so that stages may be in different jobs. Larger batches go through these rows group by group.
 
     Args:
-        spec: the model.
+        experts: types and shapes of the routed experts, at least one.
+        top_k: experts that a token uses.
         limits: the largest batch.
         scratch: its memory.
-        experts: types and shapes of the routed experts.
     """
 
-    def __init__(self, spec: ModelSpec, limits: Limits, scratch: Scratch, experts: ExpertMap) -> None:
-        self._spec, self._limits, self._scratch = spec, limits, scratch
-        self.staged_pairs = limits.ffn_rows(spec)
+    def __init__(self, experts: ExpertMap, top_k: int, limits: Limits, scratch: Scratch) -> None:
+        self._top_k, self._limits, self._scratch = top_k, limits, scratch
+        self._d_model, self._d_ff = widths(experts)
+        self._raw = RawRoom(scratch.address["raw"], _raw_bytes(experts))
+        self.staged_pairs = limits.ffn_rows(top_k)
         made: dict[tuple[tuple[object, int, int], ...], tuple[_Steps, _Steps]] = {}
         self._steps: list[list[tuple[_Steps, _Steps]]] = []  # of each expert: for one token, for more
         self._sizes: list[list[int]] = []  # of each layer: blocks in which gate and up take activations
@@ -64,13 +76,37 @@ class RoutedExperts:
         self._n_tokens = 0
         self._spans: dict[int, tuple[int, int]] = {}  # {expert: (first of its pairs in `order`, number of them)}
         self._inner: set[int] = set()  # experts whose INNER has run, and not their OUTER
-        self._places, self._order = scratch.places.data, scratch.order.data
+        self._places, self._order = scratch.ints("places"), scratch.ints("order")
+
+    @staticmethod
+    def areas(experts: ExpertMap, top_k: int, limits: Limits) -> Areas:
+        """Return what the experts need of the scratch memory; h and the router's results are the router's."""
+        d_model, d_ff = widths(experts)
+        t, r, d, f = limits.batch_tokens, limits.ffn_rows(top_k), float_stride(d_model), float_stride(d_ff)
+        n_layers, n_experts, rows = len(experts.experts), len(experts.experts[0]), limits.resident_rows(top_k)
+        table = 8 * ENTRY_WORDS * min(n_experts, rows * top_k)
+        return Areas(
+            sizes={
+                "places": t * FLOAT_BYTES * top_k,
+                "order": t * FLOAT_BYTES * top_k,
+                "expert_ends": FLOAT_BYTES * n_experts,
+                "table_entries": table,
+                "table_missing": table,
+                "stop": 4 * 8,
+                "routes": FLOAT_BYTES * n_layers * rows * top_k,
+                "gathered": r * d,  # the rows of one group, for float weights
+                "gate": r * f,
+                "up": r * f,
+                "y": t * top_k * d,  # expert outputs, one row per (token, choice)
+                "raw": limits.threads * _raw_bytes(experts),  # an expert's rows as they are in the file
+            },
+            packed={"input": (r, d_model), "inner": (r, d_ff)},
+        )
 
     def _make(self, parts: Sequence[ExpertPart], *, one: bool) -> _Steps:
         """Return the steps for batches of one token, whose activations `prepare_token` has prepared, or of more."""
-        spec, s, a = self._spec, self._scratch, self._scratch.address
-        threads, raw = self._limits.threads, s.raw
-        d, f = float_stride(spec.d_model), float_stride(spec.d_ff)
+        s, a, threads, raw = self._scratch, self._scratch.address, self._limits.threads, self._raw
+        d, f = float_stride(self._d_model), float_stride(self._d_ff)
         gate, up, down = (Matrix(p.type, p.rows, p.cols, 0) for p in parts)
         kinds = {gate.type, up.type}
         x = Activations(1, a["h"] if one else a["gathered"], d, s.packed["input"])
@@ -80,7 +116,7 @@ class RoutedExperts:
             if any(not is_tiled(kind) for kind in kinds):
                 prepare.append(Product(gather, (a["h"], d, a["order"], a["gathered"])))
             for size in block_sizes(kinds):
-                arguments = s.packed["input"][size].arguments(spec.d_model, a["h"], d, index=a["order"])
+                arguments = s.packed["input"][size].arguments(self._d_model, a["h"], d, index=a["order"])
                 prepare.append(Product(pack, arguments))
         source = ZERO if one else ROW
         between = a["up"] - a["gate"]
@@ -94,7 +130,7 @@ class RoutedExperts:
             ]
         sizes = block_sizes([down.type])
         if sizes:
-            activate = Product(pack, s.packed["inner"][sizes[0]].arguments(spec.d_ff, a["gate"], f, up=between))
+            activate = Product(pack, s.packed["inner"][sizes[0]].arguments(self._d_ff, a["gate"], f, up=between))
         else:
             activate = Product(swiglu, (a["gate"], a["up"], f))
         outer = product(down, z, a["y"], d, threads, flags(2, out=PAIR), raw=raw)
@@ -103,9 +139,9 @@ class RoutedExperts:
     def prepare_token(self, program: Program, layer: int) -> None:
         """Add the packing of `h` for the layer's experts, if the batch is one token; experts may follow a barrier."""
         if self._n_tokens == 1:
-            h, d = self._scratch.address["h"], float_stride(self._spec.d_model)
+            h, d = self._scratch.address["h"], float_stride(self._d_model)
             for size in self._sizes[layer]:
-                arguments = self._scratch.packed["input"][size].arguments(self._spec.d_model, h, d)
+                arguments = self._scratch.packed["input"][size].arguments(self._d_model, h, d)
                 program.add_alone(pack, (0, 0, 0, 1, 0, 0, 0, 0), *arguments)
 
     def begin(self, n_tokens: int) -> None:
@@ -122,12 +158,12 @@ class RoutedExperts:
         spans = self._spans = {}
         if len(ids) > _FEW:
             order = np.argsort(ids, kind="stable")
-            self._scratch.places[order] = np.arange(len(ids), dtype=np.int32)
-            self._scratch.order[: len(ids)] = order // k
+            self._places[order] = np.arange(len(ids), dtype=np.int32)
+            self._order[: len(ids)] = order // k
             experts, firsts, counts = np.unique(ids[order], return_index=True, return_counts=True)
             spans.update(zip(experts.tolist(), zip(firsts.tolist(), counts.tolist(), strict=True), strict=True))
             return
-        places, tokens, numbers = self._places, self._order, ids.tolist()
+        places, tokens, numbers = self._places.data, self._order.data, ids.tolist()
         for place, pair in enumerate(sorted(range(len(numbers)), key=numbers.__getitem__)):
             places[pair], tokens[place] = place, pair // k
             first, count = spans.get(numbers[pair], (place, 0))
@@ -139,7 +175,7 @@ class RoutedExperts:
         Raises:
             ComputeError: a stage that the batch is too large for, or that comes out of turn.
         """
-        pairs = self._n_tokens * self._spec.top_k
+        pairs = self._n_tokens * self._top_k
         staged = pairs <= self.staged_pairs
         steps, which = self._steps[layer], self._n_tokens > 1
         filled = 0
@@ -219,3 +255,20 @@ class RoutedExperts:
         for steps, table, n in outer:
             program.add(steps.outer.step, table, n, *steps.outer.arguments)
         program.barrier()
+
+
+def expert_areas(experts: ExpertMap, top_k: int, limits: Limits) -> Areas:
+    """Return the scratch memory of routed experts that run without the dense part of their model."""
+    rows = {"h": limits.batch_tokens * float_stride(widths(experts)[0])}
+    return Areas.union([Areas(rows), RoutedExperts.areas(experts, top_k, limits)])
+
+
+def widths(experts: ExpertMap) -> tuple[int, int]:
+    """Return D and F of routed experts."""
+    down = experts.experts[0][0].parts[-1]
+    return down.rows, down.cols
+
+
+def _raw_bytes(experts: ExpertMap) -> int:
+    """Return the room that a thread needs to arrange any expert's matrix."""
+    return max(raw_bytes(*shape) for shape in experts.formats)

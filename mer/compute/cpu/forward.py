@@ -1,4 +1,4 @@
-"""One model's arithmetic as programs of kernel steps, after the model's layer plan."""
+"""One model's arithmetic as programs of kernel steps: the blocks of its layers, strung together."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mer.compute.cpu.blocks.attention import KV_KINDS, AttentionBlock, angle_bytes
+from mer.compute.cpu.blocks.feed_forward import FeedForwardBlock
+from mer.compute.cpu.blocks.head import HeadBlock
+from mer.compute.cpu.blocks.router import RouterBlock
+from mer.compute.cpu.blocks.workspace import Block, Workspace
 from mer.compute.cpu.experts import RoutedExperts
-from mer.compute.cpu.matrix import FLOAT_BYTES, Activations, Matrix, float_stride, is_tiled, multiply
-from mer.compute.cpu.program import Program
-from mer.compute.cpu.scratch import KV_KINDS, Limits, Scratch, kv_block_bytes
+from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride, is_tiled
+from mer.compute.cpu.program import Memory, Program
+from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.cpu.weights import DenseWeights
-from mer.compute.kernels.attention import ATTENTION, thread_bytes
 from mer.compute.kernels.dispatch import dispatch
-from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
+from mer.compute.kernels.elementwise import add_gated, combine, fill_rows, gather, rms_norm, swiglu
 from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
+from mer.compute.kernels.kv_layout import tile_bytes
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
-from mer.compute.kernels.rope import ROPE_STORE
 from mer.compute.kernels.router import route
 from mer.compute.kernels.step import Step
 from mer.compute.messages import Batch, Float32Array, Int32Array, Int64Array, LoadedExpert, Uint8Array
+from mer.compute.state import StateLayout, state_layout
 from mer.config import KVType
 from mer.errors import ComputeError
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
 from mer.io.job_reads import JobReads
-from mer.model.operators import RopeStyle
+from mer.model.operators import Experts, Rope
 from mer.model.spec import ModelSpec
 
 _NO_ROWS = np.zeros(0, np.int32)
@@ -38,7 +43,7 @@ _PHASES = 20  # of a layer
 # A thread that finds fewer bytes of weights in a phase comes for nothing: one core hands the other what they share in
 # some 0.5 us, in which it reads about as much.
 _THREAD_BYTES = 16 << 10
-_KEPT_SHAPES = 8  # numbers of tokens for which the steps of a layer's attention and of the output head are kept
+_KEPT_SHAPES = 8  # numbers of tokens for which the steps up to each router and of the output head are kept
 
 
 class Forward:
@@ -53,29 +58,75 @@ class Forward:
 
     def __init__(self, spec: ModelSpec, limits: Limits, weights: DenseWeights, experts: ExpertMap) -> None:
         self._spec, self._limits, self._weights = spec, limits, weights
-        self.scratch = Scratch(spec, limits, weights.types | matrix_types((), experts), experts)
-        self._kv_block_bytes = kv_block_bytes(spec, limits.kv_type)
-        self._kv_kind = KV_KINDS[limits.kv_type]
-        token_bytes = weights.used_bytes(tied_head=spec.tied_head) + experts.total_bytes * spec.top_k // spec.n_experts
-        self._threads_per_row = token_bytes / (_PHASES * spec.n_routed * _THREAD_BYTES)
+        kinds = weights.types | matrix_types((), experts)
+        self.scratch = Scratch(scratch_areas(spec, limits, experts), kinds, limits.planes)
+        self._layout = kv_layout(spec, limits.kv_type)
+        self._kv = Memory(limits.kv_blocks * self._layout.block_bytes)
         self._batch: Batch | None = None
-        self._routed_experts = RoutedExperts(spec, limits, self.scratch, experts)
-        self._predicts = False  # whether the last Attend did
+        self._routed_experts: RoutedExperts | None = None
+        if spec.routed:
+            self._routed_experts = RoutedExperts(experts, spec.top_k, limits, self.scratch)
+        self._ropes = _ropes(spec)
+        self._between: list[list[Block]] = [[]]  # what runs up to each router, and after the last one
+        self._routers: list[RouterBlock] = []
+        self._make_blocks()
+        token_bytes = weights.used_bytes(tied_head=spec.tied_head)
+        if spec.routed:
+            token_bytes += experts.total_bytes * spec.top_k // spec.n_experts
+        self._threads_per_row = token_bytes / (_PHASES * len(spec.layers) * _THREAD_BYTES)
+        self._predicts = False  # whether the last `advance` did
         # all layers' steps for one place of the experts, number of tokens, and blocks
         self._resident_rows: tuple[Int64Array, tuple[int, int, int], list[int], npt.NDArray[np.int64]] | None = None
-        self._routed_from = 0  # layer that the last run_resident began with
-        # of attention, by (layer, tokens, blocks, predict), and of the output head, by (rows asked for,)
+        self._routed_from = 0  # routed layer that the last run_resident began with
+        # up to a router, by (its number, tokens, blocks, predict), and of the output head, by (rows asked for,)
         self._kept_rows: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
+        s = self.scratch
+        self._damaged, self._positions, self._sequences = map(s.ints, ("damaged", "positions", "sequences"))
+        self._table, self._outputs = s.ints("table"), s.ints("outputs")
+        self._angles = [(rope, _frequencies(rope), s.floats(area)) for rope, area in self._ropes.items()]
+        self._x = s.floats("x").reshape(limits.batch_tokens, -1)
+        self._logits = s.floats("logits").reshape(limits.outputs, -1)
+
+    def _make_blocks(self) -> None:
+        spec, space = self._spec, Workspace(self._limits, self.scratch, self._weights)
+        for layer, offset in zip(spec.layers, self._layout.offsets, strict=True):
+            mixer = AttentionBlock(
+                layer.mixer,
+                layer.mixer_norm,
+                space,
+                kv=self._kv.address + offset,
+                block_bytes=self._layout.block_bytes,
+                angles=self._ropes[layer.mixer.rope],
+            )
+            self._between[-1].append(mixer)
+            if isinstance(layer.ffn, Experts):
+                assert self._routed_experts is not None
+                number = len(self._routers)
+                self._routers.append(RouterBlock(layer.ffn, layer.ffn_norm, space, self._routed_experts, number))
+                self._between.append([])
+            else:
+                self._between[-1].append(FeedForwardBlock(layer.ffn, layer.ffn_norm, space))
+        self._head = HeadBlock(spec.head, spec.norm, space)
+        self._shared = [
+            None if it.shared is None else FeedForwardBlock(it.shared, None, space) for it in spec.routed.values()
+        ]
+        self._shared_ran = False  # in the routed layer under way
+
+    @property
+    def n_routed(self) -> int:
+        """Routed layers."""
+        return len(self._routers)
 
     @property
     def staged_pairs(self) -> int:
         """See `ComputeWorker`."""
-        return self._routed_experts.staged_pairs
+        return 0 if self._routed_experts is None else self._routed_experts.staged_pairs
 
     @property
     def resident_rows(self) -> int:
         """See `ComputeWorker`."""
-        return self._limits.resident_rows(self._spec) if self._routed_experts.alike else 0
+        experts = self._routed_experts
+        return self._limits.resident_rows(self._spec.top_k) if experts is not None and experts.alike else 0
 
     @property
     def threads(self) -> int:
@@ -91,28 +142,47 @@ class Forward:
 
     def begin(self, batch: Batch) -> None:
         """Take over a batch: positions, KV tables, rotation angles, and the token embeddings as residual stream."""
-        s, n = self.scratch, len(batch.tokens)
-        tables = batch.tables.size
-        if n > self._limits.batch_tokens or len(batch.outputs) > self._limits.outputs or tables > s.table.size:
+        n, tables = len(batch.tokens), batch.tables.size
+        if n > self._limits.batch_tokens or len(batch.outputs) > self._limits.outputs or tables > self._table.size:
             raise RuntimeError(f"a batch of {n} tokens exceeds {self._limits}")
         self._batch = batch
-        self._routed_experts.begin(n)
-        s.damaged[:n] = 0
-        s.positions[:n], s.sequences[:n] = batch.positions, batch.sequences
-        s.table[:tables] = batch.tables.ravel()
-        s.outputs[: len(batch.outputs)] = batch.outputs
-        angle = batch.positions[:, None] * self._spec.attention.rope.scale * s.frequencies
-        both = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
-        s.angles[: both.size] = both.ravel()
-        s.x[:n, : self._spec.d_model] = self._weights.rows("token_embd.weight", batch.tokens)
+        if self._routed_experts is not None:
+            self._routed_experts.begin(n)
+        self._damaged[:n] = 0
+        self._positions[:n], self._sequences[:n] = batch.positions, batch.sequences
+        self._table[:tables] = batch.tables.ravel()
+        self._outputs[: len(batch.outputs)] = batch.outputs
+        for rope, frequencies, angles in self._angles:
+            angle = batch.positions[:, None] * rope.scale * frequencies  # [T, dim / 2]
+            both = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+            angles[: both.size] = both.ravel()
+        self._x[:n, : self._spec.d_model] = self._weights.rows(self._spec.embedding.name, batch.tokens)
 
-    def attend(self, program: Program, layer: int, *, predict: bool = False) -> None:
-        """Add attention and router of a layer, and the next layer's router with `predict`, if there is one."""
-        predict = predict and layer + 1 < self._spec.n_routed
+    def advance(self, program: Program, to: int, *, predict: bool = False) -> None:
+        """Add everything up to and with a router, or behind the last one, to the logits; see `Advance`."""
+        n, n_blocks = len(self.batch.tokens), self.batch.tables.shape[1]
+        if to == len(self._routers):
+            if self._between[to]:
+                self._add_kept(program, (to, n, n_blocks, 0), lambda built: self._run_up(built, to))
+            rows = len(self.batch.outputs)
+            self._add_kept(program, (rows,), lambda built: self._head.add(built, rows))
+            return
+        predict = predict and to + 1 < len(self._routers)
         self._predicts = predict
+        self._shared_ran = False
+        assert self._routed_experts is not None
         self._routed_experts.begin_layer()
-        key = layer, len(self.batch.tokens), self.batch.tables.shape[1], predict
-        self._add_kept(program, key, lambda built: self._attend(built, layer, predict))
+
+        def build(built: Program) -> None:
+            self._run_up(built, to)
+            self._routers[to].add(built, n, self._routers[to + 1] if predict else None)
+
+        self._add_kept(program, (to, n, n_blocks, predict), build)
+
+    def _run_up(self, program: Program, to: int) -> None:
+        """Add the blocks between one router and the next."""
+        for block in self._between[to]:
+            block.add(program, len(self.batch.tokens), self.batch.tables.shape[1])
 
     def _add_kept(self, program: Program, key: tuple[int, ...], build: Callable[[Program], None]) -> None:
         """Add steps that are the same whenever the key is, building them the first time."""
@@ -121,73 +191,10 @@ class Forward:
             built = Program()
             build(built)
             rows = built.rows[: built.length]
-            if len(self._kept_rows) >= _KEPT_SHAPES * (self._spec.n_routed + 1):
+            if len(self._kept_rows) >= _KEPT_SHAPES * (len(self._between) + 1):
                 self._kept_rows.clear()
             self._kept_rows[key] = rows
         program.extend(rows)
-
-    def _attend(self, program: Program, layer: int, predict: bool) -> None:
-        spec, s, a = self._spec, self.scratch, self.scratch.address
-        attention = spec.attention
-        n, threads = len(self.batch.tokens), self._limits.threads
-        d, eps = float_stride(spec.d_model), s.eps
-        q, k, v, o = (self._matrix(layer, f"attn_{name}") for name in ("q", "k", "v", "output"))
-        h = Activations(n, a["h"], d, s.packed["input"])
-        self._norm(program, f"blk.{layer}.attn_norm.weight", a["x"], 0, n, a["h"])
-        program.barrier()
-        h.pack(program, spec.d_model, {q.type, k.type, v.type})
-        program.barrier()
-        q_stride, kv_stride = float_stride(q.rows), float_stride(k.rows)
-        multiply(program, q, h, a["q_raw"], q_stride, threads)
-        multiply(program, k, h, a["k_raw"], kv_stride, threads)
-        multiply(program, v, h, a["v_raw"], kv_stride, threads)
-        program.barrier()
-        normed = attention.q_norm is not None
-        norms = [self._weights.vector(f"blk.{layer}.attn_{x}_norm.weight") if normed else 0 for x in "qk"]
-        heads = attention.n_heads << 32 | attention.n_kv_heads
-        pair = 1 if attention.rope.style is RopeStyle.INTERLEAVED else attention.rope.dim // 2
-        kv = s.kv.address + layer * (self._kv_block_bytes // spec.n_routed)
-        block_bytes = self._kv_block_bytes
-        max_blocks = self.batch.tables.shape[1]
-        where = (a["positions"], a["sequences"], a["table"], max_blocks)
-        program.add(
-            ROPE_STORE[self._kv_kind], a["q_raw"], a["k_raw"], a["v_raw"], q_stride, kv_stride, a["q"], n, heads,
-            attention.head_dim, attention.rope.dim << 32 | pair, a["angles"], *norms, eps, kv, block_bytes, *where,
-        )  # fmt: skip
-        program.barrier()
-        scratch_stride = thread_bytes(attention.n_heads, attention.n_kv_heads, attention.head_dim)
-        program.add(
-            ATTENTION[self._kv_kind], a["q"], n, heads, attention.head_dim, s.scale, kv, block_bytes, *where,
-            a["attended"], q_stride, a["attention"], scratch_stride, attention.window or 0,
-            self._limits.split_tokens(spec), a["attention_parts"],
-        )  # fmt: skip
-        program.barrier()
-        attended = Activations(n, a["attended"], q_stride, s.packed["input"])
-        attended.pack(program, o.cols, {o.type})
-        program.barrier()
-        multiply(program, o, attended, a["x"], d, threads, add=True)
-        program.barrier()
-        self._route(program, layer, predict)
-
-    def _route(self, program: Program, layer: int, predict: bool) -> None:
-        """Add the norm before the experts and the router, and side by side with them those of the next layer."""
-        spec, a, n, threads = self._spec, self.scratch.address, len(self.batch.tokens), self._limits.threads
-        d, router_stride = float_stride(spec.d_model), float_stride(spec.n_experts)
-        targets = [
-            (layer, a["h"], a["router"], (a["expert_ids"], a["expert_weights"], a["damaged"])),
-            (layer + 1, a["next_h"], a["next_router"], (a["predicted_ids"], a["predicted_weights"], 0)),
-        ][: 1 + predict]
-        for at, h, _, _ in targets:
-            self._norm(program, f"blk.{at}.ffn_norm.weight", a["x"], 0, n, h)
-        program.barrier()
-        for at, h, logits, _ in targets:
-            gate = self._matrix(at, "ffn_gate_inp")
-            multiply(program, gate, Activations(n, h, d, {}), logits, router_stride, threads)
-        self._routed_experts.prepare_token(program, layer)
-        program.barrier()
-        for _, _, logits, results in targets:
-            program.add(route, logits, router_stride, n, spec.n_experts, spec.top_k, *results)
-        program.barrier()
 
     def read_block(self, block: int) -> Uint8Array:
         """Return the KV of a block of all layers, read-only and in place: it lasts while nobody writes to the block."""
@@ -200,12 +207,12 @@ class Forward:
         self._block(block)[:] = kv
 
     def _block(self, block: int) -> Uint8Array:
-        n_bytes = self._kv_block_bytes
-        return self.scratch.kv.view(self.scratch.kv.address + block * n_bytes, n_bytes)
+        n_bytes = self._layout.block_bytes
+        return self._kv.view(self._kv.address + block * n_bytes, n_bytes)
 
     def damaged(self) -> Int32Array:
         """Return the batch rows for which a router logit was not finite so far; read-only."""
-        damaged = self.scratch.damaged[: len(self.batch.tokens)]
+        damaged = self._damaged[: len(self.batch.tokens)]
         # looking at a few rows takes Python less time than setting up NumPy's `any`
         found = any(damaged.data) if len(damaged) <= _FEW_ROWS else damaged.any()
         return np.flatnonzero(damaged).astype(np.int32) if found else _NO_ROWS
@@ -216,33 +223,42 @@ class Forward:
         return len(self.batch.outputs) * self._spec.vocab_size
 
     def logits(self) -> Float32Array:
-        """Return the logits [N, V] of the rows that the batch asked for, once `project` has run."""
-        return self.scratch.logits[: len(self.batch.outputs), : self._spec.vocab_size].copy()
+        """Return the logits [N, V] of the rows that the batch asked for, once `advance` has come to them."""
+        return self._logits[: len(self.batch.outputs), : self._spec.vocab_size].copy()
 
     def routed(self) -> Int32Array:
-        """Return the router's choice [T, K] once `attend` has run, and sort the (token, choice) pairs by expert."""
-        s, n, k = self.scratch, len(self.batch.tokens), self._spec.top_k
-        ids = s.expert_ids[: n * k]
+        """Return the router's choice [T, K] once `advance` has run, and sort the (token, choice) pairs by expert."""
+        assert self._routed_experts is not None
+        n, k = len(self.batch.tokens), self._spec.top_k
+        ids = self.scratch.ints("expert_ids")[: n * k]
         self._routed_experts.assign(ids)
         return ids.reshape(n, k).copy()
 
     def predicted(self) -> Int32Array | None:
-        """Return the next layer's predicted choice [T, K] once `attend` has run with `predict`; None if it has not."""
+        """Return the next router's predicted choice [T, K] after `advance` with `predict`; None without."""
         if not self._predicts:
             return None
         n, k = len(self.batch.tokens), self._spec.top_k
-        return self.scratch.predicted_ids[: n * k].reshape(n, k).copy()
+        return self.scratch.ints("predicted_ids")[: n * k].reshape(n, k).copy()
 
     def run_experts(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None:
-        """Add the feed-forward networks of loaded experts, or stages of them.
+        """Add the feed-forward networks of loaded experts of a routed layer, or stages of them.
 
         Raises:
             ComputeError: a stage that the batch is too large for, or that comes out of turn.
         """
+        assert self._routed_experts is not None
         self._routed_experts.run(program, layer, experts)
 
+    def run_shared(self, program: Program, layer: int) -> None:
+        """Add the network that a routed layer's experts share, if it has one and has not run yet."""
+        shared = self._shared[layer]
+        if shared is not None and not self._shared_ran:
+            shared.add(program, len(self.batch.tokens), 0)
+            self._shared_ran = True
+
     def run_resident(self, program: Program, layer: int, addresses: Int64Array, reads: JobReads | None = None) -> None:
-        """Add all layers from the experts of this one on, to follow its `attend`; see `RunResident`.
+        """Add all layers from the experts of this one on, to follow its `advance`; see `RunResident`.
 
         Raises:
             ComputeError: the batch is too large for it, or experts of a layer differ in types.
@@ -258,21 +274,24 @@ class Forward:
         kept = self._resident_rows
         if kept is None or kept[0] is not addresses or kept[1] != key:
             built, starts, place = Program(), [], int(addresses.ctypes.data)
-            for number in range(self._spec.n_routed):
+            for number in range(len(self._routers)):
                 starts.append(built.length)
                 self._dispatch(built, number, place, control)
-                self.combine(built)
-                if number + 1 < self._spec.n_routed:
-                    self.attend(built, number + 1)
+                self._shared_ran = False
+                self.combine(built, number)
+                if number + 1 < len(self._routers):
+                    self.advance(built, number + 1)
             kept = self._resident_rows = addresses, key, starts, built.rows[: built.length]
+        self._shared_ran = False  # a program that ends early has not come to it
         _, _, starts, rows = kept
         program.extend(rows[starts[layer] :])
-        self.scratch.stop[:] = 0
+        self.scratch.words("stop")[:] = 0
         self._routed_from = layer
 
     def _dispatch(self, program: Program, layer: int, addresses: int, reads: int) -> None:
         """Add the experts of a layer that the router has chosen, or the end of the program if one cannot be had."""
         spec, a, experts = self._spec, self.scratch.address, self._routed_experts
+        assert experts is not None
         pairs = len(self.batch.tokens) * spec.top_k
         log = a["routes"] + FLOAT_BYTES * pairs * layer
         stop, end, skip, again = (a["stop"] + 8 * word for word in range(4))
@@ -297,13 +316,14 @@ class Forward:
 
         If it is not, the batch's next step is the experts of the last of these layers.
         """
-        n, k = len(self.batch.tokens), self._spec.top_k
-        every = self.scratch.routes[: self._spec.n_routed * n * k].reshape(-1, n, k)
-        stop = int(self.scratch.stop[0])
-        return every[self._routed_from : stop or self._spec.n_routed].copy(), not stop
+        n, k, n_layers = len(self.batch.tokens), self._spec.top_k, len(self._routers)
+        every = self.scratch.ints("routes")[: n_layers * n * k].reshape(-1, n, k)
+        stop = int(self.scratch.words("stop")[0])
+        return every[self._routed_from : stop or n_layers].copy(), not stop
 
-    def combine(self, program: Program) -> None:
-        """Add the step that adds the weighted expert outputs to the residual stream."""
+    def combine(self, program: Program, layer: int) -> None:
+        """Add the shared network of a routed layer, unless it has run, and then its experts' weighted outputs to x."""
+        self.run_shared(program, layer)
         a, d = self.scratch.address, float_stride(self._spec.d_model)
         program.add(
             combine, a["x"], d, len(self.batch.tokens), d // FLOAT_BYTES, a["y"], a["expert_weights"], a["places"],
@@ -311,29 +331,52 @@ class Forward:
         )  # fmt: skip
         program.barrier()
 
-    def project(self, program: Program) -> None:
-        """Add final norm and output head for the rows that the batch asked for."""
-        self._add_kept(program, (len(self.batch.outputs),), self._project)
 
-    def _project(self, program: Program) -> None:
-        spec, s, a = self._spec, self.scratch, self.scratch.address
-        n = len(self.batch.outputs)
-        head = self._weights.matrix("token_embd.weight" if spec.tied_head else "output.weight")
-        self._norm(program, "output_norm.weight", a["x"], a["outputs"], n, a["h"])
-        program.barrier()
-        h = Activations(n, a["h"], float_stride(spec.d_model), s.packed["input"])
-        h.pack(program, spec.d_model, {head.type})
-        program.barrier()
-        multiply(program, head, h, a["logits"], float_stride(spec.vocab_size), self._limits.threads)
-        program.barrier()
+def kv_layout(spec: ModelSpec, kv_type: KVType) -> StateLayout:
+    """Return how the CPU worker divides a KV block: heads are padded to 32 elements."""
+    return state_layout(spec, lambda head_dim: tile_bytes(KV_KINDS[kv_type], head_dim))
 
-    def _matrix(self, layer: int, name: str) -> Matrix:
-        return self._weights.matrix(f"blk.{layer}.{name}.weight")
 
-    def _norm(self, program: Program, name: str, x: int, index: int, n: int, out: int) -> None:
-        stride = float_stride(self._spec.d_model)
-        weight = self._weights.vector(name)
-        program.add(rms_norm, x, stride, index, n, self._spec.d_model, weight, self.scratch.eps, out, stride)
+def scratch_areas(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> Areas:
+    """Return the scratch memory of a whole model: what its blocks share, and the union of what each needs."""
+    t, d = limits.batch_tokens, float_stride(spec.d_model)
+    common = {
+        "x": t * d,  # residual stream
+        "h": max(t, limits.outputs) * d,  # normalized
+        "positions": t * FLOAT_BYTES,
+        "sequences": t * FLOAT_BYTES,
+        "outputs": limits.outputs * FLOAT_BYTES,
+        "table": limits.sequences * limits.sequence_blocks * FLOAT_BYTES,
+        "damaged": t * FLOAT_BYTES,  # rows whose router logits were not finite
+        **{area: angle_bytes(rope, limits) for rope, area in _ropes(spec).items()},
+    }
+    parts = [Areas(common), HeadBlock.areas(spec.head, spec.norm, limits)]
+    for layer in spec.distinct_layers:
+        ffn, ffn_norm = layer.ffn, layer.ffn_norm
+        parts.append(AttentionBlock.areas(layer.mixer, layer.mixer_norm, limits))
+        if isinstance(ffn, Experts):
+            parts.append(RouterBlock.areas(ffn, ffn_norm, limits))
+            if ffn.shared is not None:
+                parts.append(FeedForwardBlock.areas(ffn.shared, None, limits))
+        else:
+            parts.append(FeedForwardBlock.areas(ffn, ffn_norm, limits))
+    if spec.routed:
+        parts.append(RoutedExperts.areas(experts, spec.top_k, limits))
+    return Areas.union(parts)
+
+
+def _ropes(spec: ModelSpec) -> dict[Rope, str]:
+    """Return the ways in which layers rotate their heads, and the area of each one's angles."""
+    ropes = dict.fromkeys(layer.mixer.rope for layer in spec.layers)
+    return {rope: f"angles{number}" for number, rope in enumerate(ropes)}
+
+
+def _frequencies(rope: Rope) -> npt.NDArray[np.float64]:
+    """Return how fast each pair of elements turns, in radians per position before scaling."""
+    frequencies: npt.NDArray[np.float64] = rope.base ** (
+        -np.arange(0, rope.dim, 2, dtype=np.float64) / max(rope.dim, 1)
+    )
+    return frequencies
 
 
 def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLType]:
@@ -346,5 +389,6 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     """Return every kernel step that a model of these weight types uses, with activations of so many planes."""
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
-    steps += [ROPE_STORE[KV_KINDS[kv_type]], ATTENTION[KV_KINDS[kv_type]]]
-    return [*steps, pack, rms_norm, gather, swiglu, combine, route, dispatch, begin_reads, await_reads, next_turn]
+    steps += AttentionBlock.steps(kv_type)
+    steps += [pack, rms_norm, gather, swiglu, add_gated, fill_rows, combine, route, dispatch]
+    return [*steps, begin_reads, await_reads, next_turn]

@@ -99,7 +99,7 @@ class Activations:
         """Add the steps that quantize these rows, of `cols` float32, for matrices of the given types."""
         for size in block_sizes(kinds):
             area = self.packed[size]
-            program.add_alone(pack, _rows(self.n), *area.arguments(cols, self.address, self.stride))
+            program.add_alone(pack, rows_entry(self.n), *area.arguments(cols, self.address, self.stride))
 
 
 def block_sizes(kinds: Iterable[GGMLType]) -> list[int]:
@@ -107,7 +107,7 @@ def block_sizes(kinds: Iterable[GGMLType]) -> list[int]:
     return sorted({fmt.block_weights for fmt in map(block_format, kinds) if fmt is not None})
 
 
-def _rows(n: int, address: int = 0) -> tuple[int, ...]:
+def rows_entry(n: int, address: int = 0) -> tuple[int, ...]:
     """Return the entry of n rows of activations, with one matrix."""
     return (address, 0, 0, n, 0, 0, 0, 0)
 
@@ -181,7 +181,7 @@ def multiply(
 ) -> None:
     """Add the step out[t] = matrix @ x[t] for all rows t of x, or out[t] += with `add`."""
     made = product(matrix, x, out, out_stride, n_threads, flags(add=add))
-    program.add_alone(made.step, _rows(x.n, matrix.address), *made.arguments)
+    program.add_alone(made.step, rows_entry(x.n, matrix.address), *made.arguments)
 
 
 def raw_bytes(kind: GGMLType, cols: int) -> int:

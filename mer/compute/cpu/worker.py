@@ -3,34 +3,69 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 import attrs
 import trio
 
-from mer.compute.cpu.forward import Forward
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.team import Team, left_behind
 from mer.compute.kernels.target import FORM
 from mer.compute.messages import (
-    Attend,
+    Advance,
+    Batch,
     Begin,
     Combine,
     Done,
+    Float32Array,
+    Int32Array,
+    Int64Array,
     Job,
     JobCounters,
-    Project,
+    LoadedExpert,
     ReadBlocks,
     RunExperts,
     RunResident,
+    RunShared,
     Stage,
     Uint8Array,
     WorkerStatistics,
     WriteBlocks,
 )
 from mer.errors import ComputeError, MerError
+from mer.io.job_reads import JobReads
 
 _INLINE_TOKENS = 16  # a larger batch is taken over in a thread of trio's, so that the event loop goes on meanwhile
 _INLINE_LOGITS = 1 << 19  # more are copied in a thread: 2 MiB take a millisecond where they come from new pages
+
+
+class Arithmetic(Protocol):
+    """What a worker's jobs are made of; see `Forward`, which is a model's."""
+
+    @property
+    def staged_pairs(self) -> int: ...
+    @property
+    def resident_rows(self) -> int: ...
+    @property
+    def n_routed(self) -> int: ...
+    @property
+    def n_logits(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    def begin(self, batch: Batch) -> None: ...
+    def advance(self, program: Program, to: int, *, predict: bool = False) -> None: ...
+    def run_experts(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None: ...
+    def run_resident(self, program: Program, layer: int, addresses: Int64Array, reads: JobReads | None) -> None: ...
+    def run_shared(self, program: Program, layer: int) -> None: ...
+    def combine(self, program: Program, layer: int) -> None: ...
+    def routed(self) -> Int32Array: ...
+    def predicted(self) -> Int32Array | None: ...
+    def damaged(self) -> Int32Array: ...
+    def routes(self) -> tuple[Int32Array, bool]: ...
+    def logits(self) -> Float32Array: ...
+    def read_block(self, block: int) -> Uint8Array: ...
+    def write_block(self, block: int, kv: Uint8Array) -> None: ...
 
 
 class CPUWorker:
@@ -44,8 +79,8 @@ class CPUWorker:
         n_threads: threads that compute.
     """
 
-    def __init__(self, forward: Forward, n_threads: int) -> None:
-        self._forward: Forward | None = forward  # None once closed, as weights, KV and scratch are its
+    def __init__(self, forward: Arithmetic, n_threads: int) -> None:
+        self._forward: Arithmetic | None = forward  # None once closed, as weights, KV and scratch are its
         self.staged_pairs = forward.staged_pairs  # see `ComputeWorker`
         self.resident_rows = forward.resident_rows  # see `ComputeWorker`
         self._team = Team(n_threads)
@@ -131,18 +166,18 @@ class CPUWorker:
                     self._counters.expert_runs += len(experts) - [e.stage for e in experts].count(Stage.INNER)
                 case RunResident(layer, addresses, reads):
                     forward.run_resident(program, layer, addresses, reads)
-                case Combine():
-                    forward.combine(program)
-                case Attend(layer, predict):
-                    forward.attend(program, layer, predict=predict)
+                case RunShared(layer):
+                    forward.run_shared(program, layer)
+                case Combine(layer):
+                    forward.combine(program, layer)
+                case Advance(to, predict):
+                    forward.advance(program, to, predict=predict)
                 case Begin(batch):
                     if len(batch.tokens) > _INLINE_TOKENS:
                         await trio.to_thread.run_sync(forward.begin, batch)
                     else:
                         forward.begin(batch)
                     self._counters.tokens += len(batch.tokens)
-                case Project():
-                    forward.project(program)
                 case WriteBlocks(blocks, data):
                     await trio.to_thread.run_sync(self._write_blocks, blocks, data)
                 case ReadBlocks():
@@ -154,15 +189,16 @@ class CPUWorker:
         for block, content in zip(blocks, data, strict=True):
             self._open_forward().write_block(block, content)
 
-    def _open_forward(self) -> Forward:
+    def _open_forward(self) -> Arithmetic:
         if self._forward is None:
             raise RuntimeError("the worker is closed")
         return self._forward
 
     async def _collect(self, job: Job, begun: float) -> Done:
         """Return what a job gave, copied in a thread if it is much."""
-        projects = any(isinstance(operation, Project) for operation in job.operations)
-        if projects and self._open_forward().n_logits > _INLINE_LOGITS:
+        forward = self._open_forward()
+        last = any(isinstance(it, Advance) and it.to == forward.n_routed for it in job.operations)
+        if last and forward.n_logits > _INLINE_LOGITS:
             return await trio.to_thread.run_sync(self._done, job, begun)
         return self._done(job, begun)
 
@@ -174,14 +210,14 @@ class CPUWorker:
         through, waited_s = True, 0.0
         for operation in job.operations:
             match operation:
-                case Attend():
+                case Advance(to) if to < forward.n_routed:
                     ids, predicted, damaged = forward.routed(), forward.predicted(), forward.damaged()
                 case RunResident(reads=reads):
                     waited_s = 0.0 if reads is None else reads.waited_s
                     routes, through = forward.routes()
                     layers = (routes if through else routes[:-1]).reshape(-1, routes[0].size).tolist()
                     self._counters.expert_runs += sum(len(set(experts)) for experts in layers)
-                case Project() if through:
+                case Advance() if through:
                     logits, damaged = forward.logits(), forward.damaged()
                 case ReadBlocks(blocks):
                     kv = tuple(forward.read_block(block) for block in blocks)

@@ -1,4 +1,4 @@
-"""Attention, router and output head on the device; keeps the batch that is under way."""
+"""The dense part of a model on the device: the blocks of its layers, strung together; keeps the batch under way."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from mer.compute.cpu.scratch import Limits
-from mer.compute.cuda.attention import (
-    Group,
-    Inputs,
-    KVCache,
-    attend,
-    blocks_needed,
-    padded_tables,
-    rope,
-)
+from mer.compute.cuda.blocks.attention import AttentionBlock
+from mer.compute.cuda.blocks.feed_forward import FeedForwardBlock
+from mer.compute.cuda.blocks.router import RouterBlock
+from mer.compute.cuda.blocks.tools import Tools
 from mer.compute.cuda.device import Device
+from mer.compute.cuda.inputs import Group, Inputs, blocks_needed, padded_tables
+from mer.compute.cuda.kv import KVCache
 from mer.compute.cuda.products import TorchKernels
 from mer.compute.cuda.routed import Routed
+from mer.compute.cuda.sizes import kv_layout
 from mer.compute.cuda.weights import DeviceWeights
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.messages import Batch, Float32Array, Int32Array, Uint8Array
+from mer.model.operators import Attention, Experts
 from mer.model.spec import ModelSpec
 
 Tensor = torch.Tensor
@@ -47,15 +45,36 @@ class DeviceForward:
     def __init__(
         self, spec: ModelSpec, limits: Limits, weights: DeviceWeights, device: Device, kernels: TorchKernels
     ) -> None:
-        attention = spec.attention
-        self._spec, self._weights, self._device, self._kernels = spec, weights, device, kernels
-        self._kv = KVCache(spec, limits.kv_blocks, limits.kv_type, device)
-        self._frequencies = attention.rope.base ** (-np.arange(0, attention.rope.dim, 2) / max(attention.rope.dim, 1))
+        self._spec, self._weights, self._device = spec, weights, device
+        self._tools = Tools(weights, kernels)
+        self._kv = KVCache(kv_layout(spec, limits.kv_type), limits.kv_blocks, limits.kv_type, device)
+        self._ropes = list(dict.fromkeys(layer.mixer.rope for layer in spec.layers))
+        self._frequencies = [rope.base ** (-np.arange(0, rope.dim, 2) / max(rope.dim, 1)) for rope in self._ropes]
+        self._between: list[list[tuple[Attention, AttentionBlock] | FeedForwardBlock]] = [[]]
+        self._routers: list[RouterBlock] = []
+        self._shared: list[FeedForwardBlock | None] = []
+        self._make_blocks()
+        self._windows = dict.fromkeys(layer.mixer.window for layer in spec.layers)
         self._inputs: Inputs | None = None
-        self._masks: tuple[Tensor, ...] = ()
+        self._masks: dict[int | None, tuple[Tensor, ...]] = {}
         self._x = self.h = self._shares = self.damaged = self.outputs = device.zeros(0)
         self.ids = device.zeros(0, dtype=torch.int64)  # [T, K], the router's choice
         self._predicted: Tensor | None = None
+        self._shared_ran = False  # in the routed layer under way
+
+    def _make_blocks(self) -> None:
+        tools = self._tools
+        for layer, cache in zip(self._spec.layers, self._kv.layers, strict=True):
+            rope = self._ropes.index(layer.mixer.rope)
+            mixer = AttentionBlock(layer.mixer, layer.mixer_norm, tools, cache, rope)
+            self._between[-1].append((layer.mixer, mixer))
+            if isinstance(layer.ffn, Experts):
+                shared = layer.ffn.shared
+                self._routers.append(RouterBlock(layer.ffn, layer.ffn_norm, tools))
+                self._shared.append(None if shared is None else FeedForwardBlock(shared, None, tools))
+                self._between.append([])
+            else:
+                self._between[-1].append(FeedForwardBlock(layer.ffn, layer.ffn_norm, tools))
 
     def begin(self, batch: Batch) -> None:
         """Take over a batch."""
@@ -74,7 +93,7 @@ class DeviceForward:
             table = padded_tables(batch, own[-1:], blocks_needed(int(batch.positions[own[-1]])))
             groups.append(self._group(batch, rows, table, own))
         tensors = {name: self._device.to_device(array) for name, array in arrays.items()}
-        self.start(Inputs(**tensors, groups=tuple(groups)))
+        self.start(Inputs.of(tensors, tuple(groups)))
 
     def begin_blocks(self, batch: Batch) -> None:
         """Zero the KV blocks that a batch begins."""
@@ -82,41 +101,47 @@ class DeviceForward:
 
     def host_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the arrays of a batch's `Inputs`, its groups excepted."""
-        angle = batch.positions[:, None] * self._spec.attention.rope.scale * self._frequencies
-        return {
+        arrays = {
             "tokens": batch.tokens.astype(np.int64),
             "blocks": batch.tables[batch.sequences, batch.positions // KV_TILE].astype(np.int64),
             "offsets": batch.positions.astype(np.int64) % KV_TILE,
-            "angles": np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32),
             "outputs": batch.outputs.astype(np.int64),
         }
+        for number, (rope, frequencies) in enumerate(zip(self._ropes, self._frequencies, strict=True)):
+            angle = batch.positions[:, None] * rope.scale * frequencies  # [T, dim / 2]
+            arrays[f"angles{number}"] = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+        return arrays
 
     def start(self, inputs: Inputs) -> None:
         """Begin with a batch that is on the device: its token embeddings become the residual stream."""
         self._inputs = inputs
-        self._masks = tuple(group.mask(self._spec.attention.window) for group in inputs.groups)
-        self._x = self._weights.rows("token_embd.weight", inputs.tokens)
+        self._masks = {window: tuple(group.mask(window) for group in inputs.groups) for window in self._windows}
+        self._x = self._weights.rows(self._spec.embedding.name, inputs.tokens)
         self.damaged = torch.zeros_like(inputs.tokens, dtype=torch.bool)
 
-    def attend(self, layer: int, *, predict: bool = False) -> None:
-        """Run attention and router of a layer, and the next layer's router with `predict`, if there is one."""
-        spec, n, inputs = self._spec, len(self._x), self._batch()
-        attention = spec.attention
-        h = self._norm(self._x, f"blk.{layer}.attn_norm")
-        q, k, v = (self._matmul(layer, f"attn_{name}", h).view(n, -1, attention.head_dim) for name in "qkv")
-        if attention.q_norm is not None:
-            q, k = (self._norm(heads, f"blk.{layer}.attn_{x}_norm") for heads, x in ((q, "q"), (k, "k")))
-        q, k = (rope(spec, heads, inputs.angles) for heads in (q, k))
-        self._kv.store(layer, inputs, k, v)
-        attended = attend(spec, self._kv, layer, inputs, q, self._masks)
-        self._x = self._x + self._matmul(layer, "attn_output", attended)
-        self.h = self._norm(self._x, f"blk.{layer}.ffn_norm")
-        self.ids, logits = self._route(layer, self.h)
-        self._shares = functional.softmax(logits.gather(1, self.ids), 1)
+    def advance(self, to: int, *, predict: bool = False) -> None:
+        """Run everything up to and with a router, or behind the last one, to the logits; see `Advance`."""
+        inputs = self._batch()
+        for block in self._between[to]:
+            if isinstance(block, tuple):
+                record, mixer = block
+                self._x = self._x + mixer(self._x, inputs, self._masks[record.window])
+            else:
+                self._x = self._x + block(self._x)
+        if to == len(self._routers):
+            h = self._tools.norm(self._spec.norm, self._x[inputs.outputs])
+            self.outputs = self._tools.linear(self._spec.head, h)
+            return
+        router = self._routers[to]
+        self.h = router.normalized(self._x)
+        self.ids, logits = router.choose(self.h)
+        self._shares = router.shares(self.ids, logits)
+        self._shared_ran = False
         self.damaged = self.damaged | ~logits.isfinite().all(1)
         self._predicted = None
-        if predict and layer + 1 < spec.n_routed:
-            self._predicted, _ = self._route(layer + 1, self._norm(self._x, f"blk.{layer + 1}.ffn_norm"))
+        if predict and to + 1 < len(self._routers):
+            following = self._routers[to + 1]
+            self._predicted, _ = following.choose(following.normalized(self._x))
 
     def routed(self) -> Routed:
         """Return the last router's choice; waits for the device."""
@@ -129,20 +154,22 @@ class DeviceForward:
         predicted = None if self._predicted is None else np.ascontiguousarray(host[:, k + 1 :])
         return Routed(ids, predicted, np.flatnonzero(host[:, k]).astype(np.int32))
 
-    def combine(self, y: Tensor) -> None:
-        """Add the weighted expert outputs y [T * K, D] to the residual stream, in router order."""
+    def run_shared(self, layer: int) -> None:
+        """Add the network that a routed layer's experts share, if it has one and has not run yet."""
+        shared = self._shared[layer]
+        if shared is not None and not self._shared_ran:
+            self._x = self._x + shared(self.h)
+            self._shared_ran = True
+
+    def combine(self, layer: int, y: Tensor) -> None:
+        """Add the shared network, unless it has run, and then the weighted expert outputs y [T * K, D], in order."""
+        self.run_shared(layer)
         parts = y.view(*self._shares.shape, -1) * self._shares[:, :, None]
         for rank in range(parts.shape[1]):
             self._x = self._x + parts[:, rank]
 
-    def project(self) -> None:
-        """Apply the final norm and the output head to the rows that the batch asked for."""
-        head = "token_embd.weight" if self._spec.tied_head else "output.weight"
-        h = self._norm(self._x[self._batch().outputs], "output_norm")
-        self.outputs = self._kernels.matmul(self._weights.matrix(head), h)
-
     def results(self) -> tuple[Float32Array, Int32Array]:
-        """Return logits [N, V] of `project`, and damaged rows; waits for the device."""
+        """Return logits [N, V], and damaged rows; waits for the device."""
         damaged = self._device.to_host(self.damaged).numpy()
         logits = self._device.to_host(self.outputs).numpy()
         return logits, np.flatnonzero(damaged).astype(np.int32)
@@ -163,19 +190,6 @@ class DeviceForward:
     def _group(self, batch: Batch, rows: Tensor | slice, table: np.ndarray, own: list[int]) -> Group:
         positions = batch.positions[own].astype(np.int64).reshape(len(table), -1)
         return Group(rows, self._device.to_device(table), self._device.to_device(positions))
-
-    def _route(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a router's choice [T, K], by falling logits and of equal ones the lower number first, and logits."""
-        gate = self._weights.matrix(f"blk.{layer}.ffn_gate_inp.weight")
-        logits = self._kernels.matmul(gate, h, exact=True)
-        return logits.sort(dim=1, descending=True, stable=True).indices[:, : self._spec.top_k], logits
-
-    def _matmul(self, layer: int, name: str, x: Tensor) -> Tensor:
-        return self._kernels.matmul(self._weights.matrix(f"blk.{layer}.{name}.weight"), x)
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight = self._weights.vector(f"{name}.weight")
-        return functional.rms_norm(x, (x.shape[-1],), weight, self._spec.norm.eps)
 
 
 def _spans(batch: Batch) -> list[slice]:

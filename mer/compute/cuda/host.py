@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mer.compute.cpu.experts import RoutedExperts
+from mer.compute.cpu.experts import RoutedExperts, expert_areas
 from mer.compute.cpu.forward import Forward, matrix_types
 from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride
 from mer.compute.cpu.program import Program
@@ -17,7 +17,6 @@ from mer.compute.cpu.team import Team
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import Pairs
 from mer.compute.cuda.routed import Routed
-from mer.compute.cuda.sizes import hybrid_limits
 from mer.compute.messages import Batch, Float32Array, Int32Array, LoadedExpert, Uint8Array
 from mer.io.extents import ExpertMap
 from mer.model.spec import ModelSpec
@@ -40,8 +39,9 @@ class HostExperts:
     def __init__(self, spec: ModelSpec, limits: Limits, experts: ExpertMap, forward: Forward | None = None) -> None:
         self._spec = spec
         if forward is None:
-            self.scratch = Scratch(spec, hybrid_limits(limits), matrix_types((), experts), experts)
-            routed = RoutedExperts(spec, limits, self.scratch, experts)
+            areas = expert_areas(experts, spec.top_k, limits)
+            self.scratch = Scratch(areas, matrix_types((), experts), limits.planes)
+            routed = RoutedExperts(experts, spec.top_k, limits, self.scratch)
             self._routed: RoutedExperts | None = routed
             self._run = routed.run
         else:
@@ -119,10 +119,12 @@ class HostForward:
         """Take over a batch."""
         self._forward.begin(batch)
 
-    def attend(self, layer: int, *, predict: bool = False) -> None:
-        """Run attention and router of a layer, and the next layer's router with `predict`, if there is one."""
+    def advance(self, to: int, *, predict: bool = False) -> None:
+        """Run everything up to and with a router, or behind the last one, to the logits; see `Advance`."""
         forward = self._forward
-        self._do(lambda program: forward.attend(program, layer, predict=predict))
+        self._do(lambda program: forward.advance(program, to, predict=predict))
+        if to == self._spec.n_routed:
+            return
         self._routed = Routed(forward.routed(), forward.predicted(), forward.damaged())
         s, d = forward.scratch, self._spec.d_model
         rows = s.memory.floats(s.address["h"], len(forward.batch.tokens), float_stride(d) // FLOAT_BYTES)
@@ -140,16 +142,16 @@ class HostForward:
             first, n = pairs.spans.get(number, (0, 0))
             self._host.outputs(first, n)[:] = rows[pairs.order[first : first + n]]
 
-    def combine(self, y: Tensor) -> None:
-        """Add the weighted expert outputs, all of which are in memory, to the residual stream."""
-        self._do(self._forward.combine)
+    def run_shared(self, layer: int) -> None:
+        """Add the network that a routed layer's experts share, if it has one and has not run yet."""
+        self._do(lambda program: self._forward.run_shared(program, layer))
 
-    def project(self) -> None:
-        """Apply the final norm and the output head to the rows that the batch asked for."""
-        self._do(self._forward.project)
+    def combine(self, layer: int, y: Tensor) -> None:
+        """Add the shared network, unless it has run, and the weighted expert outputs, which are in memory, to x."""
+        self._do(lambda program: self._forward.combine(program, layer))
 
     def results(self) -> tuple[Float32Array, Int32Array]:
-        """Return logits [N, V] of `project`, and damaged rows."""
+        """Return logits [N, V], and damaged rows."""
         return self._forward.logits(), self._forward.damaged()
 
     def read_block(self, block: int) -> Uint8Array:

@@ -9,9 +9,9 @@ import attrs
 import numpy as np
 import torch
 
-from mer.compute.cuda.attention import Group, Inputs, blocks_needed, padded_tables
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.forward import DeviceForward
+from mer.compute.cuda.inputs import Group, Inputs, blocks_needed, padded_tables
 from mer.compute.messages import Batch, Float32Array, Int32Array
 
 Tensor = torch.Tensor
@@ -39,7 +39,7 @@ class TokenPasses:
         device: computes.
         forward: the dense part, which is on the device.
         layers: computes the experts of a layer that the forward's router has chosen, and adds their outputs.
-        n_layers: of the model.
+        n_layers: routed layers of the model.
     """
 
     def __init__(self, device: Device, forward: DeviceForward, layers: Callable[[int], None], n_layers: int) -> None:
@@ -82,7 +82,7 @@ class TokenPasses:
     def _make(self, arrays: dict[str, Tensor]) -> _Pass:
         named = {name: tensor for name, tensor in arrays.items() if name not in ("table", "positions")}
         group = Group(slice(None), arrays["table"], arrays["positions"])
-        it = _Pass(arrays, Inputs(**named, groups=(group,)))
+        it = _Pass(arrays, Inputs.of(named, (group,)))
         if self._device.is_cuda:
             self._compute(it.inputs)  # compiles kernels, which a capture cannot; what it writes is written again
             graph, captured = self._device.capture(lambda: self._compute(it.inputs))
@@ -95,8 +95,8 @@ class TokenPasses:
         forward.start(inputs)
         routes: list[Any] = []
         for layer in range(self._n_layers):
-            forward.attend(layer)
+            forward.advance(layer)
             routes.append(forward.ids)
             self._layers(layer)
-        forward.project()
+        forward.advance(self._n_layers)
         return torch.stack(routes).int(), forward.outputs, forward.damaged

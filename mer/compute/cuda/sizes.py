@@ -11,6 +11,7 @@ import attrs
 from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.layout import file_layout, tile_layout
 from mer.compute.kernels.kv_layout import BLOCK, KV_TILE
+from mer.compute.state import StateLayout, state_layout
 from mer.config import KVType
 from mer.io.extents import ExpertMap, round_up
 from mer.io.gguf import TensorInfo
@@ -55,12 +56,15 @@ def dense_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(round_up(tensor.n_bytes, 512) for tensor in tensors.values())
 
 
-def kv_block_bytes(spec: ModelSpec, kv_type: KVType) -> int:
-    """Return the bytes of one KV block on the device: K and V of all layers for `KV_TILE` positions."""
-    attention = spec.attention
-    n_bytes = {"f32": FLOAT_BYTES * attention.head_dim, "f16": 2 * attention.head_dim}
-    n_bytes["q8_0"] = attention.head_dim + 2 * (attention.head_dim // BLOCK)  # int8, and a half float for each block
-    return spec.n_routed * 2 * attention.n_kv_heads * KV_TILE * n_bytes[kv_type]
+def kv_layout(spec: ModelSpec, kv_type: KVType) -> StateLayout:
+    """Return how a KV block on the device is divided."""
+
+    def head_bytes(head_dim: int) -> int:
+        n_bytes = {"f32": FLOAT_BYTES * head_dim, "f16": 2 * head_dim}
+        n_bytes["q8_0"] = head_dim + 2 * (head_dim // BLOCK)  # int8, and a half float for each block
+        return KV_TILE * n_bytes[kv_type]
+
+    return state_layout(spec, head_bytes)
 
 
 def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense: bool, hybrid: bool) -> int:
@@ -94,8 +98,3 @@ def host_bytes(spec: ModelSpec, limits: Limits) -> int:
     down = FLOAT_BYTES * t * (heads + 16) + 8 * limits.sequences * limits.sequence_blocks
     back = FLOAT_BYTES * (limits.outputs * spec.vocab_size + t * spec.n_routed * spec.top_k)
     return 2 * (down + back)  # torch keeps buffers of powers of two
-
-
-def hybrid_limits(limits: Limits) -> Limits:
-    """Return the limits of a processor that computes experts only: it keeps no KV."""
-    return attrs.evolve(limits, kv_blocks=0)

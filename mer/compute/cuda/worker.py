@@ -24,7 +24,7 @@ from mer.compute.cuda.split import Split, work_bytes
 from mer.compute.cuda.thread import CallThread
 from mer.compute.cuda.vram import Place, VRAMTier
 from mer.compute.messages import (
-    Attend,
+    Advance,
     Batch,
     Begin,
     Combine,
@@ -34,10 +34,10 @@ from mer.compute.messages import (
     Job,
     JobCounters,
     LoadedExpert,
-    Project,
     ReadBlocks,
     RunExperts,
     RunResident,
+    RunShared,
     Stage,
     Uint8Array,
     VRAMStatistics,
@@ -123,7 +123,7 @@ class CUDAWorker:
         self._experts: DeviceExperts | None = experts  # None once closed, as the memory is its
         self.tier = tier
         self._host, self._hybrid, self._split = host, hybrid, Split()
-        self.resident_rows = limits.resident_rows(spec) if experts.alike else 0  # see `ComputeWorker`
+        self.resident_rows = limits.resident_rows(spec.top_k) if experts.alike else 0  # see `ComputeWorker`
         self._y = device.zeros(limits.batch_tokens * spec.top_k, spec.d_model)
         self._passes = None
         self._failure = ""
@@ -278,23 +278,25 @@ class CUDAWorker:
             self._batch = batch
             answer.routes, answer.logits, answer.damaged = self._passes.run(batch)
             return answer
-        attended = False
+        routed, last = False, self._spec.n_routed
         for operation in job.operations:
             match operation:
                 case Begin(batch):
                     self._batch = batch
                     dense.begin(batch)
-                case Attend(layer, predict):
-                    dense.attend(layer, predict=predict)
-                    attended = True
+                case Advance(to, predict) if to < last:
+                    dense.advance(to, predict=predict)
+                    routed = True
                 case RunExperts():
                     self._run_share(shares.popleft())
-                case Combine():
-                    dense.combine(self._rows())
+                case RunShared(layer):
+                    dense.run_shared(layer)
+                case Combine(layer):
+                    dense.combine(layer, self._rows())
                 case RunResident(layer):
                     self._walk(layer, answer)
-                case Project() if answer.through:
-                    dense.project()
+                case Advance() if answer.through:
+                    dense.advance(last)
                     answer.logits, answer.damaged = dense.results()
                 case ReadBlocks(blocks):
                     answer.kv = tuple(dense.read_block(block) for block in blocks)
@@ -303,7 +305,7 @@ class CUDAWorker:
                         dense.write_block(block, content)
                 case _:
                     pass
-        if attended and answer.logits is None:
+        if routed and answer.logits is None:
             self._note(answer, answer.routed or dense.routed())
         self._device.mark().block()
         return answer
@@ -311,7 +313,7 @@ class CUDAWorker:
     def _whole_pass(self, job: Job) -> Batch | None:
         """Return the batch of a job that is a whole pass of `TokenPasses`, or None if it is another one."""
         match job.operations:
-            case (Begin(batch), Attend(0, predict=False), RunResident(0), Project()):
+            case (Begin(batch), Advance(0, predict=False), RunResident(0), Advance()):
                 if self._passes is not None and self.tier.full and TokenPasses.takes(batch):
                     return batch
         return None
@@ -322,7 +324,7 @@ class CUDAWorker:
         assert isinstance(dense, DeviceForward)
         rows = self._y[: dense.ids.numel()]
         self._open_experts().run_chosen(layer, self.tier, dense.ids, dense.h, rows)
-        dense.combine(rows)
+        dense.combine(layer, rows)
 
     def _run_share(self, share: _Share) -> None:
         """Let device and processor compute their experts at the same time, and join the outputs."""
@@ -365,7 +367,7 @@ class CUDAWorker:
                 layer += 1
                 if layer == self._spec.n_routed:
                     break
-                dense.attend(layer)
+                dense.advance(layer)
             answer.routes = self._device.to_host(torch.stack(chosen).int()).numpy()
             return
         while True:
@@ -378,11 +380,11 @@ class CUDAWorker:
                 break
             there = [tier.there(layer, expert) for expert in union]
             self._run_share(_Share(layer, (), there, ()))
-            dense.combine(self._rows())
+            dense.combine(layer, self._rows())
             layer += 1
             if layer == self._spec.n_routed:
                 break
-            dense.attend(layer)
+            dense.advance(layer)
         answer.routes = np.stack(routes)
 
     def _note(self, answer: _Answer, routed: Routed) -> None:
@@ -410,8 +412,8 @@ class CUDAWorker:
             match operation:
                 case Begin(batch):
                     c.tokens += len(batch.tokens)
-                case Attend(layer):
-                    last = layer
+                case Advance(to) if to < self._spec.n_routed:
+                    last = to
         for share in shares:
             there = share.places
             c.expert_runs += len(there) + len(share.host)

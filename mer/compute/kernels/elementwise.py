@@ -1,4 +1,4 @@
-"""Steps on rows of float32: RMSNorm, row gathering, SwiGLU, and the weighted sum of expert outputs."""
+"""Steps on rows of float32: RMSNorm, row gathering, SwiGLU, biases, and weighted sums of outputs."""
 
 from __future__ import annotations
 
@@ -104,3 +104,36 @@ def combine(row: int, _thread: int, n_threads: int) -> None:
             for j in range(t * k, (t + 1) * k):
                 source = y + load_i32(places, j) * stride + 64 * first
                 add_scaled(x + t * stride + 64 * first, source, load_f32(weights, j), n_floats)
+
+
+@step
+def add_gated(row: int, _thread: int, _n_threads: int) -> None:
+    """Add to each residual row another one, times the logistic sigmoid of its logit.
+
+    Arguments: x, stride_bytes (of x and y, whole vectors of 16), n, y, logits (one float32 at the start of each row),
+    logit_stride_bytes. Rows are claimed.
+    """
+    x, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
+    y, logits, logit_stride = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    while True:
+        t = claim_unit(row)
+        if t >= n:
+            return
+        logit = np.float64(load_f32(logits + t * logit_stride, 0))
+        share = np.float32(1.0 / (1.0 + math.exp(-logit)))
+        add_scaled(x + t * stride, y + t * stride, share, stride // 4)
+
+
+@step
+def fill_rows(row: int, _thread: int, _n_threads: int) -> None:
+    """Write a bias to each row of results, for a product that adds to what is there.
+
+    Arguments: out, stride_bytes (whole vectors of 16), n, bias (float32, padded like a row). Rows are claimed.
+    """
+    out, stride = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
+    n, bias = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
+    while True:
+        t = claim_unit(row)
+        if t >= n:
+            return
+        copy_bytes(out + t * stride, bias, stride)

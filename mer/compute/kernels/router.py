@@ -96,16 +96,17 @@ def _best_below(_ctx: Any, scores: Any, n: Any, below: Any) -> Any:
 def route(row: int, _thread: int, _n_threads: int) -> None:
     """Write the k experts with the largest logits, in descending order, ties to the lower number, and their weights.
 
-    Softmax over the chosen k equals the softmax over all experts renormalized over them, so both routings share one
-    computation: w = e**(logit - largest) divided by the sum over the chosen. A logit that is not finite sets the row's
+    w = e**(logit - largest) divided by the sum over the chosen, or over all experts; the first is the softmax over all
+    renormalized over the chosen, and needs no look at the others. A logit that is not finite sets the row's
     `damaged`, if there is one; NaN then ranks as minus infinity, so that the k experts are always different ones.
 
     Arguments: logits (float32), stride_bytes (whole vectors of 16), n, n_experts, k, ids (int32 [n, k]), weights
-    (float32 [n, k]), damaged (int32 [n], or 0). Rows are claimed.
+    (float32 [n, k]), damaged (int32 [n], or 0), over_all (1: the weights are shares of all experts). Rows are claimed.
     """
     logits, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
     n_experts, k = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
     ids, weights, damaged = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
+    over_all = load_i64(row, ARG0 + 8)
     while True:
         t = claim_unit(row)
         if t >= n:
@@ -126,5 +127,11 @@ def route(row: int, _thread: int, _n_threads: int) -> None:
             total += weight
             store_i32(ids, t * k + j, np.int32(best_id))
             store_f32(weights, t * k + j, np.float32(weight))
+        if over_all != 0:
+            total = 0.0
+            for expert in range(n_experts):
+                score = load_f32(scores, expert)
+                if not math.isnan(score):
+                    total += math.exp(np.float64(score) - np.float64(top))
         for j in range(k):
             store_f32(weights, t * k + j, np.float32(load_f32(weights, t * k + j) / total))

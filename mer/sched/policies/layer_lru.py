@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from mer.io.extents import ExpertKey
+from mer.sched.keys import ExpertKey
 
 
 class LayerLRU:

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from mer.compute.cpu.scratch import Limits
-from mer.compute.messages import Attend, Batch, Begin, Combine, Done, Int64Array, Project, RunExperts, RunResident
+from mer.compute.messages import Advance, Batch, Begin, Combine, Done, Int64Array, RunExperts, RunResident
 from mer.errors import ComputeError
 from mer.io.extents import MATRIX_TYPES
 from tests._lib.resident import Resident, batch, joined, open_resident
@@ -42,7 +42,7 @@ async def addresses(it: Resident, *, without: tuple[tuple[int, int], ...] = ()) 
     await it.do(Begin(batch([1])))
     for layer in range(it.spec.n_routed):
         loaded = tuple(it.experts.load(layer, expert) for expert in range(it.spec.n_experts))
-        await it.do(Attend(layer))
+        await it.do(Advance(layer))
         await it.do(RunExperts(layer, loaded))
         for expert, at in enumerate(loaded):
             table[layer, expert] = at.addresses if (layer, expert) not in without else 0
@@ -52,7 +52,7 @@ async def addresses(it: Resident, *, without: tuple[tuple[int, int], ...] = ()) 
 async def at_once(it: Resident, table: Int64Array, what: Batch) -> tuple[Done, list[list[list[int]]]]:
     """Run a batch with as few jobs as can be; return the last result, and the experts of all layers."""
     routes: list[list[list[int]]] = []
-    done = await it.do(Begin(what), Attend(0), RunResident(0, table), Project())
+    done = await it.do(Begin(what), Advance(0), RunResident(0, table), Advance(it.spec.n_routed))
     while True:
         assert done.routes is not None
         routes += done.routes.tolist()
@@ -64,8 +64,8 @@ async def at_once(it: Resident, table: Int64Array, what: Batch) -> tuple[Done, l
         loaded = tuple(it.experts.load(layer, int(expert)) for expert in np.unique(done.expert_ids))
         operations = RunExperts(layer, loaded), Combine(layer)
         if layer + 1 == it.spec.n_routed:
-            return await it.do(*operations, Project()), routes
-        done = await it.do(*operations, Attend(layer + 1), RunResident(layer + 1, table), Project())
+            return await it.do(*operations, Advance(it.spec.n_routed)), routes
+        done = await it.do(*operations, Advance(layer + 1), RunResident(layer + 1, table), Advance(it.spec.n_routed))
 
 
 BATCHES = [
@@ -138,8 +138,8 @@ def test_batches_that_are_too_large_are_refused(tmp_path: Path) -> None:
             table = await addresses(it)
             assert it.worker.resident_rows == 8, "rows times top_k are as many as a batch may have"
             with pytest.raises(ComputeError, match="9 rows cannot run all layers at once, only one of at most 8"):
-                await it.do(Begin(batch(TOKENS[:9])), Attend(0), RunResident(0, table), Project())
-            done = await it.do(Begin(batch(TOKENS[:8])), Attend(0), RunResident(0, table), Project())
+                await it.do(Begin(batch(TOKENS[:9])), Advance(0), RunResident(0, table), Advance(it.spec.n_routed))
+            done = await it.do(Begin(batch(TOKENS[:8])), Advance(0), RunResident(0, table), Advance(it.spec.n_routed))
             assert done.logits is not None
 
     trio.run(main)

@@ -16,7 +16,7 @@ from mer.compute.cpu.matrix import is_tiled, stored_bytes
 from mer.compute.cpu.program import Memory
 from mer.compute.cpu.scratch import Limits
 from mer.compute.kernels.interleave import rows_of_tiles
-from mer.compute.messages import Attend, Begin, Combine, Done, LoadedExpert, Project, RunExperts, Stage
+from mer.compute.messages import Advance, Begin, Combine, Done, LoadedExpert, RunExperts, Stage
 from mer.compute.reference.blocks.norm import rms_norm
 from mer.compute.reference.blocks.router import route as reference_route
 from mer.compute.reference.model import ReferenceModel
@@ -149,7 +149,7 @@ async def test_a_stage_reads_and_arranges_its_own_matrices_only(model: TinyModel
         plain = await it.run(batch(TOKENS[:n_tokens]))
         operations: list[Any] = [Begin(batch(TOKENS[:n_tokens]))]
         for layer in range(it.spec.n_routed):
-            done = await it.do(*operations, Attend(layer))
+            done = await it.do(*operations, Advance(layer))
             assert done.expert_ids is not None
             operations = [Combine(layer)]
             for expert in np.unique(done.expert_ids).tolist():
@@ -170,7 +170,7 @@ async def test_a_stage_reads_and_arranges_its_own_matrices_only(model: TinyModel
                 await it.do(RunExperts(layer, (places.loaded(expert, Stage.OUTER),)))
                 assert places.spoilt(0)
                 assert places.spoilt(1)
-        done = await it.do(*operations, Project())
+        done = await it.do(*operations, Advance(it.spec.n_routed))
         assert done.logits is not None
         assert plain.logits is not None
         assert np.array_equal(done.logits, plain.logits)
@@ -179,7 +179,7 @@ async def test_a_stage_reads_and_arranges_its_own_matrices_only(model: TinyModel
 async def test_an_expert_that_no_row_needs_is_arranged_all_the_same(model: TinyModel) -> None:
     async with open_resident(model.path, limits()) as it:
         plain = await it.run(batch(TOKENS[:1]))
-        done = await it.do(Begin(batch(TOKENS[:1])), Attend(0))
+        done = await it.do(Begin(batch(TOKENS[:1])), Advance(0))
         assert done.expert_ids is not None
         other = next(e for e in range(6) if e not in done.expert_ids)
         places = Places.of(it, 0, other)
@@ -189,10 +189,10 @@ async def test_an_expert_that_no_row_needs_is_arranged_all_the_same(model: TinyM
         for number, part in enumerate(it.experts.experts.experts[0][other].parts):
             as_in_file = np.array_equal(places.memory[number].bytes[: part.n_bytes], places.raw[number])
             assert as_in_file == (not is_tiled(part.type))
-        done = await it.do(Attend(1))
+        done = await it.do(Advance(1))
         assert done.expert_ids is not None
         routed = [it.experts.load(1, expert) for expert in np.unique(done.expert_ids).tolist()]
-        done = await it.do(RunExperts(1, tuple(routed)), Combine(1), Project())
+        done = await it.do(RunExperts(1, tuple(routed)), Combine(1), Advance(it.spec.n_routed))
         assert done.logits is not None
         assert plain.logits is not None
         assert np.array_equal(done.logits, plain.logits)
@@ -208,7 +208,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def attended(it: Resident, n_tokens: int) -> list[LoadedExpert]:
     """Begin a batch and return the experts that its first layer needs."""
-    done = await it.do(Begin(batch(TOKENS[:n_tokens])), Attend(0))
+    done = await it.do(Begin(batch(TOKENS[:n_tokens])), Advance(0))
     assert done.expert_ids is not None
     return [it.experts.load(0, expert) for expert in np.unique(done.expert_ids).tolist()]
 
@@ -283,7 +283,7 @@ async def test_the_next_layers_router_is_applied_to_the_stream_before_the_expert
             assert result.predicted_ids is not None
             assert result.predicted_ids.dtype == np.int32
             assert np.array_equal(result.predicted_ids, want)
-        assert (await it.do(Begin(batch(TOKENS[:2])), Attend(0))).predicted_ids is None
+        assert (await it.do(Begin(batch(TOKENS[:2])), Advance(0))).predicted_ids is None
 
 
 async def test_predicting_changes_no_other_result(model: TinyModel) -> None:
@@ -303,7 +303,7 @@ async def test_damage_in_the_next_layers_router_is_not_reported_for_this_one(tmp
         tmp_path / "m.gguf", n_experts=5, top_k=2, tensors={"blk.1.ffn_norm.weight": np.full(96, np.nan, np.float32)}
     ).path
     async with open_resident(path, limits()) as it:
-        done = await it.do(Begin(batch(TOKENS[:4])), Attend(0, predict=True))
+        done = await it.do(Begin(batch(TOKENS[:4])), Advance(0, predict=True))
         assert done.damaged is not None
         assert done.damaged.tolist() == []
         assert done.predicted_ids is not None

@@ -22,7 +22,7 @@ from mer.compute.cpu.worker import CPUWorker
 from mer.compute.kernels.runtime import follow
 from mer.compute.kernels.step import Step
 from mer.compute.kernels.target import FORM
-from mer.compute.messages import Attend, Batch, Begin, Combine, ComputeWorker, Done, Job, Project
+from mer.compute.messages import Advance, Batch, Begin, Combine, ComputeWorker, Done, Job
 from mer.errors import ComputeError, ConfigError, NumericsError
 from tests.compute.kernels.test_runtime import count, hold_first
 
@@ -43,6 +43,7 @@ class Script:
 
     staged_pairs = 3
     resident_rows = 0
+    n_routed = 100
     threads = 2
     n_logits = 3
 
@@ -59,7 +60,9 @@ class Script:
         self.batch = batch
         self.begun_in.append(threading.current_thread())
 
-    def attend(self, program: Program, layer: int, *, predict: bool) -> None:
+    def advance(self, program: Program, layer: int, *, predict: bool = False) -> None:
+        if layer == self.n_routed:
+            return
         self._build(layer)
 
         def act() -> None:
@@ -78,7 +81,7 @@ class Script:
     def predicted(self) -> None:
         pass
 
-    def combine(self, _program: Program) -> None:
+    def combine(self, _program: Program, _layer: int) -> None:
         pass
 
     def project(self, _program: Program) -> None:
@@ -143,7 +146,7 @@ async def test_results_come_in_the_order_of_the_jobs(n_threads: int) -> None:
 
         async def send() -> None:
             for layer in range(50):
-                await worker.jobs.send(Job((Begin(some_batch(2)), Attend(layer))))
+                await worker.jobs.send(Job((Begin(some_batch(2)), Advance(layer))))
 
         nursery.start_soon(send)
         for layer in range(50):
@@ -164,7 +167,7 @@ async def test_a_job_answers_what_its_operations_ask_for() -> None:
         await worker.jobs.send(Job((Begin(some_batch()),)))
         done = await worker.results.receive()
         assert (done.expert_ids, done.logits, done.damaged) == (None, None, None)
-        await worker.jobs.send(Job((Combine(0), Project())))
+        await worker.jobs.send(Job((Combine(0), Advance(100))))
         done = await worker.results.receive()
         assert done.expert_ids is None
         assert done.logits is not None
@@ -177,7 +180,7 @@ async def test_many_logits_are_copied_outside_of_the_event_loop(monkeypatch: pyt
     async with working(script) as worker:
         for most in (3, 2):
             monkeypatch.setattr(worker_module, "_INLINE_LOGITS", most)
-            await worker.jobs.send(Job((Begin(some_batch()), Project())))
+            await worker.jobs.send(Job((Begin(some_batch()), Advance(100))))
             done = await worker.results.receive()
             assert done.logits is not None
             assert done.logits.shape == (1, 3)
@@ -196,7 +199,7 @@ async def test_an_error_comes_back_with_its_job_and_the_worker_goes_on() -> None
     async with working(Script(build=act)) as worker:
         results: list[Done] = []
         for layer in range(5):
-            await worker.jobs.send(Job((Begin(some_batch()), Attend(layer))))
+            await worker.jobs.send(Job((Begin(some_batch()), Advance(layer))))
             results.append(await worker.results.receive())
     errors = [done.error for done in results]
     assert errors[0] is None
@@ -215,7 +218,7 @@ async def test_an_error_comes_back_with_its_job_and_the_worker_goes_on() -> None
 async def test_a_large_batch_is_taken_over_outside_the_trio_thread(n_tokens: int, inline: bool) -> None:
     script = Script()
     async with working(script) as worker:
-        await worker.jobs.send(Job((Begin(some_batch(n_tokens)), Attend(0))))
+        await worker.jobs.send(Job((Begin(some_batch(n_tokens)), Advance(0))))
         assert (await worker.results.receive()).error is None
     assert (script.begun_in[0] is threading.current_thread()) == inline
 
@@ -228,7 +231,7 @@ async def test_the_event_loop_goes_on_while_a_job_runs() -> None:
         assert go_on.wait(60)
 
     async with working(Script(act)) as worker:
-        await worker.jobs.send(Job((Begin(some_batch()), Attend(3))))
+        await worker.jobs.send(Job((Begin(some_batch()), Advance(3))))
         await trio.to_thread.run_sync(begun.wait)
         with pytest.raises(trio.WouldBlock):
             worker.results.receive_nowait()
@@ -264,7 +267,7 @@ async def test_cancelling_run_lets_the_job_end_and_close_waits_for_it() -> None:
     worker.start_threads()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.run)
-        await worker.jobs.send(Job((Begin(some_batch()), Attend(0))))
+        await worker.jobs.send(Job((Begin(some_batch()), Advance(0))))
         await trio.to_thread.run_sync(begun.wait)
         nursery.cancel_scope.cancel()
     assert script.layers == []  # the nursery has ended, the job has not
@@ -290,7 +293,7 @@ def test_a_job_that_outlives_the_event_loop_ends_its_threads() -> None:
         worker.start_threads()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.run)
-            await worker.jobs.send(Job((Begin(some_batch()), Attend(0))))
+            await worker.jobs.send(Job((Begin(some_batch()), Advance(0))))
             await trio.to_thread.run_sync(begun.wait)
             nursery.cancel_scope.cancel()
 
@@ -351,7 +354,7 @@ async def test_a_thread_that_dies_ends_the_worker_with_its_reason(monkeypatch: p
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.run)
-            job = Job((Begin(some_batch()), Attend(0), Combine(0)))
+            job = Job((Begin(some_batch()), Advance(0), Combine(0)))
             await worker.jobs.send(job)
             done = await worker.results.receive()
             if done.error is None:  # the others have done it all; the next one fails

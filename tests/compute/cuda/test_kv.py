@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mer.compute.cuda.attention import Inputs, KVCache, padded_tables
 from mer.compute.cuda.device import TORCH_CPU, Device
-from mer.compute.cuda.sizes import kv_block_bytes
+from mer.compute.cuda.inputs import Inputs, padded_tables
+from mer.compute.cuda.kv import KVCache
+from mer.compute.cuda.sizes import kv_layout
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.messages import Batch
 from mer.compute.reference.blocks.attention import round_kv
@@ -31,11 +32,11 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 def inputs() -> Inputs:
     blocks, offsets = (torch.tensor(numbers) for numbers in zip(*SLOTS, strict=True))
     nothing = torch.zeros(0)
-    return Inputs(tokens=nothing, blocks=blocks, offsets=offsets, angles=nothing, outputs=nothing, groups=())
+    return Inputs(tokens=nothing, blocks=blocks, offsets=offsets, outputs=nothing, angles=(), groups=())
 
 
 def stored(cache: KVCache, spec: ModelSpec, kv: list[np.ndarray]) -> None:
-    cache.store(1, inputs(), *(torch.from_numpy(values) for values in kv))
+    cache.layers[1].store(inputs(), *(torch.from_numpy(values) for values in kv))
 
 
 def random_kv(spec: ModelSpec, seed: int = 0) -> list[np.ndarray]:
@@ -52,7 +53,7 @@ def random_kv(spec: ModelSpec, seed: int = 0) -> list[np.ndarray]:
 @pytest.mark.parametrize("kv_type", TYPES)
 def test_what_is_kept_is_rounded_as_the_processor_does(spec: ModelSpec, kv_type: KVType) -> None:
     attention = spec.attention
-    cache = KVCache(spec, 4, kv_type, Device(TORCH_CPU))
+    cache = KVCache(kv_layout(spec, kv_type), 4, kv_type, Device(TORCH_CPU))
     kv = random_kv(spec)
     stored(cache, spec, kv)
     table = torch.tensor([[3, 2], [0, 0]])
@@ -60,23 +61,23 @@ def test_what_is_kept_is_rounded_as_the_processor_does(spec: ModelSpec, kv_type:
         want = np.zeros((4, KV_TILE, attention.n_kv_heads, attention.head_dim))
         for (block, offset), row in zip(SLOTS, values, strict=True):
             want[block, offset] = round_kv(row.astype(np.float64), kv_type)
-        got = cache.gathered(1, number, table)
+        got = cache.layers[1].gathered(number, table)
         assert got.dtype == torch.float32
         expected = want[table.numpy()].reshape(2, -1, attention.n_kv_heads, attention.head_dim).transpose(0, 2, 1, 3)
         assert np.array_equal(got.numpy(), expected)
-        assert not cache.gathered(0, number, table).any()  # the other layer
+        assert not cache.layers[0].gathered(number, table).any()  # the other layer
 
 
 @pytest.mark.parametrize("kv_type", TYPES)
 def test_a_block_of_bytes_is_as_large_as_planned_and_comes_back(spec: ModelSpec, kv_type: KVType) -> None:
     device = Device(TORCH_CPU)
-    cache, other = (KVCache(spec, 4, kv_type, device) for _ in range(2))
+    cache, other = (KVCache(kv_layout(spec, kv_type), 4, kv_type, device) for _ in range(2))
     stored(cache, spec, random_kv(spec))
     kv = cache.read_block(2)
-    assert (kv.nbytes, kv.flags.writeable) == (kv_block_bytes(spec, kv_type), False)
+    assert (kv.nbytes, kv.flags.writeable) == (kv_layout(spec, kv_type).block_bytes, False)
     other.write_block(1, kv)
     for number in range(2):
-        got, want = (c.gathered(1, number, torch.tensor([[b]])) for c, b in ((other, 1), (cache, 2)))
+        got, want = (c.layers[1].gathered(number, torch.tensor([[b]])) for c, b in ((other, 1), (cache, 2)))
         assert torch.equal(got, want)
         assert got.any()
 
@@ -84,11 +85,11 @@ def test_a_block_of_bytes_is_as_large_as_planned_and_comes_back(spec: ModelSpec,
 @pytest.mark.parametrize("kv_type", TYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_numbers_that_are_none_stay_none(spec: ModelSpec, kv_type: KVType, bad: float) -> None:
-    cache = KVCache(spec, 4, kv_type, Device(TORCH_CPU))
+    cache = KVCache(kv_layout(spec, kv_type), 4, kv_type, Device(TORCH_CPU))
     kv = random_kv(spec)
     kv[1][2, 1, 40] = bad
     stored(cache, spec, kv)
-    got = cache.gathered(1, 1, torch.tensor([[0]]))[0, :, 5].numpy()
+    got = cache.layers[1].gathered(1, torch.tensor([[0]]))[0, :, 5].numpy()
     where = np.zeros(got.shape, bool)
     where[1, 32:] = kv_type == "q8_0"  # the whole block of 32
     where[1, 40] = True
@@ -97,15 +98,15 @@ def test_numbers_that_are_none_stay_none(spec: ModelSpec, kv_type: KVType, bad: 
 
 @pytest.mark.parametrize("kv_type", TYPES)
 def test_a_block_that_begins_is_zero(spec: ModelSpec, kv_type: KVType) -> None:
-    cache = KVCache(spec, 4, kv_type, Device(TORCH_CPU))
+    cache = KVCache(kv_layout(spec, kv_type), 4, kv_type, Device(TORCH_CPU))
     stored(cache, spec, [np.full_like(values, np.nan) for values in random_kv(spec)])
     one = np.zeros(1, np.int32)
     batch = Batch(
         tokens=one, positions=np.array([KV_TILE], np.int32), sequences=one, outputs=one, tables=np.array([[0, 2]])
     )
     cache.begin_blocks(batch)
-    assert not cache.gathered(1, 0, torch.tensor([[2]])).any()
-    assert cache.gathered(1, 0, torch.tensor([[0]])).isnan().any()
+    assert not cache.layers[1].gathered(0, torch.tensor([[2]])).any()
+    assert cache.layers[1].gathered(0, torch.tensor([[0]])).isnan().any()
 
 
 def test_a_table_is_padded_with_the_sequences_own_blocks() -> None:

@@ -19,7 +19,7 @@ from mer.compute.cuda.opening import choose_kernels
 from mer.compute.cuda.passes import TokenPasses
 from mer.compute.cuda.worker import CUDAWorker
 from mer.compute.messages import (
-    Attend,
+    Advance,
     Batch,
     Begin,
     Combine,
@@ -28,7 +28,6 @@ from mer.compute.messages import (
     Job,
     LoadedExpert,
     Operation,
-    Project,
     ReadBlocks,
     RunExperts,
     RunResident,
@@ -80,12 +79,12 @@ class Running:
         operations: list[Operation] = [Begin(it)]
         routes = []
         for layer in range(N_LAYERS):
-            done = await self.do(*operations, Attend(layer))
+            done = await self.do(*operations, Advance(layer))
             assert done.expert_ids is not None
             routes.append(done.expert_ids)
             union = np.unique(done.expert_ids).tolist()
             operations = [RunExperts(layer, self.loaded(layer, union)), Combine(layer)]
-        done = await self.do(*operations, Project())
+        done = await self.do(*operations, Advance(N_LAYERS))
         assert done.logits is not None
         assert done.arranged == frozenset()
         return done.logits, routes
@@ -135,15 +134,15 @@ async def test_a_whole_pass_is_what_the_layers_give(folder: Path, n: int) -> Non
         for step in range(8):
             rows = joined([batch([TOKENS[step + i]], 60 + 3 * i + step, table=(i, 6 + i)) for i in range(n)])
             assert TokenPasses.takes(rows)
-            done = await it.do(Begin(rows), Attend(0), RunResident(0, addresses), Project())
+            done = await it.do(Begin(rows), Advance(0), RunResident(0, addresses), Advance(N_LAYERS))
             want, routes = await it.run(rows)
             assert done.logits is not None
             assert done.routes is not None
             assert np.array_equal(done.routes, np.stack(routes))
             assert np.allclose(done.logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
-            done = await it.do(Begin(rows), Attend(0))  # and from behind a layer's attention on
-            done = await it.do(RunExperts(0, it.loaded(0, np.unique(routes[0]).tolist())), Combine(0), Attend(1))
-            done = await it.do(RunResident(1, addresses), Project())
+            done = await it.do(Begin(rows), Advance(0))  # and from behind a layer's attention on
+            done = await it.do(RunExperts(0, it.loaded(0, np.unique(routes[0]).tolist())), Combine(0), Advance(1))
+            done = await it.do(RunResident(1, addresses), Advance(N_LAYERS))
             assert done.routes is not None
             assert np.array_equal(done.routes, np.stack(routes[1:]))
             assert done.logits is not None
@@ -158,11 +157,11 @@ async def test_layers_stop_where_an_expert_is_not_there(folder: Path) -> None:
         tier = it.worker.tier
         there = all(tier.resident(layer, e) for layer, ids in enumerate(routes) for e in np.unique(ids).tolist())
         assert there  # as many as three layers of two
-        done = await it.do(Begin(batch(TOKENS[:1])), Attend(0), RunResident(0, addresses), Project())
+        done = await it.do(Begin(batch(TOKENS[:1])), Advance(0), RunResident(0, addresses), Advance(N_LAYERS))
         assert done.logits is not None
         assert np.allclose(done.logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
         for token in TOKENS[1:20]:
-            done = await it.do(Begin(batch([token])), Attend(0), RunResident(0, addresses), Project())
+            done = await it.do(Begin(batch([token])), Advance(0), RunResident(0, addresses), Advance(N_LAYERS))
             assert done.routes is not None
             assert done.expert_ids is not None
             assert np.array_equal(done.expert_ids, done.routes[-1])
@@ -186,7 +185,7 @@ async def test_predictions_are_the_next_routers(folder: Path) -> None:
         operations: list[Operation] = [Begin(batch(TOKENS[:9]))]
         x = reference.trace(TOKENS[:9]).hidden
         for layer in range(N_LAYERS):
-            done = await it.do(*operations, Attend(layer, predict=True))
+            done = await it.do(*operations, Advance(layer, predict=True))
             assert done.expert_ids is not None
             if layer + 1 == N_LAYERS:
                 assert done.predicted_ids is None
@@ -219,7 +218,7 @@ async def test_stages_are_refused_and_leave_the_worker_well(folder: Path) -> Non
     path = path_of(folder, "llama", Type.F32)
     async with running(path, slots=2) as it:
         assert it.worker.staged_pairs == 0
-        done = await it.do(Begin(batch(TOKENS[:2])), Attend(0))
+        done = await it.do(Begin(batch(TOKENS[:2])), Advance(0))
         assert done.expert_ids is not None
         whole = it.experts.load(0, int(done.expert_ids[0, 0]))
         part = LoadedExpert(whole.expert, whole.addresses, whole.fresh, Stage.INNER)

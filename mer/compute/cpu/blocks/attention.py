@@ -1,0 +1,124 @@
+"""Grouped-query attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from mer.compute.cpu.blocks.workspace import Workspace
+from mer.compute.cpu.matrix import FLOAT_BYTES, Activations, float_stride
+from mer.compute.cpu.program import Program
+from mer.compute.cpu.scratch import Areas, Limits
+from mer.compute.kernels.attention import ATTENTION, split_bytes, thread_bytes
+from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND
+from mer.compute.kernels.rope import ROPE_STORE
+from mer.compute.kernels.step import Step
+from mer.config import KVType
+from mer.model.operators import Attention, Norm, Rope, RopeStyle
+
+KV_KINDS: Final[Mapping[KVType, int]] = {"f32": F32_KIND, "f16": F16_KIND, "q8_0": Q8_0_KIND}
+
+
+class AttentionBlock:
+    """x += attention(norm(x)), with keys and values stored on the way.
+
+    Args:
+        record: the attention.
+        norm: before it.
+        space: memory and weights.
+        kv: address of the layer's state in the first KV block.
+        block_bytes: from one KV block to the next.
+        angles: name of the area with the rotation angles of the record's RoPE.
+    """
+
+    def __init__(
+        self, record: Attention, norm: Norm, space: Workspace, *, kv: int, block_bytes: int, angles: str
+    ) -> None:
+        self._record, self._norm, self._space = record, norm, space
+        self._kv, self._block_bytes, self._angles = kv, block_bytes, angles
+
+    @staticmethod
+    def areas(record: Attention, norm: Norm, limits: Limits) -> Areas:
+        """Return what it needs of the scratch memory; x, h, angles and the batch's tables are everybody's."""
+        t, heads, kv_heads, c = limits.batch_tokens, record.n_heads, record.n_kv_heads, record.head_dim
+        norms = [it.eps for it in (norm, record.q_norm, record.k_norm) if it is not None]
+        return Areas(
+            sizes={
+                "q_raw": t * float_stride(heads * c),
+                "k_raw": t * float_stride(kv_heads * c),
+                "v_raw": t * float_stride(kv_heads * c),
+                "q": t * heads * float_stride(c),
+                "attended": t * float_stride(heads * c),
+                "attention": limits.threads * thread_bytes(heads, kv_heads, c),
+                "attention_parts": split_bytes(
+                    limits.split_tokens(kv_heads), heads, kv_heads, c, limits.sequence_blocks
+                ),
+            },
+            packed={"input": (t, max(record.q.cols, heads * c))},
+            constants=(*norms, c**-0.5),
+        )
+
+    @staticmethod
+    def steps(kv_type: KVType) -> tuple[Step, ...]:
+        """Return the steps that are its own."""
+        return ROPE_STORE[KV_KINDS[kv_type]], ATTENTION[KV_KINDS[kv_type]]
+
+    def add(self, program: Program, n: int, n_blocks: int) -> None:
+        """Add the steps; see `Block`.
+
+        Q, K and V are three products and not one of joined matrices: files keep them apart, and joining them in memory
+        would need equal types.
+        """
+        record, space, s = self._record, self._space, self._space.scratch
+        a, limits = s.address, space.limits
+        kind = KV_KINDS[limits.kv_type]
+        d, head_dim = float_stride(record.q.cols), record.head_dim
+        q, k, v, o = map(space.matrix, (record.q, record.k, record.v, record.out))
+        h = Activations(n, a["h"], d, s.packed["input"])  # [T, D]
+        space.norm(program, self._norm, a["x"], n, a["h"])
+        program.barrier()
+        h.pack(program, q.cols, {q.type, k.type, v.type})
+        inputs = (
+            (record.q, a["q_raw"]),
+            (record.k, a["k_raw"]),
+            (record.v, a["v_raw"]),
+        )  # [T, H * C], [T, G * C] twice
+        for linear, out in inputs:
+            space.seed(program, linear, n, out)
+        program.barrier()
+        for linear, out in inputs:
+            space.multiply(program, linear, h, out)
+        q_stride, kv_stride = float_stride(q.rows), float_stride(k.rows)
+        program.barrier()
+        norms = [0 if it is None else space.weights.vector(it.weight.name) for it in (record.q_norm, record.k_norm)]
+        eps = s.constant((record.q_norm or record.k_norm or self._norm).eps)
+        heads = record.n_heads << 32 | record.n_kv_heads
+        where = (a["positions"], a["sequences"], a["table"], n_blocks)
+        program.add(
+            ROPE_STORE[kind], a["q_raw"], a["k_raw"], a["v_raw"], q_stride, kv_stride, a["q"], n, heads, head_dim,
+            record.rope.dim << 32 | _pair_distance(record.rope), a[self._angles], *norms, eps, self._kv,
+            self._block_bytes, *where,
+        )  # fmt: skip
+        program.barrier()
+        program.add(
+            ATTENTION[kind], a["q"], n, heads, head_dim, s.constant(head_dim**-0.5), self._kv, self._block_bytes,
+            *where,
+            a["attended"], q_stride, a["attention"], thread_bytes(record.n_heads, record.n_kv_heads, head_dim),
+            record.window or 0, limits.split_tokens(record.n_kv_heads), a["attention_parts"],
+        )  # fmt: skip
+        program.barrier()
+        attended = Activations(n, a["attended"], q_stride, s.packed["input"])  # [T, H * C]
+        attended.pack(program, o.cols, {o.type})
+        program.barrier()
+        space.multiply(program, record.out, attended, a["x"], add=True)  # [T, D]
+        program.barrier()
+
+
+def _pair_distance(rope: Rope) -> int:
+    """Return how far apart the elements lie that are rotated together."""
+    return 1 if rope.style is RopeStyle.INTERLEAVED else rope.dim // 2
+
+
+def angle_bytes(rope: Rope, limits: Limits) -> int:
+    """Return the bytes of the cosines and sines of a batch."""
+    return limits.batch_tokens * FLOAT_BYTES * max(rope.dim, 1)

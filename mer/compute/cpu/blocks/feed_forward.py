@@ -1,0 +1,71 @@
+"""Feed-forward networks of dense weights: a layer's own, or the one that a layer's routed experts share."""
+
+from __future__ import annotations
+
+from mer.compute.cpu.blocks.workspace import Workspace
+from mer.compute.cpu.matrix import Activations, block_sizes, float_stride, rows_entry
+from mer.compute.cpu.program import Program
+from mer.compute.cpu.scratch import Areas, Limits
+from mer.compute.kernels.elementwise import add_gated, swiglu
+from mer.compute.kernels.pack import pack
+from mer.model.operators import FeedForward, Norm
+
+
+class FeedForwardBlock:
+    """x += network(h), with h = norm(x) unless there is no norm: then h is what the router has left there.
+
+    Args:
+        record: the network.
+        norm: before it, or None.
+        space: memory and weights.
+    """
+
+    def __init__(self, record: FeedForward, norm: Norm | None, space: Workspace) -> None:
+        self._record, self._norm, self._space = record, norm, space
+
+    @staticmethod
+    def areas(record: FeedForward, norm: Norm | None, limits: Limits) -> Areas:
+        """Return what it needs of the scratch memory; x and h are everybody's.
+
+        Its inner activations do not share those of the routed experts: these may lie there, half computed, when it
+        runs.
+        """
+        t, d_model, d_ff = limits.batch_tokens, record.down.rows, record.down.cols
+        sizes = {"dense_gate": t * float_stride(d_ff), "dense_up": t * float_stride(d_ff)}
+        if record.gate_by is not None:
+            sizes |= {"gated": t * float_stride(d_model), "gate_logit": t * float_stride(1)}
+        packed = {"input": (t, d_model), "dense_inner": (t, d_ff)}
+        return Areas(sizes, packed, () if norm is None else (norm.eps,))
+
+    def add(self, program: Program, n: int, n_blocks: int) -> None:
+        """Add the steps; see `Block`."""
+        record, space, s = self._record, self._space, self._space.scratch
+        a = s.address
+        gate, up, down = map(space.matrix, (record.gate, record.up, record.down))
+        d, f = float_stride(down.rows), float_stride(down.cols)
+        h = Activations(n, a["h"], d, s.packed["input"])  # [T, D]
+        if self._norm is not None:
+            space.norm(program, self._norm, a["x"], n, a["h"])
+            program.barrier()
+        h.pack(program, gate.cols, {gate.type, up.type})
+        program.barrier()
+        space.multiply(program, record.gate, h, a["dense_gate"])  # [T, F]
+        space.multiply(program, record.up, h, a["dense_up"])  # [T, F]
+        if record.gate_by is not None:
+            space.multiply(program, record.gate_by, h, a["gate_logit"])  # [T, 1]
+        program.barrier()
+        inner = Activations(n, a["dense_gate"], f, s.packed["dense_inner"])  # [T, F]
+        sizes = block_sizes([down.type])
+        if sizes:
+            area, between = s.packed["dense_inner"][sizes[0]], a["dense_up"] - a["dense_gate"]
+            program.add_alone(pack, rows_entry(n), *area.arguments(down.cols, a["dense_gate"], f, up=between))
+        else:
+            program.add_alone(swiglu, rows_entry(n), a["dense_gate"], a["dense_up"], f)
+        program.barrier()
+        if record.gate_by is None:
+            space.multiply(program, record.down, inner, a["x"], add=True)  # [T, D]
+        else:
+            space.multiply(program, record.down, inner, a["gated"])  # [T, D]
+            program.barrier()
+            program.add(add_gated, a["x"], d, n, a["gated"], a["gate_logit"], float_stride(1))
+        program.barrier()

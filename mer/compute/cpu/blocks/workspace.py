@@ -1,0 +1,58 @@
+"""What every block of the CPU worker is made with, and the steps that many of them begin or end with."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import attrs
+
+from mer.compute.cpu.matrix import Activations, Matrix, float_stride, multiply
+from mer.compute.cpu.program import Program
+from mer.compute.cpu.scratch import Limits, Scratch
+from mer.compute.cpu.weights import DenseWeights
+from mer.compute.kernels.elementwise import fill_rows, rms_norm
+from mer.model.operators import Linear, Norm
+
+
+class Block(Protocol):
+    """The steps of one operator of one layer."""
+
+    def add(self, program: Program, n: int, n_blocks: int) -> None:
+        """Add the steps for n tokens whose sequences have tables of so many KV blocks; they end with a barrier."""
+
+
+@attrs.frozen(eq=False)
+class Workspace:
+    """Memory and weights of one worker."""
+
+    limits: Limits
+    scratch: Scratch
+    weights: DenseWeights
+
+    def matrix(self, linear: Linear) -> Matrix:
+        """Return the weights of a linear map."""
+        return self.weights.matrix(linear.weight.name)
+
+    def seed(self, program: Program, linear: Linear, n: int, out: int) -> None:
+        """Add the step that writes a linear map's bias where its product is to be added, if it has one.
+
+        A barrier must stand between the two. The product adds, instead of a step behind it adding the bias, because the
+        steps before it wait at a barrier anyway.
+        """
+        if linear.bias is not None:
+            bias = self.weights.vector(linear.bias.name)
+            program.add(fill_rows, out, float_stride(linear.rows), n, bias)
+
+    def multiply(self, program: Program, linear: Linear, x: Activations, out: int, *, add: bool = False) -> None:
+        """Add the step out[t] = linear(x[t]) for all rows of x, or out[t] += x[t] @ weight.T with `add`.
+
+        A bias must have been put there with `seed`, which a sum has no place for.
+        """
+        add = add or linear.bias is not None
+        multiply(program, self.matrix(linear), x, out, float_stride(linear.rows), self.limits.threads, add=add)
+
+    def norm(self, program: Program, norm: Norm, x: int, n: int, out: int, *, index: int = 0) -> None:
+        """Add the step out[t] = norm(x[t]) for n rows of D float32, or for those that an index of int32 names."""
+        d_model = norm.weight.shape[0]
+        stride, weight = float_stride(d_model), self.weights.vector(norm.weight.name)
+        program.add(rms_norm, x, stride, index, n, d_model, weight, self.scratch.constant(norm.eps), out, stride)

@@ -1,0 +1,1 @@
+"""One operator each, on the device: the same names as the blocks of the CPU worker."""
