@@ -1,4 +1,4 @@
-"""Where the control groups of this process are, from its own up to the root (versions 1 and 2, or both at once)."""
+"""Control groups of this process, from its own up to the root (versions 1 and 2, or both at once)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the values of settings are made of, and what is refused: converters and validators of attrs."""
+"""Converters and validators of settings, for attrs."""
 
 from __future__ import annotations
 

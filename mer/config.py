@@ -1,4 +1,4 @@
-"""What a user can set: the engine's configuration and a request's sampling parameters."""
+"""Settings that a user can make: the engine's configuration and a request's sampling parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an engine lives: the trio run and the process that it was opened in."""
+"""Home of an engine: the trio run and the process that opened it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where `mer` keeps what it can make again, and whether nobody else can have written there."""
+"""Folder of files that `mer` can make again, and checks that nobody else can have written there."""
 
 from __future__ import annotations
 

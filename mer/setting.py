@@ -1,4 +1,4 @@
-"""What is said of a setting: its description, its option of the command line, and who takes it."""
+"""Metadata of a setting: its description, its option of the command line, and the functions that take it."""
 
 from __future__ import annotations
 

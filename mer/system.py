@@ -1,4 +1,4 @@
-"""What the operating system says of memory and processors: limits, what is free, and what this process uses."""
+"""Memory and processors by the operating system: limits, free memory, and the use by this process."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What `mer bench` runs, and the workloads it runs on."""
+"""Benchmarks of `mer bench`, and the workloads that they run on."""

@@ -1,4 +1,4 @@
-"""What a whole-model benchmark runs: cases named as llama-bench names them, and prompts that nothing can foresee."""
+"""Cases of a whole-model benchmark, named as llama-bench names them, and prompts that no predictor can foresee."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large the experts of the streaming benchmark are."""
+"""Sizes of the experts of the streaming benchmark."""
 
 from __future__ import annotations
 

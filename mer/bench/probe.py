@@ -1,4 +1,4 @@
-"""What the disk gives to the plainest reads, as the limit that a run is compared with."""
+"""Rate of the disk with the plainest reads: the limit that a run is compared with."""
 
 from __future__ import annotations
 

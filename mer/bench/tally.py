@@ -1,4 +1,4 @@
-"""What a run of the streaming benchmark has counted so far."""
+"""Counts of a run of the streaming benchmark so far."""
 
 from __future__ import annotations
 

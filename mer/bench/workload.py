@@ -1,4 +1,4 @@
-"""What the streaming benchmark looks up: a synthetic stream, or a recorded routing trace."""
+"""Workloads of the streaming benchmark: a synthetic stream, or a recorded routing trace."""
 
 from __future__ import annotations
 

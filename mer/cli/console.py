@@ -1,4 +1,4 @@
-"""What a person sees: text made safe for a terminal, notes on standard error, and bars where there is a terminal."""
+"""Output for a person: text made safe for a terminal, notes on standard error, and bars where there is a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reader knows of each copy of the model: how fast it is, whether it is in force, and what threads it has."""
+"""State of one copy of the model in a reader: its rate, its circuit breaker, and its threads."""
 
 from __future__ import annotations
 

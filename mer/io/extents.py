@@ -1,4 +1,4 @@
-"""Where every expert's three matrices lie in a model's files, and where they go in a slot of the buffer pool."""
+"""Map of a model's experts: the extents of their three matrices in the files, and their places in a slot."""
 
 from __future__ import annotations
 

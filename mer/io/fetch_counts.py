@@ -1,4 +1,4 @@
-"""What a Fetcher counts."""
+"""Counters of a Fetcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What readers of real files have in common: the files and their mirrors, the queue, and how operations end."""
+"""Base of the readers of real files: the files and their mirrors, the queue, and the ends of operations."""
 
 from __future__ import annotations
 

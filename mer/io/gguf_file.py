@@ -1,4 +1,4 @@
-"""What a GGUF header says, as values: tensors with their extents, and metadata behind typed getters."""
+"""GGUF header as values: tensors with their extents, and typed getters of metadata."""
 
 from __future__ import annotations
 

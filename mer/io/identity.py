@@ -1,4 +1,4 @@
-"""Which file a path led to when its header was read."""
+"""Identity of the file that a path led to when its header was read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reader counts: operations, bytes, time with work to do, and how long operations take."""
+"""Counters of a reader: operations, bytes, time with work to do, and latencies of operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a mirror is an identical copy of a model file, as far as a sample can tell."""
+"""Check of a mirror: a sample of it must equal the model file."""
 
 from __future__ import annotations
 

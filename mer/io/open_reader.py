@@ -1,4 +1,4 @@
-"""Which reader to use: io_uring where the system and the files allow it, else threads."""
+"""Choice of the reader: io_uring where the system and the files allow it, else threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read before what."""
+"""Priorities of reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which failed reads are tried again, and when."""
+"""Retries of failed reads: the delays, and the errors that get one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which experts an engine keeps, and what it notes about their use: cache policy, heat profile, routing trace."""
+"""Cache policy, heat profile and routing trace of an engine that opens."""
 
 from __future__ import annotations
 

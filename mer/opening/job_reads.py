@@ -1,4 +1,4 @@
-"""Whether jobs read missing experts by themselves."""
+"""Loan of the reader to jobs, so that they read missing experts themselves, or the reason against it."""
 
 from __future__ import annotations
 

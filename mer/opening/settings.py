@@ -1,4 +1,4 @@
-"""What an engine's settings have come to."""
+"""Settings in force."""
 
 from __future__ import annotations
 

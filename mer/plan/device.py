@@ -1,4 +1,4 @@
-"""Which device computes: the processor, or a GPU through torch, which is imported only if there may be one."""
+"""Choice of the device that computes: the processor, or a GPU through torch, imported only if there may be one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Who runs when: sequences, KV accounting, the expert cache and its policies, and the scheduler actor."""
+"""Scheduling: sequences, KV accounting, the expert cache and its policies, and the scheduler actor."""

@@ -1,4 +1,4 @@
-"""Which experts are resident, and in which slots."""
+"""Expert cache: the resident experts and their slots."""
 
 from __future__ import annotations
 

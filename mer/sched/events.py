@@ -1,4 +1,4 @@
-"""What a caller receives from a generation."""
+"""Events and results that a caller receives from a generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model a trace, a heat profile or a saved prefix belongs to."""
+"""Fingerprint of the model that a trace, a heat profile or a saved prefix belongs to."""
 
 from __future__ import annotations
 

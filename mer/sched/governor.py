@@ -1,4 +1,4 @@
-"""When a guess is worth the disk's time."""
+"""Limits on speculation: a guess must be worth the disk's time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often each expert of a model has been used, kept between runs."""
+"""Heat profile: counts of the uses of each expert of a model, kept between runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which expert leaves when a slot is needed, and whether the newcomer is worth one."""
+"""Interface of cache policies: the choice of the expert to evict, and whether the newcomer is worth a slot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which experts a layer to come is likely to need, and when a guess is good enough to be one."""
+"""Predictions of the experts that a layer to come needs, and the bar that a guess must pass."""
 
 from __future__ import annotations
 

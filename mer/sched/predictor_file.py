@@ -1,4 +1,4 @@
-"""What a Markov predictor has learnt of a model, kept between runs; the format is described in docs/prefetch.md."""
+"""File of a learnt Markov predictor, kept between runs; the format is described in docs/prefetch.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of an engine between any two steps of its tasks, looked at between all of them."""
+"""Invariants of an engine, checked between every two steps of its tasks."""
 
 from __future__ import annotations
 

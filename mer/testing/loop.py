@@ -1,4 +1,4 @@
-"""How long each task holds the event loop, and which functions run there."""
+"""Time for which each task holds the event loop, and the functions that run there."""
 
 from __future__ import annotations
 

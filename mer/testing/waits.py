@@ -1,4 +1,4 @@
-"""Who waits for what in a run of trio with simulated engines, and what would let them go on."""
+"""Report of the waits in a run of trio with simulated engines: each waiting task, and what would wake it."""
 
 from __future__ import annotations
 

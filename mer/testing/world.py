@@ -1,4 +1,4 @@
-"""What a simulation is about: an engine and its settings, its faults, and the callers that come."""
+"""Description of a simulation: an engine and its settings, its faults, and the callers that come."""
 
 from __future__ import annotations
 

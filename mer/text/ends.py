@@ -1,4 +1,4 @@
-"""Which tokens end a text: those that the file names, and those whose text says so."""
+"""Tokens that end a text: those that the file names, and those whose text says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the byte-level BPE vocabularies cut text into words, by the name in `tokenizer.ggml.pre`.
+"""Pre-tokenizers of the byte-level BPE vocabularies, by the name in `tokenizer.ggml.pre`.
 
 The patterns are facts of the published models (the `pre_tokenizer` and `normalizer` of their `tokenizer.json`). A wrong
 pattern still encodes any text, only into other tokens than the model was trained on: so an unknown name is an error.

@@ -22,7 +22,7 @@ FIRST_BYTES: Final = 64 << 20
 SECOND_BYTES: Final = 16 << 20
 """Bound of the second-order counts; 2 * L * E**2 * (E + 1) bytes where that is less."""
 _LONG: Final = 4096  # visits over which the base rate is averaged
-_USUAL_PAIRS: Final = 16  # of a token; of more, every so manieth is followed
+_USUAL_PAIRS: Final = 16  # of a token; of more, those whose numbers add up to a multiple of K * K // 16
 _MAX_PAIRS: Final = 64  # of an event; those of larger ones are not followed
 _EAGER: Final = 64  # visits of a layer from which on the weights learn from every second one, or fourth if not asked
 _SIZE_SPAN: Final = 64  # events over which the usual size is averaged

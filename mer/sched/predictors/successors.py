@@ -1,4 +1,4 @@
-"""How often each expert has followed each context, in a table of bounded size."""
+"""Counts of the experts that followed each context, in a table of bounded size."""
 
 from __future__ import annotations
 
