@@ -44,7 +44,7 @@ class Place:
             self._queue._give_back()
 
     def enter(self, sequence: Sequence) -> None:
-        """Queue the sequence that the place was kept for, behind those that are queued by now.
+        """Queue the sequence that the place was kept for, after those that are queued by now.
 
         Raises:
             EngineClosed: the queue is closed.
@@ -128,8 +128,8 @@ class AdmissionQueue:
     def reserve(self) -> Place:
         """Keep a place for a sequence to come, without waiting.
 
-        The sequence could be made first and then be refused; but making one may take long, and a caller that is refused
-        is to hear of it before.
+        The sequence could be made first and then be refused; but making one may take long, and a refused caller should
+        know before.
 
         Raises:
             trio.WouldBlock: there is no place, so that `put` would wait.

@@ -69,7 +69,7 @@ def union_of(ids: Int32Array, members: list[Member]) -> list[int]:
 
 
 def share_rows(budget: int, needs: Seq[int]) -> list[int]:
-    """Divide a batch's rows: nobody gets more than it needs, and whoever gets less gets no less than any other.
+    """Divide a batch's rows: none gets more than it needs, and one that gets less gets no less than any other.
 
     If there are fewer rows than sequences, the smallest needs come first, those that decode among them.
     """

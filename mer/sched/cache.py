@@ -21,7 +21,7 @@ class Resident:
     addresses: tuple[int, int, int]  # gate, up, down
     fresh: tuple[bool, bool]  # whether gate and up, and down, are still as the file has them
     speculation: Priority | None  # the class it was read in, until it is used for the first time; None if on demand
-    arranged: LoadedExpert | None = None  # what the worker is told of it, once nothing of it is fresh any more
+    arranged: LoadedExpert | None = None  # for the worker, once all three matrices are re-arranged
 
 
 @attrs.frozen(kw_only=True)
@@ -39,7 +39,7 @@ class CacheStatistics:
 class ExpertCache:
     """The table of resident experts; pure and synchronous, it knows slots by number only.
 
-    The policy hears of lookups late, by `settle` or when it is asked next: what it learns then takes no time from a
+    The policy learns of lookups late, by `settle` or when it is asked next, so that its learning takes no time from a
     layer that waits for its experts.
 
     Attributes:
@@ -54,7 +54,7 @@ class ExpertCache:
     def __init__(self, policy: Policy, shape: tuple[int, int] | None = None) -> None:
         self._policy = policy
         self.addresses: Int64Array | None = None if shape is None else np.zeros((*shape, 3), np.int64)
-        self._unsettled: list[tuple[int, Sequence[int]]] = []  # lookups that the policy has not heard of
+        self._unsettled: list[tuple[int, Sequence[int]]] = []  # lookups that the policy has not learnt of
         self._resident: dict[ExpertKey, Resident] = {}
         self._told: frozenset[ExpertKey] = frozenset()  # misses that the next lookup is not to count again
         self._lookups = self._hits = self._misses = self._evictions = 0
@@ -71,7 +71,7 @@ class ExpertCache:
         return self._resident[key]
 
     def items(self) -> ItemsView[ExpertKey, Resident]:
-        """Return the resident experts with what is known of them."""
+        """Return the resident experts with their records."""
         return self._resident.items()
 
     def lookup(self, layer: int, experts: Iterable[int], held: Collection[int] = ()) -> tuple[list[int], list[int]]:
@@ -80,7 +80,7 @@ class ExpertCache:
         Args:
             layer: whose experts they are.
             experts: all that the layer needs.
-            held: those of them that the worker has in memory of its own: hits, and in neither list.
+            held: those of them that the worker has in its own memory: hits, and in neither list.
         """
         union = list(experts)
         self._unsettled.append((layer, union))
@@ -124,7 +124,7 @@ class ExpertCache:
         self._misses += len(self._told)
 
     def arranged(self, key: ExpertKey) -> None:
-        """Note that nothing of a resident expert is fresh any more."""
+        """Note that all three matrices of a resident expert are re-arranged."""
         resident = self._resident[key]
         resident.fresh = (False, False)
         resident.arranged = LoadedExpert(key[1], resident.addresses, resident.fresh)
@@ -132,7 +132,7 @@ class ExpertCache:
             self.addresses[key] = resident.addresses
 
     def settle(self) -> None:
-        """Let the policy hear of the lookups so far."""
+        """Report the lookups so far to the policy."""
         if self._unsettled:
             unsettled, self._unsettled = self._unsettled, []
             for layer, experts in unsettled:
@@ -149,23 +149,23 @@ class ExpertCache:
         self._policy.insert(key)
 
     def victim_for(self, layer: int, evictable: Callable[[ExpertKey], bool], *, kind: int = 0) -> ExpertKey | None:
-        """Return the evictable expert that the policy would give up for one of `layer`, or None.
+        """Return the evictable expert that the policy would evict for one of `layer`, or None.
 
         Args:
             layer: of the expert that needs the room.
-            evictable: which residents may leave.
+            evictable: returns whether a resident may be evicted.
             kind: the class of slots that is needed.
         """
         self.settle()
         return self._policy.victim(layer, evictable, kind=kind)
 
     def evict_for(self, layer: int, evictable: Callable[[ExpertKey], bool], *, kind: int = 0) -> Resident | None:
-        """Drop the expert that `victim_for` returns and return what it was, or None."""
+        """Evict the expert that `victim_for` returns and return its record, or None."""
         key = self.victim_for(layer, evictable, kind=kind)
         return None if key is None else self.evict(key)
 
     def evict(self, key: ExpertKey) -> Resident:
-        """Forget a resident expert whose slot another takes, and return what it was."""
+        """Drop a resident expert whose slot another takes, and return its record."""
         self._evictions += 1
         return self.drop(key)
 
@@ -175,7 +175,7 @@ class ExpertCache:
         return self._policy.likelihood(key)
 
     def drop(self, key: ExpertKey) -> Resident:
-        """Forget a resident expert and return what it was."""
+        """Drop a resident expert and return its record."""
         self.settle()
         self._policy.remove(key)
         if self.addresses is not None:
@@ -183,7 +183,7 @@ class ExpertCache:
         return self._resident.pop(key)
 
     def unused(self, priority: Priority) -> int:
-        """Return how many residents were read in this class of speculation and not used so far."""
+        """Return the number of residents that were read in this class of speculation and not used so far."""
         return sum(resident.speculation is priority for resident in self._resident.values())
 
     def statistics(self) -> CacheStatistics:

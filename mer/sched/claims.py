@@ -1,4 +1,4 @@
-"""Claims: a layer's missing experts on their way."""
+"""Claims of a layer: its missing experts on their way."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mer.sched.waiting import Waiting
 
 
 class Claims:
-    """Brings what a layer misses into slots that others give up, and lets jobs begin with what is half there.
+    """Brings the missing experts of a layer into slots of evicted ones, and lets jobs begin before down has landed.
 
-    Synchronous; used by one task, the scheduler, and by the callbacks of pool and fetcher. What was started for a batch
-    that was given up lands all the same and stays in the cache.
+    Synchronous; used by one task, the scheduler, and by the callbacks of pool and fetcher. Fetches for a batch that was
+    given up land all the same, and their experts stay in the cache.
 
     Args:
         residents: what is in memory.
@@ -41,14 +41,14 @@ class Claims:
 
     @property
     def loading(self) -> int:
-        """How many claims have neither landed nor failed: with 0 the disk does nothing that is waited for."""
+        """Number of claims that have neither landed nor failed: with 0, no layer waits for the disk."""
         return self._traffic.loading
 
     def claim(self, layer: int, experts: Iterable[int]) -> tuple[list[LoadedExpert], list[Claim]]:
-        """Pin the resident ones of a layer's experts and get the others on their way, all of them at once.
+        """Pin the resident ones of a layer's experts and claim the others, all of them at once.
 
-        What was read ahead or prefetched for the layer becomes demand; what was asked for in vain is withdrawn, and
-        wrong guesses that are still being read are abandoned.
+        Reads ahead and prefetches of these experts become demand. Other tickets for reads ahead are withdrawn, and
+        wrong guesses that are in flight are abandoned.
         """
         loaded, misses = self._residents.lookup(layer, list(experts))
         claims = [Claim((layer, expert)) for expert in misses]
@@ -60,7 +60,7 @@ class Claims:
         return loaded, claims
 
     def give_up(self, claims: Iterable[Claim]) -> None:
-        """Forget claims: tickets leave the line, reads under way go on, landed experts are unpinned."""
+        """Drop claims: tickets leave the line, reads in flight go on, landed experts are unpinned."""
         for claim in claims:
             if self._traffic.claims.pop(claim.key, None) is None:
                 continue
@@ -92,12 +92,12 @@ class Claims:
     # --- jobs on gate and up while down is on its way ---
 
     def inner_ready(self, claim: Claim) -> bool:
-        """Return whether gate and up of an expert can do their work while its down matrix is on the way."""
+        """Return whether a job can compute with gate and up of an expert while its down matrix is in flight."""
         fetch = claim.fetch
         return fetch is not None and not claim.inner_done and fetch.inner_landed and fetch not in self._spoiled
 
     def begin_inner(self, claim: Claim) -> LoadedExpert:
-        """Hold an expert whose gate and up have landed for a job on these, while down is on the way."""
+        """Hold an expert whose gate and up have landed for a job on these, while down is in flight."""
         assert claim.fetch is not None
         self._fetcher.hold(claim.fetch)
         fresh = claim.fetch not in self._arranged
@@ -152,7 +152,7 @@ class Claims:
         self._waiting.wake_for(fetch)
 
     def _start(self, claim: Claim) -> None:
-        """Get a claimed expert on its way: join what is under way, or ask for a slot."""
+        """Start a claim: join a fetch in flight or a ticket in line, or request a slot."""
         fetch = claim.fetch = self._fetcher.in_flight(*claim.key)
         ticket = self._traffic.ahead.pop(claim.key, None)
         if fetch is not None:

@@ -1,4 +1,4 @@
-"""Accounting of KV blocks: who holds which blocks of the worker's KV memory, and which of them are shared. Pure."""
+"""Accounting of KV blocks: the holders of the blocks of the worker's KV memory, and shared blocks. Pure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class KVStatistics:
 
     n_blocks: int
     free: int  # hold nothing
-    cached: int  # hold a prefix that no sequence uses now; taken when no block is free
-    evictions: int  # cached blocks that were taken
+    cached: int  # hold a prefix that no sequence uses now; evicted when no block is free
+    evictions: int  # of cached blocks
     block_tokens: int  # positions in a block
 
     @property
     def available(self) -> int:
-        """Blocks that can be had: free, or cached and in no use."""
+        """Blocks that can be reserved: free ones and cached ones."""
         return self.free + self.cached
 
 
@@ -32,12 +32,12 @@ class Lease:
     """The blocks that one holder has, in order of position; `KVBlocks` alone changes it."""
 
     blocks: list[int]
-    nodes: list[PrefixNode]  # the first of them: full, and shared with whoever has the same tokens there
+    nodes: list[PrefixNode]  # the first of them: full, and shared with all sequences that have the same tokens there
     released: bool = False
 
     @property
     def n_own(self) -> int:
-        """Blocks that nobody else can see."""
+        """Blocks that are not shared."""
         return len(self.blocks) - len(self.nodes)
 
 
@@ -49,10 +49,10 @@ class KVBlocks:
     """Hands out blocks of `block_tokens` positions, whole leases at a time.
 
     A sequence reserves all the blocks it may need before it starts, so that none ever waits for a block while it runs.
-    Its blocks are its own until they are full, computed and shared; from then on nobody writes to them, and sequences
-    that begin with the same tokens hold the same blocks. Shared blocks that nobody holds any more stay cached until
-    somebody needs a block and none is free: the least recently used goes first, the last blocks of a prefix before
-    those in front of them.
+    Its blocks are its own until they are full, computed and shared. From then on no sequence writes to them, and
+    sequences that begin with the same tokens hold the same blocks. Shared blocks without a holder stay cached until a
+    block is needed and none is free. Then the least recently used one is evicted, the last block of a prefix before
+    those in front of it.
 
     Args:
         n_blocks: blocks in all.
@@ -79,7 +79,7 @@ class KVBlocks:
         return self._tree.find(span, n_tokens // self.block_tokens)
 
     def fits(self, n_blocks: int, shared: Sequence[PrefixNode] = (), without: Sequence[Lease] = ()) -> bool:
-        """Return whether `n_blocks` blocks, those of `shared` included, can be had once `without` are released."""
+        """Return whether `n_blocks` blocks, those of `shared` included, fit after `without` are released."""
         given_up = Counter(node for lease in without for node in lease.nodes)
         available = len(self._free) + self._tree.n_unused + sum(lease.n_own for lease in without)
         available += sum(node.refs == times for node, times in given_up.items())
@@ -89,7 +89,7 @@ class KVBlocks:
     def reserve(self, n_blocks: int, shared: Sequence[PrefixNode] = ()) -> Lease | None:
         """Take `n_blocks` blocks, the first of them `shared` as `find` returned it, or return None if it does not fit.
 
-        The other blocks are the free ones, then those cached for longest.
+        The other blocks are free ones, then the cached ones that were released first.
         """
         if not self.fits(n_blocks, shared):
             return None
@@ -101,8 +101,8 @@ class KVBlocks:
     def share(self, lease: Lease, span: Span, n_tokens: int) -> None:
         """Make the full blocks among the first `n_tokens` positions, which are computed, shareable.
 
-        A block that somebody else has shared with the same tokens takes the place of the holder's own, which is freed:
-        both hold the same bits.
+        Where another holder has shared a block with the same tokens, that block replaces the lease's own, which is
+        freed: both hold the same bits.
         """
         if not self.prefix_reuse:
             return
@@ -115,10 +115,10 @@ class KVBlocks:
                 self._replace(lease, node)
 
     def adopt(self, lease: Lease, span: Span, n_tokens: int) -> int:
-        """Take over what others have shared since the lease was made, within the first `n_tokens` positions.
+        """Replace blocks by those that others have shared since the lease was made, within `n_tokens` positions.
 
         Returns:
-            Positions from the first that need no computing any more.
+            The number of positions, from the first, that need not be computed.
         """
         while (index := len(lease.nodes)) < n_tokens // self.block_tokens:
             node = self._tree.next(self._end(lease), self._tree.key_at(index, span))
@@ -128,14 +128,14 @@ class KVBlocks:
         return len(lease.nodes) * self.block_tokens
 
     def next_block(self, lease: Lease, span: Span, n_tokens: int) -> NextBlock | None:
-        """Return what is the same for all whose next block to share, within `n_tokens` positions, will be the same."""
+        """Return the next block that a lease will share, within `n_tokens` positions; equal for equal blocks."""
         index = len(lease.nodes)
         if not self.prefix_reuse or (index + 1) * self.block_tokens > n_tokens:
             return None
         return self._end(lease), self._tree.key_at(index, span)
 
     def release(self, lease: Lease) -> None:
-        """Give a lease back: its own blocks become free, shared ones cached if nobody else holds them."""
+        """Release a lease: its own blocks become free, shared ones cached if no other lease holds them."""
         if lease.released:
             raise RuntimeError(f"the blocks {lease.blocks} are given back twice")
         lease.released = True

@@ -23,7 +23,7 @@ class _Transfer:
 
 
 class Transfers:
-    """A line of operations on KV blocks, each served once; whoever serves it also runs the batches.
+    """A line of operations on KV blocks, each served once, by the task that also runs the batches.
 
     Args:
         link: to the worker.
@@ -64,7 +64,7 @@ class Transfers:
     async def serve(self) -> None:
         """Run the operations that wait now; a batch may follow before those that come meanwhile.
 
-        If cancelled, the operation under way ends with EngineClosed.
+        If cancelled, the operation that runs ends with EngineClosed.
         """
         for _ in range(len(self._waiting)):
             if not self._waiting:  # cancelled meanwhile

@@ -24,7 +24,7 @@ class WorkerLink:
     async def run(self, *operations: Operation, on_started: Callable[[], None] = nothing) -> Done:
         """Run operations as one job; once it computes, `on_started` is called, unless the job fails before.
 
-        If cancelled while the job runs, its result stays behind: the link is of no use any more.
+        If cancelled while the job runs, its result stays in the channel: the link must not be used again.
 
         Raises:
             MerError: the job failed.
@@ -42,7 +42,7 @@ class WorkerLink:
 
 @attrs.frozen
 class LayerResult:
-    """What is left of a layer when its experts are done or ready."""
+    """Experts of a layer that remain for the next job, and those that failed."""
 
     pinned: tuple[LoadedExpert, ...]  # ready but not yet run: they go with the next job, then `unpin`
     failed: dict[int, MerError]  # {expert: why its bytes could not be had}
@@ -57,11 +57,11 @@ _CHEAP_ROWS: Final = 4
 class LayerRun:
     """The experts of one layer for one batch.
 
-    All missing experts are asked for at once. Resident ones are computed while the others load, landed ones as they
-    come, with `staged` even before their last matrix has landed, where there is enough to do for a job of its own; the
-    rest goes with the job that follows the last one. A layer that needs more slots than there are goes in
-    waves: what has been computed is let go, and its slot goes to the next in line. This run waits only when nothing is
-    ready to compute; then every slot that it could use is being filled, and each of these fetches ends.
+    All missing experts are claimed at once. Jobs compute resident experts while the others load, and landed ones as
+    they come; with `staged` even before their last matrix has landed. A job starts only where it has enough to do; the
+    rest goes with the job that follows. A layer that needs more slots than there are goes in waves: its computed
+    experts are unpinned, and their slots go to the next tickets in line. This run waits only when nothing is ready to compute; then
+    every slot that it could use is being filled, and each of these fetches ends.
 
     Args:
         store: brings the experts.
@@ -69,7 +69,7 @@ class LayerRun:
         layer: whose experts they are.
         staged: whether the batch may be computed in stages.
         pairs: (token, choice) pairs of the batch.
-        worth_bytes: weights from which on a job of its own pays, where experts have few rows each.
+        worth_bytes: weights from which on a separate job pays, where experts have few rows each.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class LayerRun:
     ) -> LayerResult:
         """Compute the given experts, all but those that are ready last.
 
-        If cancelled, nothing stays pinned; reads under way land in the cache.
+        If cancelled, nothing stays pinned; reads in flight land in the cache.
 
         Args:
             experts: numbers of the routed experts, each once.
@@ -139,7 +139,7 @@ class LayerRun:
         return sum(self._store.fetcher.expert_bytes(self._layer, loaded.expert) for loaded in self._ready)
 
     def _collect(self) -> None:
-        """Sort out what has landed and what has failed."""
+        """Sort the claims into landed, failed and waiting ones."""
         store, waiting = self._store, []
         self._inner = []
         for claim in self._claims:
@@ -162,7 +162,7 @@ class LayerRun:
         parts = [store.claims.begin_inner(claim) for claim in inner]
         try:
             done = await self._link.run(RunExperts(self._layer, (*ready, *parts)), on_started=self._tell)
-        except BaseException:  # the job failed, or the engine closes while the worker is still at it
+        except BaseException:  # the job failed, or the engine closes while the job runs
             for claim in inner:
                 store.claims.end_inner(claim, done=False)
             store.residents.discard(self._layer, ready)

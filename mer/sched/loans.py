@@ -1,4 +1,4 @@
-"""Reads that a job makes by itself, as the scheduler sees them: a loan before the job, a log after it."""
+"""Reads within a job, as the scheduler sees them: a loan before the job, a log after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mer.sched.waiting import Waiting
 
 
 class Loans:
-    """Lends jobs the ring and the slots of residents, and takes what they have read into the cache.
+    """Lends jobs the ring and the slots of residents, and takes the experts that they have read into the cache.
 
     Synchronous; to be used from the trio thread alone.
 
@@ -23,7 +23,7 @@ class Loans:
         fetcher: reads, and lends.
         traffic: what is on its way.
         waiting: of the scheduler.
-        listener: told of the fetches that become of reads that a job has left under way.
+        listener: called for the fetches that take over reads which a job has left in flight.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Loans:
         self._lent: JobReads | None = None  # while a job has it
 
     def lend(self, layer: int, pinned: Iterable[LoadedExpert]) -> JobReads | None:
-        """Let the job that is about to start make reads by itself, until `take_back`; None if that cannot be.
+        """Lend the next job what it needs to read, until `take_back`; None if that cannot be.
 
-        Nothing is read ahead or on a guess meanwhile.
+        Meanwhile no expert is read ahead or on a guess.
 
         Args:
             layer: of the experts that the job begins with.
@@ -51,16 +51,16 @@ class Loans:
 
     @property
     def lent(self) -> bool:
-        """Whether a job makes reads by itself just now."""
+        """Whether a job has the loan just now."""
         return self._traffic.lent
 
     def stop(self) -> None:
-        """Let the job that runs begin no more reads: it ends where it misses an expert."""
+        """Keep the job that runs from beginning more reads: it ends where it misses an expert."""
         if self._lent is not None:
             self._lent.stop()
 
     def take_back(self) -> list[JobRead]:
-        """End the loan, if there is one, after the job; return what it has read, each for `keep` or `drop`."""
+        """End the loan, if there is one, after the job; return the experts it has read, each for `keep` or `drop`."""
         if self._lent is None:
             return []
         self._waiting.stalled_s += self._lent.waited_s
@@ -68,7 +68,7 @@ class Loans:
         return self._fetcher.take_back(self._residents.replace, self._listener)
 
     def drop(self, reads: Iterable[JobRead]) -> None:
-        """Give up what a job that has failed has read."""
+        """Drop the experts that a failed job has read."""
         reads = list(reads)
         self._cache.missed((read.layer, read.expert) for read in reads)
         self._cache.missed(())
@@ -77,7 +77,7 @@ class Loans:
                 self._pool.release(read.slot)
 
     def keep(self, read: JobRead) -> None:
-        """Take what a job has read into the cache, if it has landed."""
+        """Take an expert that a job has read into the cache, if it has landed."""
         if read.landed:
             key = read.layer, read.expert
             self._cache.insert(key, Resident(read.slot, read.addresses, (True, True), None))

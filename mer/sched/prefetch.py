@@ -124,7 +124,7 @@ class Prefetcher:
             self._guesses.extend(self._predictor.predict(target))
 
     def passed(self, layer: int, experts: Sequence[int]) -> None:
-        """Note what a layer has used that the worker has passed by itself, without a guess."""
+        """Note the experts of a layer that a job has passed without a guess."""
         self._idle_since_s = None
         self._lookups += len(experts)
         self.governor.observe(layer, experts)

@@ -1,4 +1,4 @@
-"""The tree of KV blocks whose tokens are known: what sequences can share, and what is given up first. Pure."""
+"""Tree of the KV blocks that sequences can share, and the order of their eviction. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PrefixNode:
     key: bytes  # the block's tokens, see `block_key`
     parent: PrefixNode | None  # None for the first positions
     children: dict[bytes, PrefixNode] = attrs.field(factory=dict, repr=False)
-    refs: int = 1  # who holds it, and so all blocks before it
+    refs: int = 1  # holders of it, and so of all blocks before it
 
 
 def block_key(tokens: Sequence[int]) -> bytes:
@@ -35,8 +35,8 @@ class PrefixTree:
     A block is found by walking from the root, block by block, through dictionaries of tokens. These hash the tokens of
     one block and then compare them, so that a hash alone is never trusted.
 
-    Whoever holds a block holds all blocks before it. Those that nobody holds are kept, in the order in which they were
-    let go, a prefix's last block first: the one that was let go first has therefore no block behind it.
+    The holder of a block holds all blocks before it. Blocks without a holder are kept, in the order of their release, a
+    prefix's last block first. So the block that was released first has no block after it.
 
     Args:
         block_tokens: positions in a block.
@@ -50,7 +50,7 @@ class PrefixTree:
 
     @property
     def n_unused(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks without a holder."""
         return len(self._unused)
 
     def key_at(self, index: int, span: Span) -> bytes:
@@ -70,7 +70,7 @@ class PrefixTree:
         return tuple(path)
 
     def add(self, parent: PrefixNode | None, key: bytes, block: int) -> PrefixNode:
-        """Add a block behind one that is held, and hold it."""
+        """Add a block after one that is held, and hold it."""
         node = PrefixNode(block, key, parent)
         children = self._children(parent)
         if key in children or (parent is not None and not parent.refs):
@@ -85,7 +85,7 @@ class PrefixTree:
         node.refs += 1
 
     def let_go(self, node: PrefixNode) -> None:
-        """Let go of a block, after all behind it that the same holder has; if nobody holds it, it is kept unused."""
+        """Release a block; its holder has released all blocks after it. Without a holder it is kept unused."""
         if not node.refs:
             raise RuntimeError(f"block {node.block} is given back twice")
         node.refs -= 1
@@ -93,7 +93,7 @@ class PrefixTree:
             self._unused[node] = None
 
     def evict(self) -> int:
-        """Forget the unused block that was let go first, and return its number."""
+        """Evict the unused block that was released first, and return its number."""
         node, _ = self._unused.popitem(last=False)
         if node.children:
             raise RuntimeError(f"block {node.block} would be forgotten before those behind it")

@@ -32,8 +32,8 @@ class TraceStatistics:
 class TraceRecorder:
     """Takes events from the scheduler and writes them in a thread, a block at a time.
 
-    A trace that cannot be written any more ends there, with a warning in the log and in the statistics; whoever
-    generates notices nothing. So it does when the disk falls behind by more than 16 blocks of 64 KiB.
+    A trace that cannot be written any more ends there, with a warning in the log and in the statistics; generations go
+    on. It also ends there when more than 16 blocks of 64 KiB wait for the disk.
 
     Args:
         writer: an open trace; the recorder closes it.

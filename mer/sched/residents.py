@@ -1,4 +1,4 @@
-"""Experts in memory: pinned ones, and those that leave for others."""
+"""Resident experts: their pins and their eviction."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mer.sched.keys import ExpertKey
 
 
 class Residents:
-    """Pins experts that are in memory, and chooses who leaves.
+    """Pins experts that are in memory, and chooses the ones to evict.
 
     Attributes:
         cache: which experts are in which slots.
         pool: the accounting of the slots.
-        tier: experts that the worker has in memory of its own, and that need no slot; None if it has none.
-        keeps_all: while true, speculation makes no expert leave: the worker may use any.
-        spared: experts that leave for demand alone, and only when nothing else can.
-        used: guesses of each class that have been of use after they landed.
-        evicted_unused: guesses of each class that have left without.
+        tier: experts in the worker's own memory, which need no slot; None if it has none.
+        keeps_all: while true, speculation evicts no expert: the worker may use any.
+        spared: experts that only demand evicts, and only when it can evict no other.
+        used: guesses of each class that were used after they landed.
+        evicted_unused: guesses of each class that were evicted before a use.
 
     Synchronous; to be used from the trio thread alone.
 
@@ -45,7 +45,7 @@ class Residents:
 
     @property
     def all_held(self) -> bool:
-        """Whether the worker has every expert in memory of its own, so that nothing is left to read or to guess."""
+        """Whether the worker has every expert in its own memory, so that nothing is left to read or to guess."""
         return self.tier is not None and self.tier.full
 
     # --- pins ---
@@ -102,7 +102,7 @@ class Residents:
     def forget(self, layer: int, experts: Iterable[int]) -> int:
         """Drop those of a layer's experts that are resident and not pinned, so that they are read again; count them.
 
-        What a worker holds in memory of its own cannot be forgotten: with a tier, nothing is.
+        Experts in a worker's own memory cannot be dropped: with a tier, none is.
         """
         forgotten = 0
         for expert in experts if self.tier is None else ():
@@ -120,7 +120,7 @@ class Residents:
         return resident.arranged or LoadedExpert(expert, resident.addresses, resident.fresh)
 
     def _hold(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Hold those of a layer's experts that the worker has in memory of its own, and return which they are."""
+        """Hold those of a layer's experts that the worker has in its own memory, and return their numbers."""
         tier = self.tier
         return [] if tier is None else [expert for expert in experts if tier.hold(layer, expert)]
 
@@ -133,15 +133,15 @@ class Residents:
     # --- room for others ---
 
     def ticket(self, key: ExpertKey, priority: Priority, on_granted: Callable[[Ticket], None]) -> Ticket:
-        """Return a place in line for a slot that an expert fits, for which another one may have to leave."""
+        """Return a place in line for a slot that an expert fits, which may evict another expert."""
         return Ticket(key, self._kind_of(*key), priority, on_granted, self._evict)
 
     def price(self, key: ExpertKey) -> float | None:
         """Return what a slot for an expert that is guessed would cost.
 
         Returns:
-            The probability that the expert which would leave for it is used at its layer's next visit, 0 for a free
-            slot; None if it gets no slot.
+            The probability that the expert which would be evicted for it is used at its layer's next visit, 0 for a
+            free slot; None if it gets no slot.
         """
         kind = self._kind_of(*key)
         if not self.pool.permits(kind):
@@ -160,11 +160,11 @@ class Residents:
             self.pool.serve()
 
     def replace(self, victim: ExpertKey) -> None:
-        """Forget a resident whose slot a job has taken for another one."""
+        """Evict a resident whose slot a job has taken for another one."""
         self.pool.refill(self._left(self.cache.evict(victim)))
 
     def _evict(self, ticket: Ticket) -> int | None:
-        """Give up a resident expert for a ticket; called by the pool."""
+        """Evict a resident expert for a ticket, and return its slot; called by the pool."""
         if self.keeps_all and ticket.priority is not Priority.DEMAND:
             return None
         layer, kind = ticket.key[0], ticket.kind
@@ -176,13 +176,13 @@ class Residents:
         return None if victim is None else self._left(victim)
 
     def _left(self, resident: Resident) -> int:
-        """Return the slot of an expert that has left the cache, after counting the guess that brought it in vain."""
+        """Return the slot of an expert that was dropped from the cache; a guess that was never used is counted."""
         if resident.speculation is not None:
             self.evicted_unused[resident.speculation] += 1
         return resident.slot
 
     def _evictable(self, kind: int, *, spare: bool = True) -> Callable[[ExpertKey], bool]:
-        """Return whether an expert's slot is of a kind and unpinned, and, with `spare`, the expert is not `spared`."""
+        """Return a test whether an expert's slot is of a kind and unpinned, and with `spare`, it is not `spared`."""
         pool, cache, spared = self.pool, self.cache, self.spared if spare else ()
 
         def evictable(key: ExpertKey) -> bool:
@@ -192,6 +192,6 @@ class Residents:
         return evictable
 
     def _copied(self, kind: int) -> Callable[[ExpertKey], bool]:
-        """Return whether an expert is `_evictable` and in the worker's own memory too: it leaves first."""
+        """Return a test whether an expert is `_evictable` and in the worker's own memory too: these go first."""
         evictable, tier = self._evictable(kind), self.tier
         return lambda key: tier is not None and tier.resident(*key) and evictable(key)

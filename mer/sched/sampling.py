@@ -145,7 +145,7 @@ class _BestFirst:
     """Tokens in order of their logits, the largest first and of equals the lowest number, with their summed weights.
 
     Only runs of that order are made: the head, with the tokens that have the largest part of the mass of usual logits;
-    and behind it classes of weights that differ by less than a sixtieth, whose masses are known without sorting.
+    and after it classes of weights that differ by less than a sixtieth, whose masses are known without sorting.
 
     Args:
         logits: [V].
@@ -208,7 +208,7 @@ class _BestFirst:
         return float(self._class_masses()[-2 - number]) if number < _CLASSES - 1 else 0.0
 
     def _run(self, tokens: _Tokens, before: float) -> tuple[_Tokens, _Float64s]:
-        """Return tokens in order, but for those of no weight, and the summed weights behind a mass.
+        """Return tokens in order, but for those of no weight, and the summed weights after a mass.
 
         A logit and a number are sorted as one integer: that takes a tenth of the time of a stable sort of floats.
         """

@@ -32,7 +32,7 @@ from mer.sched.walk import LayerWalk
 
 @attrs.frozen(kw_only=True)
 class SchedulerStatistics:
-    """Counters of the scheduler, and who is there now."""
+    """Counters of the scheduler, and numbers of the sequences that are not over."""
 
     submitted: int
     finished: int
@@ -65,16 +65,17 @@ class Scheduler:
     """Runs all sequences together: in each batch one token of every decoding sequence, the rest prompt chunks.
 
     A batch walks the layers; each layer's experts are looked up once, by the union over the batch. A sequence whose
-    reader is behind is left out until its channel has room. Cancelled sequences are noticed between layers and between
-    jobs. While nothing is guessed, small batches go as far as the experts are in memory in one job.
+    channel is full is paused: batches leave it out until its reader has made room. The scheduler notices cancelled
+    sequences between layers and between jobs. While nothing is guessed, one job takes a small batch through the layers
+    until an expert is missing.
 
-    A sequence that is left out keeps its place and its KV blocks only while nobody needs them: between batches it is
-    preempted for the first in line, and goes back in line, before newcomers, when its reader has emptied half of its
-    channel. As no other is ever preempted, a preempted sequence gives its reader at least half a channel of tokens, or
-    all that are left, before that can happen again.
+    A paused sequence keeps its place and its KV blocks only while no other needs them. Between batches the scheduler
+    preempts it for the first in line, and puts it back in line, before newcomers, when its reader has emptied half of
+    its channel. Only paused sequences are ever preempted. So a preempted sequence gives its reader at least half a
+    channel of tokens, or all that are left, before it can be preempted again.
 
-    Blocks of KV are shared as soon as they are full and their batch has ended well: whoever begins with the same tokens
-    begins behind them, and who has begun before goes on behind them.
+    KV blocks are shared as soon as they are full and their batch has ended well: sequences with the same tokens go on
+    after these blocks, also those that were admitted before.
 
     Args:
         n_layers: of the model.
@@ -133,7 +134,7 @@ class Scheduler:
         self._bytes_read = bytes_read
         self._queue = AdmissionQueue(max_waiting)
         self._running: list[Sequence] = []  # in order of admission
-        self._paused: list[Sequence] = []  # preempted, their readers are behind
+        self._paused: list[Sequence] = []  # preempted, their readers have not caught up
         self._resumed: deque[Sequence] = deque()  # preempted, in line before the queue
         self._wake = trio.Event()
         self._transfers = Transfers(link, self._wake_up)
@@ -184,7 +185,7 @@ class Scheduler:
         self._store.waiting.wake()
 
     def _wake_up(self) -> None:
-        """Let `run` go on if it waits for something to do."""
+        """Wake `run` if it waits for something to do."""
         self._wake.set()
 
     async def transfer(self, operation: ReadBlocks | WriteBlocks) -> Done:
@@ -237,7 +238,7 @@ class Scheduler:
             self._close()
 
     def _drop_speculation(self) -> None:
-        """Ask for nothing more ahead of time: no batch is to come."""
+        """Stop speculation: no batch is to come."""
         self._store.speculation.drop_ahead()
         if self._prefetcher is not None:
             self._prefetcher.stop()
@@ -257,7 +258,7 @@ class Scheduler:
             self._let_go(sequence)
 
     def _reap(self) -> None:
-        """Let go of sequences that have ended or were cancelled."""
+        """Remove sequences that have ended or were cancelled."""
         for sequence in list(self._running):
             if sequence.status is Status.ENDED or sequence.cancelled:
                 self._running.remove(sequence)
@@ -278,7 +279,7 @@ class Scheduler:
             sequence.lease = None
 
     def _admit(self) -> None:
-        """Let sequences in line run, first come, first served, while there are places and KV blocks."""
+        """Admit sequences in line, first come, first served, while there are places and KV blocks."""
         for sequence in [s for s in self._paused if s.caught_up]:
             self._paused.remove(sequence)
             self._resumed.append(sequence)
@@ -301,7 +302,7 @@ class Scheduler:
             self._running.append(first)
 
     def _adopt(self, sequence: Sequence) -> None:
-        """Spare a sequence the part of its prompt that others have computed since it was admitted."""
+        """Let a sequence skip the part of its prompt that others have computed since it was admitted."""
         if sequence.status is Status.PREFILL:
             assert sequence.lease is not None
             there = self._kv.adopt(sequence.lease, sequence.span, sequence.n_known - 1)
@@ -313,11 +314,13 @@ class Scheduler:
         self._kv.share(sequence.lease, sequence.span, sequence.kv_tokens)
 
     def _make_room(self, n_blocks: int, shared: tuple[PrefixNode, ...]) -> bool:
-        """Preempt paused sequences, the last admitted first, until there are a place and KV blocks; none if it is vain.
+        """Preempt paused sequences, the last admitted first, until there are a place and KV blocks.
 
-        If all that run are paused and no prefix is being saved or restored it is never in vain, because no sequence
-        needs more blocks than there are.
+        If preempting all of them would not be enough, it preempts none and returns False. That cannot be if all that
+        run are paused and no prefix is being saved or restored, because no sequence needs more blocks than there are.
         """
+        # Leaving paused sequences alone would be simpler: but one stream that nobody reads could then stop every other
+        # request, and a task that generates inside its own stream would wait for itself.
         paused = [s for s in self._running if not s.has_room]
         if len(self._running) - len(paused) == self._max_sequences:
             return False
@@ -335,11 +338,12 @@ class Scheduler:
         return True
 
     def _without_followers(self, active: list[Sequence]) -> list[Sequence]:
-        """Leave out prompts whose next block an earlier one is about to compute for all, unless a batch takes all rows.
+        """Leave out prompts whose next block an earlier prompt is about to compute, unless a batch takes all rows.
 
-        They go on behind that block, so that prompts with a common prefix that come at once compute it once. Where a
-        batch has room for everything, waiting for the next one would take longer.
+        They go on after that block, so that prompts which come together compute a common prefix once. Where a batch has
+        room for all rows, waiting for the next batch would take longer.
         """
+        # Without this, as a batch shares its rows fairly, equal prompts would all compute the same rows side by side.
         if sum(sequence.rows_left for sequence in active) <= self._batch_tokens:
             return active
         leading: set[NextBlock] = set()
@@ -356,7 +360,7 @@ class Scheduler:
         return rest
 
     def _compose(self) -> tuple[list[Member], Batch | None]:
-        """Build the next batch: a row of every decoding sequence, and what is left shared fairly among the prompts."""
+        """Build the next batch: a row of every decoding sequence, the other rows shared fairly among the prompts."""
         by_phase = sorted(self._running, key=lambda s: s.status is Status.PREFILL)
         active = self._without_followers([sequence for sequence in by_phase if sequence.has_room])
         return compose(active, self._batch_tokens)
@@ -377,7 +381,7 @@ class Scheduler:
             await self._hand_out(members, done)
 
     async def _hand_out(self, members: list[Member], done: Done) -> None:
-        """Draw the tokens of a batch and send them, each to its sequence; rows that gave NaN are doubted.
+        """Draw the tokens of a batch and send each to its sequence; rows that gave NaN may be computed again.
 
         While it draws, the sequences are as before the batch; one that is cancelled meanwhile gets nothing.
         """
@@ -402,7 +406,7 @@ class Scheduler:
                 self._doubt(member.sequence, forgotten)
 
     def _advance(self, member: Member, answer: Answer, now_s: float, bytes_read: int) -> None:
-        """Take note of a member's rows, and send the token that they gave, if any."""
+        """Account for a member's rows, and send the token that they gave, if any."""
         sequence = member.sequence
         sequence.doubted = False
         if sequence.status is Status.PREFILL and not sequence.tokens:
@@ -421,10 +425,10 @@ class Scheduler:
         return sum(self._store.residents.forget(layer, experts) for layer, experts in self._walk.used)
 
     def _doubt(self, sequence: Sequence, forgotten: int) -> None:
-        """Let rows that gave NaN be computed again with experts that are read anew; fail them if that was done before.
+        """Compute rows that gave NaN again, with experts read again; fail the sequence if that was done before.
 
-        A bit that has flipped in memory, or on the way there, is mended so. Nothing was noted of these rows, and what
-        they have written to the KV is written again.
+        This mends a bit that has flipped in memory or on the way there. Nothing has been recorded of these rows, and
+        the next batch overwrites their KV.
         """
         if forgotten and not sequence.doubted:
             sequence.doubted = True

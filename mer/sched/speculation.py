@@ -27,9 +27,9 @@ class SpeculationStatistics:
 
     issued: int  # fetches started
     used: int  # landed before the layer asked for the expert
-    promoted: int  # under way when the layer asked for it
+    promoted: int  # in flight when the layer asked for it
     evicted_unused: int
-    cancelled: int  # given up while under way
+    cancelled: int  # abandoned in flight
     failed: int
     in_flight: int
     resident_unused: int
@@ -46,7 +46,7 @@ class _Counts:
 
 
 class Speculation:
-    """Reads what a layer to come is certain to need, behind all demand, and what it may need, behind that.
+    """Reads the experts that a layer to come is certain to need, after all demand, and likely ones after these.
 
     Synchronous; used by one task, the scheduler, and by the callbacks of pool and fetcher.
 
@@ -55,7 +55,7 @@ class Speculation:
         fetcher: reads.
         traffic: what is on its way.
         waiting: of the scheduler.
-        prefetcher: chooses what is read on a guess; by default nothing is.
+        prefetcher: chooses the experts to read on a guess; by default none is.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Speculation:
         self._counts = {priority: _Counts() for priority in Priority if priority}
 
     def read_ahead(self, layer: int, experts: Iterable[int]) -> None:
-        """Get the missing ones of experts that a layer to come is certain to need on their way, behind all demand.
+        """Request slots for the missing ones of experts that a layer to come is certain to need, after all demand.
 
-        None of them leaves for speculation, and for demand only when nothing else can. The layer's claims, or any
-        other's, end that.
+        Speculation evicts none of these experts, and demand only when it can evict no other. The next claims of any
+        layer end that.
         """
         self.drop_ahead()
         if self._traffic.lent:
@@ -89,14 +89,14 @@ class Speculation:
                 self._pool.request(ticket)
 
     def drop_ahead(self) -> None:
-        """Withdraw what is still in line to be read ahead."""
+        """Withdraw the tickets for reads ahead that are still in line."""
         self._residents.spared.clear()
         while self._traffic.ahead:
             _, ticket = self._traffic.ahead.popitem()
             self._pool.withdraw(ticket)
 
     def withdraw(self) -> None:
-        """Withdraw what is in line in vain, and abandon wrong guesses: what a layer needs is known now and claimed."""
+        """Withdraw tickets for reads ahead, and abandon wrong guesses: the layer has claimed the experts it needs."""
         self.drop_ahead()
         for fetch in list(self._traffic.guesses):
             if fetch.priority is Priority.PREFETCH:
@@ -106,7 +106,7 @@ class Speculation:
 
     @property
     def guessing(self) -> int:
-        """How many experts are being read ahead or on a guess."""
+        """Number of experts that are being read ahead or on a guess."""
         return len(self._traffic.guesses)
 
     def guess(self) -> None:
@@ -135,7 +135,7 @@ class Speculation:
         return True
 
     def promoted(self, fetch: Fetch) -> None:
-        """Note that a layer claims what is being read: the fetch is none of speculation's any more."""
+        """Note that a layer claims an expert in flight: its fetch is no longer speculation's."""
         self._traffic.guesses.discard(fetch)
         self._counts[fetch.priority].promoted += 1
 
@@ -178,7 +178,7 @@ class Speculation:
         self._counts[ticket.priority].issued += 1
 
     def _absent(self, key: ExpertKey) -> bool:
-        """Return whether an expert is nowhere in memory nor on its way nor asked for, and its file not left alone."""
+        """Return whether an expert is neither in memory nor in flight nor claimed, and its files are not suspended."""
         known = key in self._cache or key in self._traffic.claims or self._fetcher.in_flight(*key) is not None
         tier = self._residents.tier
         if tier is not None and tier.resident(*key):

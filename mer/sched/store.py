@@ -1,4 +1,4 @@
-"""The expert store: what brings experts from disk to the worker, joined."""
+"""The expert store: cache, pool and fetcher, joined."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from mer.sched.waiting import Waiting
 
 
 class ExpertStore:
-    """Joins cache, pool and fetcher: each part below has what it uses when it is made.
+    """Joins cache, pool and fetcher: each part below is given what it uses when it is made.
 
-    What one part must tell another goes by the record that they share (`Traffic`), and what pool and fetcher have to
-    tell goes to whoever has asked for the slot or the fetch.
+    The parts tell each other what they must by a record that they share (`Traffic`). Pool and fetcher call the part
+    that asked for the slot or the fetch.
 
     Attributes:
         fetcher: reads.
-        residents: pins experts in memory, and chooses who leaves.
-        speculation: reads what no layer has asked for yet.
-        claims: brings what a layer misses.
-        loans: reads that jobs make by themselves.
-        waiting: of the scheduler, for what is being read.
+        residents: pins experts in memory, and chooses the ones to evict.
+        speculation: reads experts that no layer has asked for yet.
+        claims: brings the experts that a layer misses.
+        loans: reads within jobs.
+        waiting: of the scheduler, for experts in flight.
 
     Args:
         cache: which experts are in which slots.
         pool: the accounting of the slots.
         fetcher: see above.
         kind_of: returns the class of slots that an expert fits.
-        tier: experts that the worker has in memory of its own, and that need no slot; None if it has none.
-        prefetcher: chooses what is read on a guess; by default nothing is.
-        on_fetched: told of every fetch that has landed or failed, before anybody else; it may not raise.
+        tier: experts in the worker's own memory, which need no slot; None if it has none.
+        prefetcher: chooses the experts to read on a guess; by default none is.
+        on_fetched: called for every fetch that has landed or failed, before any listener; it may not raise.
     """
 
     def __init__(

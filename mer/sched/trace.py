@@ -28,7 +28,7 @@ from mer.sched.fingerprint import FINGERPRINT_BYTES
 MAGIC: Final = b"MERTRACE"
 VERSION: Final = 1
 MAX_BLOCK_BYTES: Final = 1 << 20  # of payload; a larger one is damage
-BLOCK_BYTES: Final = 1 << 16  # from which a writer ends a block of its own accord
+BLOCK_BYTES: Final = 1 << 16  # from which on a writer ends a block unasked
 _PREAMBLE: Final = struct.Struct("<8sHHIII")  # magic, version, 0, L, E, K
 _BLOCK: Final = struct.Struct("<II")  # payload bytes, CRC-32 of the payload
 _U64_MAX: Final = (1 << 64) - 1

@@ -1,4 +1,4 @@
-"""Experts on their way into slots: who claims them, who guessed them, and whether a job reads by itself."""
+"""Experts on their way into slots: claims, reads ahead, guesses, and the loan of a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Claim:
     Attributes:
         key: (layer, expert).
         ticket: its place in line for a slot, unless it was on its way already.
-        fetch: what brings it, once there is a slot.
+        fetch: of the expert, once there is a slot.
         landed: it is resident now, and pinned.
         error: why it cannot be had.
         inner_done: its gate and up matrices have done their work in the running batch.
@@ -38,11 +38,11 @@ class Traffic:
     """The record that claims, speculation, loans and waiting share, so that none of them needs to know the others.
 
     Attributes:
-        claims: what the running layer waits for.
-        loading: claims that have neither landed nor failed: with 0 the disk does nothing that is waited for.
+        claims: experts that the running layer waits for.
+        loading: number of claims that have neither landed nor failed: with 0, no layer waits for the disk.
         ahead: tickets of experts that wait for a slot to be read ahead.
         guesses: fetches in flight, started before a layer asked for the expert.
-        lent: whether a job makes reads by itself just now.
+        lent: whether a job has the loan just now, and may read missing experts itself.
     """
 
     claims: dict[ExpertKey, Claim] = attrs.field(factory=dict, init=False)

@@ -12,7 +12,7 @@ from mer.sched.traffic import Traffic
 
 
 class Waiting:
-    """Wakes the scheduler when enough has landed, or nothing more is to be waited for.
+    """Wakes the scheduler when enough experts have landed, or none is left to wait for.
 
     Attributes:
         stalled_s: time spent waiting so far: the worker had nothing to do.
@@ -21,7 +21,7 @@ class Waiting:
     Args:
         traffic: what is on its way.
         expert_bytes: returns the bytes of an expert's matrices.
-        on_fetched: told of every fetch that has landed or failed, before anybody else; it may not raise.
+        on_fetched: called for every fetch that has landed or failed, before any listener; it may not raise.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Waiting:
         self._landed_bytes = 0  # since the wait began
 
     def wake(self) -> None:
-        """Make whoever is in `wait_for_change` look again."""
+        """End `wait_for_change`, so that its caller looks again."""
         self._changed.set()
         self._changed = trio.Event()
 

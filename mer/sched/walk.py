@@ -1,4 +1,4 @@
-"""The way of one batch through the layers."""
+"""Walk of one batch through the layers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ CERTAIN_SHARE = 0.95  # of a layer's experts: a batch that needs as many reads t
 class LayerWalk:
     """Takes batches through all layers, one after the other.
 
-    Each layer's experts are looked up once, by the union over the batch; while nothing is guessed, small batches go as
-    far as the experts are in memory in one job.
+    Each layer's experts are looked up once, by the union over the batch. While nothing is guessed, one job takes a
+    small batch through the layers until an expert is missing.
 
     Args:
         n_layers: of the model.
@@ -48,7 +48,7 @@ class LayerWalk:
         worth_bytes: see `LayerRun`.
 
     Attributes:
-        used: the experts of each layer that the last batch has come to.
+        used: the experts of each layer that the last batch has reached.
     """
 
     def __init__(
@@ -78,6 +78,9 @@ class LayerWalk:
 
     async def run(self, members: list[Member], batch: Batch) -> Done | None:
         """Run the layers; return None as soon as nobody wants the batch any more."""
+        # One job a layer would be simpler. But between two jobs the cores are idle while Python looks experts up and
+        # two threads wake: 300 us. So a job goes on past its layer while it finds every expert in memory, and what the
+        # next job does not need (unpinning, the policy's learning, traces, guesses) is put off in `late`.
         store = self._store
         self.used.clear()
         operations: list[Operation] = [Begin(batch)]
@@ -147,7 +150,7 @@ class LayerWalk:
             layer += 1
 
     def _next(self, layer: int, batch: Batch, pinned: tuple[int, tuple[LoadedExpert, ...]]) -> tuple[Operation, ...]:
-        """Return what follows the experts of the layer before this one."""
+        """Return the operations that follow the experts of the layer before this one."""
         if layer == self._n_layers:
             return (Advance(layer),)
         prefetcher, addresses = self._prefetcher, self._store.residents.cache.addresses
@@ -159,17 +162,17 @@ class LayerWalk:
         return Advance(layer), RunResident(layer, addresses, reads), Advance(self._n_layers)
 
     def _note_passed(self, layer: int, done: Done, reads: list[JobRead]) -> int:
-        """Account for the layers from this one on that the worker has passed by itself; return how many.
+        """Account for the layers from this one on that one job has passed; return how many.
 
         Args:
             layer: the first.
-            done: what the worker has told.
-            reads: the experts that it has read, in the order of the layers.
+            done: the worker's result.
+            reads: the experts that the job has read, in the order of the layers.
         """
         assert done.routes is not None
         passed = done.routes if done.logits is not None else done.routes[:-1]
         for number, ids in enumerate(passed, layer):
-            union = sorted(set(ids.ravel().tolist()))  # of those who have left meanwhile too
+            union = sorted(set(ids.ravel().tolist()))  # rows of sequences that have ended meanwhile included
             used = [read for read in reads if read.layer == number]
             self._store.residents.cache.passed(number, union, len(used))
             self.used.append((number, union))
@@ -186,7 +189,7 @@ class LayerWalk:
         return len(passed)
 
     def _routed(self, layer: int, union: list[int], done: Done, members: list[Member]) -> None:
-        """Tell of a layer's routing, and ask for what the next one needs, as far as it can be known or guessed."""
+        """Report a layer's routing, and ask for the experts that the next one is certain or likely to need."""
         assert done.expert_ids is not None
         if self._on_routed is not None:
             self._on_routed(layer, len(done.expert_ids), union)
@@ -200,8 +203,8 @@ class LayerWalk:
     def _is_next_certain(self, layer: int, shape: tuple[int, ...], union_share: float, members: list[Member]) -> bool:
         """Return whether the batch is so large that it will need every expert of the next layer.
 
-        It will if this layer needed nearly all of its own, and if that many draws leave out hardly any expert even of
-        a uniform router. After the last layer the next batch counts, as far as prompts are left for it.
+        It will if this layer needed nearly all of its experts, and if as many draws from a uniform router leave out
+        hardly any. After the last layer the rows of the next batch count: those that prompts have left.
         """
         if union_share < CERTAIN_SHARE or self._n_layers == 1:
             return False

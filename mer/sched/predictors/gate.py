@@ -29,7 +29,7 @@ class _Offer:
 
 
 class GatePredictor:
-    """Believes the router of a layer to come as far as it has been right before.
+    """Weighs the offers of a layer's router by their precision so far.
 
     A router that is applied to the residual stream before its layer's turn ranks the experts for each token; `offer`
     takes that. The probability of an expert is the measured precision of its best rank: how often, in this layer and

@@ -32,12 +32,12 @@ class Visit:
 
 
 class SuccessorTable:
-    """Counts of the experts that followed contexts of two orders, each kept in a region of its own.
+    """Counts of the experts that followed contexts of two orders, each kept in a separate region.
 
     Contexts of an order are numbers from 0. Where a region has fewer rows than there are contexts, they share them, and
-    a row belongs to one context at a time. Others that would have it wear down its credit, which each visit of its
-    owner renews, and the first to find it spent takes the row over, empty: what recurs stays (Misra and Gries,
-    Finding repeated elements, 1982).
+    a row belongs to one context at a time. A visit of its owner renews the row's credit; a visit of another context
+    reduces it. The first context that finds no credit left takes the row over, empty. So contexts that recur stay
+    (Misra and Gries, Finding repeated elements, 1982).
 
     Args:
         n_experts: E.
