@@ -60,8 +60,8 @@ class LayerRun:
     All missing experts are claimed at once. Jobs compute resident experts while the others load, and landed ones as
     they come; with `staged` even before their last matrix has landed. A job starts only where it has enough to do; the
     rest goes with the job that follows. A layer that needs more slots than there are goes in waves: its computed
-    experts are unpinned, and their slots go to the next tickets in line. This run waits only when nothing is ready to compute; then
-    every slot that it could use is being filled, and each of these fetches ends.
+    experts are unpinned, and their slots go to the next tickets in line. This run waits only when nothing is ready to
+    compute; then every slot that it could use is being filled, and each of these fetches ends.
 
     Args:
         store: brings the experts.
