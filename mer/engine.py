@@ -14,7 +14,7 @@ import numpy as np
 import trio
 
 from mer.config import Sampling, default_max_tokens
-from mer.errors import ContextOverflow, EngineClosed, RequestError, TemplateError
+from mer.errors import ConfigError, ContextOverflow, EngineClosed, RequestError, TemplateError
 from mer.home import Home
 from mer.io.gguf import GGUFFile
 from mer.model.spec import ModelSpec
@@ -211,8 +211,15 @@ class Engine:
         return self._statistics()
 
     def heat_profile(self) -> HeatProfile:
-        """Return how often each expert has been used so far; its `save` writes it for the policy "static"."""
-        return self._heat.profile()
+        """Return how often each expert has been used so far; its `save` writes it for the policy "static".
+
+        Raises:
+            ConfigError: the model is dense.
+        """
+        profile = self._heat.profile()
+        if not profile.counts.size:
+            raise ConfigError("a heat profile counts uses of experts, and the model is dense: it has none")
+        return profile
 
     def close(self) -> None:
         """Stop the engine: generations under way raise EngineClosed. Closing twice is allowed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from mer.errors import ConfigError
 
@@ -53,8 +53,10 @@ def format_bytes(n_bytes: int | float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
-def format_slots(counts: Iterable[int], sizes: Iterable[int]) -> str:
+def format_slots(counts: Collection[int], sizes: Collection[int]) -> str:
     """Return how many slots there are of each size, e.g. "20 slots of 3.10 MiB, 9 of 2.50 MiB"."""
+    if not counts:
+        return "no slots"
     first, *others = (f"{n} of {format_bytes(size)}" for n, size in zip(counts, sizes, strict=True))
     return ", ".join([first.replace(" of ", " slots of ", 1), *others])
 

@@ -124,7 +124,7 @@ async def test_the_embedded_model_is_the_same_in_any_slots() -> None:
 # --- against the reference ---
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 async def test_float32_files_give_the_tokens_of_the_reference(folder: Path, arch: str) -> None:
     tiny = tiny_model(folder / f"reference-{arch}.gguf", arch, seed=5)  # type: ignore[arg-type]
     reference = ReferenceModel(tiny.path)

@@ -43,6 +43,7 @@ class StreamForward:
 
     resident_rows = 0
     n_logits = 0
+    shared_layers: frozenset[int] = frozenset()
 
     def __init__(self, workload: Workload, data: DataFile, n_threads: int) -> None:
         limits = Limits(batch_tokens=1, outputs=1, sequences=1, sequence_blocks=1, kv_blocks=1, threads=n_threads)

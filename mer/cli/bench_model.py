@@ -230,7 +230,7 @@ def _setup(engine: Engine, model: Model, compile_s: float, seed: int) -> Setup:
         kernels=settings.kernels,
         threads=settings.threads,
         memory_bytes=settings.memory_bytes,
-        lookup_bytes=plan.expert_bytes_per_token / (spec.n_routed * spec.top_k),
+        lookup_bytes=plan.expert_bytes_per_token / max(1, spec.n_routed * spec.top_k),
         dense_bytes=plan.dense_bytes_per_token,
         compile_s=compile_s,
         load_s=statistics.load_s,

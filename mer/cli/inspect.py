@@ -91,12 +91,14 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
     sizes = [extents.n_bytes for layer in experts.experts for extents in layer]
     report["tokenizer"]["ends"] = sorted(tokenizer.eos_ids)
     report["model"] = summary(spec)
-    report["experts"] = {
-        "naming": "merged" if any(name.endswith("_exps.weight") for name in gguf.tensors) else "one by one",
-        "bytes": experts.total_bytes,
-        "largest_bytes": max(sizes),
-        "bytes_per_token": spec.n_routed * spec.top_k * experts.total_bytes // len(sizes),
-    }
+    report["experts"] = None
+    if sizes:
+        report["experts"] = {
+            "naming": "merged" if any(name.endswith("_exps.weight") for name in gguf.tensors) else "one by one",
+            "bytes": experts.total_bytes,
+            "largest_bytes": max(sizes),
+            "bytes_per_token": spec.n_routed * spec.top_k * experts.total_bytes // len(sizes),
+        }
     kv_type = default_kv_type(model.dense.values(), experts)
     report["kv_type"] = kv_type
     report["kv_bytes_per_token"] = kv_layout(spec, kv_type).block_bytes // KV_TILE
@@ -159,16 +161,21 @@ def _print(gguf: GGUFFile, report: dict[str, Any]) -> None:
     if report["runnable"]:
         m, e = report["model"], report["experts"]
         heads = f"{m['n_heads']} heads, {m['n_kv_heads']} KV heads of {m['head_dim']}, RoPE {m['rope_style']}"
-        each = format_bytes(e["largest_bytes"])
+        layers, widths = f"{m['n_layers']}, all of them dense", f"d_ff {m['dense_d_ff']}"
+        if e is not None:
+            layers = f"{m['n_layers']}, {m['n_experts']} experts each, {m['top_k']} per token ({m['routing']})"
+            widths = f"d_ff {m['d_ff']} per expert"
+        if m["shared_d_ff"] is not None:
+            widths += f" and {m['shared_d_ff']} shared"
         rows += [
-            ("layers", f"{m['n_layers']}, {m['n_experts']} experts each, {m['top_k']} per token ({m['routing']})"),
-            ("widths", f"d_model {m['d_model']}, d_ff {m['d_ff']} per expert, vocabulary {m['vocab_size']}"),
+            ("layers", layers),
+            ("widths", f"d_model {m['d_model']}, {widths}, vocabulary {m['vocab_size']}"),
             ("attention", f"{heads}, context {m['context_length']}" + _window_text(m["sliding_window"])),
             ("KV cache", f"{report['kv_type']} by default, {format_bytes(report['kv_bytes_per_token'])} a token"),
-            ("experts", f"{format_bytes(e['bytes'])} in all, up to {each} each, named {e['naming']}"),
+            ("experts", "none" if e is None else _experts_text(e)),
             ("dense weights", format_bytes(report["dense_bytes"])),
             ("texts end at", _ends_text(gguf, report["tokenizer"]["ends"])),
-            ("a token uses", f"{format_bytes(e['bytes_per_token'])} of experts and the dense weights"),
+            ("a token uses", "the dense weights" if e is None else _use_text(e)),
         ]
     types = report["tensor_types"].items()
     t = report["tokenizer"]
@@ -193,6 +200,15 @@ def _ends_text(gguf: GGUFFile, ends: list[int]) -> str:
     tokens = gguf.get_strings("tokenizer.ggml.tokens")
     shown = ", ".join(f"{i} {_shortened(tokens[i])}" for i in ends[:_SHOWN_ENDS])
     return (shown or "no token") + (f" and {len(ends) - _SHOWN_ENDS} more" if len(ends) > _SHOWN_ENDS else "")
+
+
+def _experts_text(experts: dict[str, Any]) -> str:
+    each = format_bytes(experts["largest_bytes"])
+    return f"{format_bytes(experts['bytes'])} in all, up to {each} each, named {experts['naming']}"
+
+
+def _use_text(experts: dict[str, Any]) -> str:
+    return f"{format_bytes(experts['bytes_per_token'])} of experts and the dense weights"
 
 
 def _window_text(window: int | None) -> str:

@@ -109,22 +109,29 @@ def _print(report: dict[str, Any]) -> None:
         _print_parts(vram)
         print(f"dense weights, KV and attention on the {vram['dense']} ({vram['dense_reason']})")
         slots = format_slots(vram["slot_counts"], vram["slot_bytes"])
-        print(f"{slots} for {report['experts']} experts: {vram['slots'] / report['experts']:.0%} stay there")
+        if report["experts"]:
+            print(f"{slots} for {report['experts']} experts: {vram['slots'] / report['experts']:.0%} stay there")
     print(f"budget {format_bytes(report['budget_bytes'])} ({report['budget_source']}); ", end="")
     print(f"the smallest that works is {_mebibytes_up(report['floor_bytes'])}")
     _print_parts(report)
     slots = format_slots(report["slot_counts"], report["slot_bytes"])
-    print(f"{slots} for {report['experts']} experts: {report['slots'] / report['experts']:.0%} stay in memory")
+    if report["experts"]:
+        print(f"{slots} for {report['experts']} experts: {report['slots'] / report['experts']:.0%} stay in memory")
+    else:
+        print("a dense model: no experts, and nothing is read after it has been opened")
     if len(report["slot_bytes"]) > 1 or report["slot_waste"] >= 0.001:
         print(f"as experts differ in size, {report['slot_waste']:.1%} of the slots' memory stays unused")
     print(f"context {report['context']} tokens, up to {report['max_sequences']} sequences at once ", end="")
     print(f"with {report['kv_tokens']} tokens together in {report['kv_type']}, ", end="")
     print(f"prefill chunk {report['batch_tokens']}, ", end="")
     print(f"{report['threads']} threads")
-    print(f"a token uses {format_bytes(report['expert_bytes_per_token'])} of experts ", end="")
-    print(f"and {format_bytes(report['dense_bytes_per_token'])} of dense weights")
-    expected = format_bytes(report["expected_read_bytes_per_token"])
-    print(f"expected to be read per token: {expected} (if every expert were as likely as any other)")
+    dense = f"{format_bytes(report['dense_bytes_per_token'])} of dense weights"
+    if report["experts"]:
+        print(f"a token uses {format_bytes(report['expert_bytes_per_token'])} of experts and {dense}")
+        expected = format_bytes(report["expected_read_bytes_per_token"])
+        print(f"expected to be read per token: {expected} (if every expert were as likely as any other)")
+    else:
+        print(f"a token uses {dense}")
     rates = [format_bytes(report[f"{name}_bytes_per_s"]) for name in ("disk", "memory")]
     print(f"measured here: disk {rates[0]}/s, memory {rates[1]}/s")
     limit = report["limit_tokens_per_s"]

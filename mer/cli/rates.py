@@ -19,10 +19,11 @@ _PASSES = 3
 
 
 def disk_bytes_per_s(gguf: GGUFFile, experts: ExpertMap) -> float:
-    """Return how fast experts are read, spread over the model as routing would spread them."""
-    every = [part for layer in experts.experts for extents in layer for part in extents.parts]
-    extents = [(part.offset, part.n_bytes) for part in every if part.file == every[0].file]
-    path = Path(gguf.paths[every[0].file])
+    """Return how fast experts are read, spread over the model as routing spreads them, or a dense model's weights."""
+    every = [(part.file, part.offset, part.n_bytes) for layer in experts.experts for it in layer for part in it.parts]
+    every = every or [(tensor.file, tensor.offset, tensor.n_bytes) for tensor in gguf.tensors.values()]
+    extents = [(offset, n_bytes) for file, offset, n_bytes in every if file == every[0][0]]
+    path = Path(gguf.paths[every[0][0]])
     return probe.disk_bytes_per_s(path, extents, chunk_bytes=DEFAULT_CHUNK_BYTES, depth=DEFAULT_THREADS)
 
 

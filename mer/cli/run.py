@@ -130,6 +130,8 @@ async def run(
 
         async with open_engine(task.model, **options, on_progress=load_reporter(bars)) as engine:
             bars.clear()
+            if cache_options.save_heat is not None:
+                engine.heat_profile()  # a dense model has none, which is said before anything is generated
             if saved is not None:
                 await saved.restore(engine)
             result = await generate(
@@ -143,7 +145,7 @@ async def run(
                 show_tokens=as_json or not answer.is_terminal,
             )
             statistics = engine.statistics()
-            heat = engine.heat_profile()
+            heat = engine.heat_profile() if cache_options.save_heat is not None else None
             if saved is not None:
                 kept = await saved.keep(engine, prompt, result, interrupt)
     if result is None:
@@ -168,7 +170,7 @@ async def run(
         say_statistics(result, statistics)
     if kept:
         note(kept, "dim")
-    if cache_options.save_heat is not None:
+    if cache_options.save_heat is not None and heat is not None:
         heat.save(cache_options.save_heat)
     interrupted = result.finish_reason == INTERRUPTED and not result.reader_gone
     return Exit.INTERRUPTED if interrupted else Exit.OK

@@ -186,7 +186,7 @@ def summary(result: Result, statistics: Statistics) -> list[str]:
     lines = [
         generated,
         f"{prompt}; loaded in {format_duration(statistics.load_s)}",
-        experts + read,
+        *([experts + read] if settings.slot_counts else []),
         f"memory: {format_bytes(statistics.private_bytes)} of a budget of {format_bytes(settings.memory_bytes)}; "
         f"{format_slots(settings.slot_counts, settings.slot_bytes)}; "
         f"peak RSS with file pages {format_bytes(statistics.peak_rss_bytes)}",

@@ -262,6 +262,10 @@ class ComputeWorker(Protocol):
     def resident_rows(self) -> int:
         """Most rows of a batch for `RunResident`; 0 if the worker cannot."""
 
+    @property
+    def shared_layers(self) -> frozenset[int]:
+        """Routed layers whose experts share a network, which `RunShared` computes."""
+
     async def run(self) -> None:
         """Serve jobs until the job channel is closed or the task is cancelled."""
 

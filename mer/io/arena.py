@@ -44,7 +44,7 @@ class Arena:
     """
 
     def __init__(self, slot_counts: Sequence[int], slot_bytes: Sequence[int]) -> None:
-        if len(slot_counts) != len(slot_bytes) or not slot_counts or min(*slot_counts, *slot_bytes) < 1:
+        if len(slot_counts) != len(slot_bytes) or min([*slot_counts, *slot_bytes], default=1) < 1:
             raise ConfigError(
                 "an arena needs at least 1 slot of at least 1 byte in each class, "
                 f"not {list(slot_counts)} slots of {list(slot_bytes)} bytes"
@@ -54,7 +54,7 @@ class Arena:
         self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
         self.class_bytes = tuple(-(-n_bytes // PAGE_BYTES) * PAGE_BYTES for n_bytes in slot_bytes)
         self._starts = [0, *itertools.accumulate(self.class_bytes[kind] for kind in self._kinds)]
-        memory = map_anonymous(self.n_bytes)
+        memory = map_anonymous(max(self.n_bytes, PAGE_BYTES))
         self.huge_pages = ask_for_huge_pages(memory)
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(memory, dtype=np.uint8)
         self._base = int(self._bytes.ctypes.data)

@@ -125,6 +125,8 @@ class SlotClasses:
 
     def waste(self, slot_counts: Sequence[int]) -> float:
         """Return the share of the memory of so many slots per class that their experts, on average, do not need."""
+        if not slot_counts:
+            return 0.0
         have = sum(n * size for n, size in zip(slot_counts, self.slot_bytes, strict=True))
         needed = sum(n * b / e for n, b, e in zip(slot_counts, self.needed_bytes, self.n_experts, strict=True))
         return 1 - needed / have
@@ -161,6 +163,8 @@ class ExpertMap:
         Args:
             alignment: of file offsets, lengths and memory addresses of the reads, in bytes; a power of two.
         """
+        if not self.experts:
+            return SlotClasses(alignment=alignment, slot_bytes=(), n_experts=(), needed_bytes=(), kinds=())
         needs = [[extents.slot_bytes(alignment) for extents in layer] for layer in self.experts]
         counts = Counter(itertools.chain.from_iterable(needs))
         sizes = sorted(counts, reverse=True)

@@ -86,9 +86,9 @@ class BufferPool:
 
     def __init__(self, slot_counts: Sequence[int], *, reserve: int | Sequence[int] = 1) -> None:
         reserves = (reserve,) * len(slot_counts) if isinstance(reserve, int) else tuple(reserve)
-        if not slot_counts or min(slot_counts) < 1:
+        if min(slot_counts, default=1) < 1:
             raise ConfigError(f"a buffer pool needs at least 1 slot of each kind, not {list(slot_counts)}")
-        if len(reserves) != len(slot_counts) or min(reserves) < 1:
+        if len(reserves) != len(slot_counts) or min(reserves, default=1) < 1:
             raise ConfigError(f"demand needs a reserve of at least 1 slot of each kind, not {reserve}")
         self.n_slots, self.n_kinds = sum(slot_counts), len(slot_counts)
         self._reserves = reserves
@@ -218,7 +218,7 @@ class BufferPool:
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
-        total = [sum(kind) for kind in zip(*self._counts, strict=True)]
+        total = [sum(kind[state] for kind in self._counts) for state in SlotState]
         return PoolStatistics(
             n_slots=self.n_slots,
             free=total[SlotState.FREE],

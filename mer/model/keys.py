@@ -16,7 +16,7 @@ from mer.model.neutral import NEUTRAL_VALUES, is_neutral
 from mer.quoting import echo, quoted
 
 if TYPE_CHECKING:
-    from mer.io.gguf import GGUFFile
+    from mer.io.gguf import GGUFFile, MetadataValue
 
 REQUIRED: Final = object()
 
@@ -78,6 +78,17 @@ class Keys:
         self._asked.add(key)
         return self.gguf.get_str(self.name(key), default=default)
 
+    def neutral(self, key: str, *values: object) -> None:
+        """Accept a key with these values alone, which say that a feature is not used.
+
+        Raises:
+            UnsupportedModel: it has another one.
+        """
+        self._asked.add(key)
+        value = self.gguf.metadata.get(self.name(key))
+        if value is not None and not is_neutral(value, values):
+            raise self._not_implemented(self.name(key), value, values)
+
     def ignore(self, *keys: str) -> None:
         """Let keys say what they like: this model computes the same."""
         self._asked.update(keys)
@@ -109,9 +120,12 @@ class Keys:
             neutral = NEUTRAL_VALUES.get(key, ())
             if key == full or key in self._asked or is_neutral(value, neutral):
                 continue
-            works = " or ".join(map(repr, neutral))
-            known = f"only {works} (not used) works" if works else "whether it changes the arithmetic is not known"
-            raise self.unsupported(f"{quoted(full, 50)} = {echo(value, 30)} is not implemented; {known}")
+            raise self._not_implemented(full, value, neutral)
+
+    def _not_implemented(self, full: str, value: MetadataValue, neutral: tuple[object, ...]) -> UnsupportedModel:
+        works = " or ".join(map(repr, neutral))
+        known = f"only {works} (not used) works" if works else "whether it changes the arithmetic is not known"
+        return self.unsupported(f"{quoted(full, 50)} = {echo(value, 30)} is not implemented; {known}")
 
     def _uniform(self, key: str) -> GGUFFile:
         """Return the header with one number in place of an array of this key that gives each layer the same."""

@@ -19,6 +19,7 @@ def model(keys: Keys) -> ModelSpec:
     trunk = Trunk.read(keys)
     n, top_k = read_routing(keys, trunk.n_layers)
     d_ff = keys.integer("feed_forward_length", maximum=MAX_WIDTH)
+    keys.neutral("expert_feed_forward_length", 0, d_ff)  # some converters write it too
     rope = trunk.rope(RopeStyle.INTERLEAVED)
     return trunk.model(
         [trunk.layer(i, trunk.attention(i, rope), trunk.experts(i, n, top_k, d_ff)) for i in range(trunk.n_layers)]

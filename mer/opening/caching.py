@@ -44,6 +44,11 @@ async def open_residency(config: EngineConfig, model: Model, plan: MemoryPlan, f
         OSError: one of the files cannot be read or written.
     """
     spec = model.spec
+    if not spec.routed:
+        given = {"policy": config.policy, "heat": config.heat, "trace": config.trace}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{name} is set, and the model is dense: it has no experts; drop it")
     name = DEFAULT_POLICY if config.policy is None else config.policy
     profile = None
     if config.heat is not None:

@@ -122,7 +122,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
         arena = Arena(plan.slot_counts, plan.classes.slot_bytes)
         stack.callback(arena.close)
         stack.callback(worker.close)
-        pinned = computing.pin(arena.address(0), arena.n_bytes)
+        pinned = computing.pin(arena.address(0), arena.n_bytes) if arena.n_slots else "no slots to pin"
         mode = prefetch_mode(config, plan)
         experience = await load_experience(model, mode, fingerprint)
         experts = open_expert_actors(
@@ -249,7 +249,7 @@ def _kv_layout(model: Model, computing: Computing, fingerprint: bytes) -> KVLayo
         fingerprint=fingerprint,
         kv_type=computing.kv_type,
         arithmetic=computing.arithmetic,
-        n_layers=spec.n_routed,
+        n_layers=len(spec.layers),
         n_kv_heads=spec.attention.n_kv_heads,
         head_dim=spec.attention.head_dim,
         block_tokens=KV_TILE,

@@ -34,6 +34,8 @@ def open_job_reads(
         tier: experts that the worker has in memory of its own.
     """
     ranks = cache.ranks
+    if not experts.experts:
+        return None, "off: the model has no routed experts"
     if tier is not None:
         return None, "off: the device's own memory is looked at first"
     if lender is None:

@@ -60,7 +60,7 @@ def settings_in_force(
         kernel_cache=kernel_cache(),
         activations=computing.activations,
         kv_type=computing.kv_type,
-        policy=cache.statistics().policy,
+        policy=cache.statistics().policy if model.spec.routed else "no",
         prefetch=prefetch_mode(config, plan),
         heat=None if config.heat is None else str(config.heat),
         trace=None if config.trace is None else str(config.trace),

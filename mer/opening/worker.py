@@ -109,7 +109,7 @@ async def _open_device(
     )
     name = config.policy or DEFAULT_POLICY
     policy = make_policy(DEFAULT_POLICY if name == "static" else name, shape)  # a heat profile ranks what is in memory
-    on_cpu, hybrid = plan.vram.dense == "cpu", config.hybrid != "off"
+    on_cpu, hybrid = plan.vram.dense == "cpu", config.hybrid != "off" and bool(model.spec.routed)
     if on_cpu or hybrid:
         kinds = matrix_types(model.dense.values() if on_cpu else (), model.experts)
         await prepare_kernels(steps_for(kinds, plan.limits.planes, plan.limits.kv_type), config.on_progress)

@@ -254,7 +254,7 @@ def tokenizer_bytes(gguf: GGUFFile, vocab_size: int) -> int:
 
 def _predictor_bytes(spec: ModelSpec) -> int:
     """Return the bytes of the Markov chains' counts; memory is taken only as they fill."""
-    return MarkovPredictor(spec.n_routed, spec.n_experts, spec.top_k).n_bytes
+    return 0 if not spec.routed else MarkovPredictor(spec.n_routed, spec.n_experts, spec.top_k).n_bytes
 
 
 def _template_bytes(gguf: GGUFFile) -> int:

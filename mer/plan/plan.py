@@ -54,7 +54,7 @@ class MemoryPlan:
     @property
     def resident_share(self) -> float:
         """Share of the routed experts that fits the slots."""
-        return self.slots / self.total_experts
+        return self.slots / self.total_experts if self.total_experts else 1.0
 
     @property
     def expected_read_bytes_per_token(self) -> int:
@@ -88,6 +88,7 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
     touched = sum(t.n_bytes for t in model.dense.values())
     if not spec.tied_head:
         touched -= embedding.n_bytes - embedding.n_bytes // spec.vocab_size
+    mean_bytes = model.experts.total_bytes // max(1, planner.total_experts)  # of an expert
     context = config.context or min(limits.sequence_blocks * KV_TILE, spec.context_length)
     return MemoryPlan(
         budget_bytes=budget,
@@ -99,7 +100,7 @@ def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:
         limits=limits,
         context=context,
         total_experts=planner.total_experts,
-        expert_bytes_per_token=spec.n_routed * spec.top_k * (model.experts.total_bytes // planner.total_experts),
+        expert_bytes_per_token=spec.n_routed * spec.top_k * mean_bytes,
         dense_bytes_per_token=touched,
         device=device,
         vram=vram,

@@ -125,7 +125,7 @@ class DevicePlanner(Planner):
         self.budget, self.source = (config.vram, "given") if config.vram is not None else default_vram(device)
         super().__init__(model, attrs.evolve(config, slots=None), self.budget)
         self.dense, self.reason = dense, "they fit"
-        self._hybrid = config.hybrid != "off"
+        self._hybrid = config.hybrid != "off" and bool(model.spec.routed)
         classes = self.device_classes = sizes.vram_classes(model.experts)
         self.least_slots = len(classes.slot_bytes)
         if config.vram_slots is not None and config.vram_slots < self.least_slots:
@@ -180,7 +180,7 @@ class HostPlanner(Planner):
     def __init__(self, model: Model, config: EngineConfig, budget: int, limits: Limits) -> None:
         super().__init__(model, config, budget)
         self.smallest = limits
-        self._hybrid = config.hybrid != "off"
+        self._hybrid = config.hybrid != "off" and bool(model.spec.routed)
         self._kinds = matrix_types((), model.experts)
         compiler = compiler_bytes(self._kinds) if self._hybrid else 0
         self._fixed |= {"torch and CUDA": sizes.HOST_BYTES, "kernel compiler": compiler, "dense weights": 0}

@@ -8,7 +8,7 @@ from typing import Final
 import attrs
 import trio
 
-from mer.compute.messages import Done, Job, LoadedExpert, Operation, RunExperts, nothing
+from mer.compute.messages import Done, Job, LoadedExpert, Operation, RunExperts, RunShared, nothing
 from mer.errors import EngineClosed, MerError
 from mer.sched.store import ExpertStore
 from mer.sched.traffic import Claim
@@ -70,13 +70,24 @@ class LayerRun:
         staged: whether the batch may be computed in stages.
         pairs: (token, choice) pairs of the batch.
         worth_bytes: weights from which on a separate job pays, where experts have few rows each.
+        shared: whether the layer's experts share a network. It is in memory, so that it fills the first wait; without
+            a wait it runs with the job that adds the experts' outputs.
     """
 
     def __init__(
-        self, store: ExpertStore, link: WorkerLink, layer: int, *, staged: bool, pairs: int, worth_bytes: int
+        self,
+        store: ExpertStore,
+        link: WorkerLink,
+        layer: int,
+        *,
+        staged: bool,
+        pairs: int,
+        worth_bytes: int,
+        shared: bool = False,
     ) -> None:
         self._store, self._link, self._layer, self._staged = store, link, layer, staged
         self._pairs, self._worth_bytes = pairs, worth_bytes
+        self._shared = shared  # whether it is still to be run
         self._claims: list[Claim] = []
         self._ready: list[LoadedExpert] = []
         self._inner: list[Claim] = []  # those of the claims whose gate and up go with the next job
@@ -130,6 +141,8 @@ class LayerRun:
 
     def _has_a_job(self) -> bool:
         """Return whether to compute what is ready before the rest lands; it must be if that waits for slots."""
+        if self._shared:
+            return True
         if self._inner or not self._ready:
             return bool(self._inner)
         slots_awaited = all(claim.fetch is None for claim in self._claims)
@@ -155,13 +168,19 @@ class LayerRun:
         self._claims = waiting
 
     async def _run_ready(self) -> None:
-        """Run a job on what is ready."""
+        """Run a job on what is ready, and on the shared network unless it has run."""
         store = self._store
         ready, self._ready = self._ready, []
         inner, self._inner = self._inner, []
         parts = [store.claims.begin_inner(claim) for claim in inner]
+        operations: list[Operation] = []
+        if ready or parts:
+            operations.append(RunExperts(self._layer, (*ready, *parts)))
+        if self._shared:
+            operations.append(RunShared(self._layer))
+            self._shared = False
         try:
-            done = await self._link.run(RunExperts(self._layer, (*ready, *parts)), on_started=self._tell)
+            done = await self._link.run(*operations, on_started=self._tell)
         except BaseException:  # the job failed, or the engine closes while the job runs
             for claim in inner:
                 store.claims.end_inner(claim, done=False)

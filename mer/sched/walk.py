@@ -68,6 +68,7 @@ class LayerWalk:
         self._experts = range(n_experts)
         self._staged_pairs = worker.staged_pairs
         self._resident_rows = worker.resident_rows
+        self._shared_layers = worker.shared_layers
         self._link = link
         self._store = store
         self._batch_tokens = batch_tokens
@@ -136,7 +137,15 @@ class LayerWalk:
             else:
                 used()
                 staged = ids.size <= self._staged_pairs
-                run = LayerRun(store, self._link, layer, staged=staged, pairs=ids.size, worth_bytes=self._worth_bytes)
+                run = LayerRun(
+                    store,
+                    self._link,
+                    layer,
+                    staged=staged,
+                    pairs=ids.size,
+                    worth_bytes=self._worth_bytes,
+                    shared=layer in self._shared_layers,
+                )
                 result = await run.run(union, wanted, routed)
                 pinned_layer, pinned = layer, result.pinned
                 if not wanted():

@@ -76,6 +76,7 @@ def draw_model(source: Source, features: Collection[Feature] = ()) -> SimModel:
         vocab_size=VOCAB_SIZE,
         seed=source.integer(0, 3),
         habit=source.choice([12, 15, 0]) if guess else 0,
+        shared=frozenset(layer for layer in range(3) if source.choice([False, False, True])),
     )
 
 

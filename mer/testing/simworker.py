@@ -32,6 +32,7 @@ from mer.compute.messages import (
     ReadBlocks,
     RunExperts,
     RunResident,
+    RunShared,
     Stage,
     Uint8Array,
     WorkerStatistics,
@@ -46,6 +47,7 @@ from mer.testing.simreads import SimReads
 _MASK = (1 << 64) - 1
 _ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it
 _MATRICES = {Stage.WHOLE: (0, 1, 2), Stage.INNER: (0, 1), Stage.OUTER: (2,)}  # of gate, up, down, those a stage uses
+_SHARED = 0x5A4ED  # what a shared network makes of a hidden state
 _GARBAGE = 0xBAD  # the hidden state of a row whose experts were not all computed
 
 Draw: TypeAlias = Callable[[npt.NDArray[np.float32]], int]
@@ -76,6 +78,7 @@ class SimModel:
     vocab_size: int = 16
     seed: int = 0
     habit: int = 0  # of 16 rows of a layer as many use the experts that it prefers, the others any
+    shared: frozenset[int] = frozenset()  # layers whose experts share a network
     nan_hidden: frozenset[int] = frozenset()  # tokens that make the hidden state NaN from the first layer on
     nan_router: frozenset[int] = frozenset()  # tokens whose router logits are NaN, and nothing else
     nan_logits: frozenset[int] = frozenset()  # tokens whose logits are infinite, with a finite hidden state
@@ -94,6 +97,10 @@ class SimModel:
             return [(layer + i) % self.n_experts for i in range(self.top_k)]
         keys = [mix(x, layer, expert) for expert in range(self.n_experts)]
         return sorted(range(self.n_experts), key=keys.__getitem__)[: self.top_k]
+
+    def share(self, layer: int, x: int) -> int:
+        """Return the hidden state after a layer's shared network, if it has one."""
+        return mix(x, _SHARED) if layer in self.shared else x
 
     def logits(self, x: int) -> npt.NDArray[np.float32]:
         """Return the logits [V] of a row."""
@@ -116,7 +123,8 @@ class SimModel:
                 x = self.attend(layer, kv[layer], x)
                 chosen = self.route(layer, x)
                 used |= {(layer, expert) for expert in chosen}
-                x = mix(x, *(mix(x, file_crc(disk_seed, experts, layer, expert)) for expert in chosen))
+                outputs = [mix(x, file_crc(disk_seed, experts, layer, expert)) for expert in chosen]
+                x = mix(self.share(layer, x), *outputs)
             if position + 1 == len(tokens):
                 tokens.append(draw(self.logits(x)))
                 yield tokens[-1], set(used)
@@ -182,6 +190,7 @@ class SimWorker:
         self._disk = disk
         self.staged_pairs = staged_pairs
         self.resident_rows = resident_rows
+        self.shared_layers = model.shared
         self._model, self._arena, self._experts, self._disk_seed = model, arena, experts, disk_seed
         self._slot_addresses = [arena.address(slot) for slot in range(arena.n_slots)]
         self._cost, self._failures = cost or JobCost(), failures
@@ -199,6 +208,7 @@ class SimWorker:
         self._inner: set[int] = set()  # experts of the layer whose INNER has run, and not their OUTER
         self._outputs: list[dict[int, int]] = []  # for each row {expert: output}
         self._layer = -1
+        self._shared_ran = False
         self._n_jobs = self._n_tokens = self._n_runs = 0
         self._compute_s = 0.0
 
@@ -252,6 +262,9 @@ class SimWorker:
                 )
             case RunExperts(layer, experts):
                 await self._run_experts(layer, experts, fails=fails)
+            case RunShared(layer):
+                await trio.sleep(self._cost.expert_s)
+                self._run_shared(layer)
             case RunResident():
                 done = await self._run_resident(operation, done, fails=fails)
             case Combine(layer):
@@ -351,6 +364,7 @@ class SimWorker:
     def _attend(self, layer: int) -> None:
         assert layer == self._layer + 1, "a layer was left out, or run twice"
         self._layer = layer
+        self._shared_ran = False
         batch = self.batches[-1]
         self._inner.clear()  # what lacks its outer stage was given up
         self._routes, self._outputs = [], [{} for _ in self._x]
@@ -415,11 +429,19 @@ class SimWorker:
             assert loaded.expert in self._inner, f"{name} before its inner one"
         self._inner ^= {loaded.expert}
 
+    def _run_shared(self, layer: int) -> None:
+        """Run the shared network, whose result the layer's experts do not see: they read what the router read."""
+        assert layer == self._layer
+        assert layer in self._model.shared, "there is no shared network"
+        assert not self._shared_ran, "a shared network twice"
+        self._shared_ran = True
+
     def _combine(self, layer: int) -> None:
         assert layer == self._layer
         for row, (route, outputs) in enumerate(zip(self._routes, self._outputs, strict=True)):
             complete = all(expert in outputs for expert in route)
-            self._x[row] = mix(self._x[row], *(outputs[e] for e in route)) if complete else _GARBAGE
+            x = self._model.share(layer, self._x[row])
+            self._x[row] = mix(x, *(outputs[e] for e in route)) if complete else _GARBAGE
 
     def _project(self) -> npt.NDArray[np.float32]:
         assert self._layer == self._model.n_layers - 1, "layers are missing"

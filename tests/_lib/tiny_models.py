@@ -1,4 +1,4 @@
-"""Tiny random Mixtral and Qwen3-MoE models as GGUF files, with Hugging Face's model of the same weights as oracle."""
+"""Tiny random models as GGUF files, with Hugging Face's model of the same weights as oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import numpy.typing as npt
 from tests._lib.quantize import decode, encode
 
 Array = npt.NDArray[np.float32]
-Arch = Literal["llama", "qwen3moe"]
+Arch = Literal["llama", "qwen2moe", "qwen3", "qwen3moe"]
+"""Architectures of tiny models."""
+_QK_NORM = ("qwen3", "qwen3moe")
 Type = gguf.GGMLQuantizationType
 
 
@@ -29,11 +31,12 @@ class TinyShape:
     n_layers: int = 2
     d_model: int = 96
     d_ff: int = 160
+    shared_d_ff: int = 112  # of qwen2moe
     n_experts: int = 5
     top_k: int = 2
     n_heads: int = 6
     n_kv_heads: int = 2
-    head_dim: int | None = None  # None: d_model / n_heads for llama, 24 for qwen3moe
+    head_dim: int | None = None  # None: 24 for qwen3 and qwen3moe, d_model / n_heads for the others
     vocab_size: int = 300
     context_length: int = 256
     rope_base: float = 10000.0
@@ -47,7 +50,7 @@ class TinyShape:
         """Elements of a head."""
         if self.head_dim is not None:
             return self.head_dim
-        return self.d_model // self.n_heads if self.arch == "llama" else 24
+        return 24 if self.arch in _QK_NORM else self.d_model // self.n_heads
 
 
 @attrs.frozen
@@ -174,6 +177,14 @@ def random_weights(shape: TinyShape, seed: int) -> dict[str, Array]:
 
     d_model, head = shape.d_model, shape.head_size
     experts = shape.n_experts
+
+    def network(suffix: str, d_ff: int) -> dict[str, Array]:
+        return {
+            f"ffn_gate{suffix}": matrix(d_ff, d_model),
+            f"ffn_up{suffix}": matrix(d_ff, d_model),
+            f"ffn_down{suffix}": matrix(d_model, d_ff, gain=2.0),
+        }
+
     weights = {"token_embd.weight": matrix(shape.vocab_size, d_model, gain=math.sqrt(d_model))}
     for layer in range(shape.n_layers):
         block = {
@@ -183,14 +194,24 @@ def random_weights(shape: TinyShape, seed: int) -> dict[str, Array]:
             "attn_v": matrix(shape.n_kv_heads * head, d_model),
             "attn_output": matrix(d_model, shape.n_heads * head),
             "ffn_norm": norm(d_model),
-            "ffn_gate_inp": matrix(experts, d_model, gain=2.0),
-            "ffn_gate_exps": matrix(experts, shape.d_ff, d_model),
-            "ffn_up_exps": matrix(experts, shape.d_ff, d_model),
-            "ffn_down_exps": matrix(experts, d_model, shape.d_ff, gain=2.0),
         }
-        if shape.arch == "qwen3moe":
+        if shape.arch == "qwen3":
+            block |= network("", shape.d_ff)
+        else:
+            block |= {
+                "ffn_gate_inp": matrix(experts, d_model, gain=2.0),
+                "ffn_gate_exps": matrix(experts, shape.d_ff, d_model),
+                "ffn_up_exps": matrix(experts, shape.d_ff, d_model),
+                "ffn_down_exps": matrix(experts, d_model, shape.d_ff, gain=2.0),
+            }
+        if shape.arch in _QK_NORM:
             block |= {"attn_q_norm": norm(head), "attn_k_norm": norm(head)}
         weights |= {f"blk.{layer}.{name}.weight": array for name, array in block.items()}
+        if shape.arch == "qwen2moe":
+            shared = network("_shexp", shape.shared_d_ff) | {"ffn_gate_inp_shexp": matrix(1, d_model, gain=2.0)[0]}
+            weights |= {f"blk.{layer}.{name}.weight": array for name, array in shared.items()}
+            sizes = {"q": shape.n_heads * head, "k": shape.n_kv_heads * head, "v": shape.n_kv_heads * head}
+            weights |= {f"blk.{layer}.attn_{x}.bias": matrix(1, size, gain=size**0.5)[0] for x, size in sizes.items()}
     weights["output_norm.weight"] = norm(d_model)
     if not shape.tied:
         weights["output.weight"] = matrix(shape.vocab_size, d_model, gain=2.0)
@@ -203,20 +224,22 @@ def hyperparameters(shape: TinyShape) -> dict[str, Any]:
         "block_count": shape.n_layers,
         "context_length": shape.context_length,
         "embedding_length": shape.d_model,
-        "feed_forward_length": shape.d_ff if shape.arch == "llama" else 4 * shape.d_model,
+        "feed_forward_length": shape.d_ff if shape.arch in ("llama", "qwen3") else 4 * shape.d_model,
         "attention.head_count": shape.n_heads,
         "attention.head_count_kv": shape.n_kv_heads,
         "attention.layer_norm_rms_epsilon": shape.rms_eps,
         "rope.freq_base": shape.rope_base,
-        "expert_count": shape.n_experts,
-        "expert_used_count": shape.top_k,
         "vocab_size": shape.vocab_size,
     }
-    if shape.arch == "qwen3moe":
+    if shape.arch != "qwen3":
+        values |= {"expert_count": shape.n_experts, "expert_used_count": shape.top_k}
+    if shape.arch in ("qwen2moe", "qwen3moe"):
         values["expert_feed_forward_length"] = shape.d_ff
-    else:
+    if shape.arch == "qwen2moe":
+        values["expert_shared_feed_forward_length"] = shape.shared_d_ff
+    if shape.arch == "llama":
         values["rope.dimension_count"] = shape.head_size
-    if shape.arch == "qwen3moe" or shape.head_dim is not None:
+    if shape.arch in _QK_NORM or shape.head_dim is not None:
         values |= {"attention.key_length": shape.head_size, "attention.value_length": shape.head_size}
     if shape.sliding_window is not None:
         values["attention.sliding_window"] = shape.sliding_window
@@ -295,16 +318,37 @@ def hf_model(shape: TinyShape, weights: Mapping[str, Array]) -> Any:
         "max_position_embeddings": shape.context_length,
         "rms_norm_eps": shape.rms_eps,
         "rope_parameters": rope,
-        "num_experts_per_tok": shape.top_k,
         "tie_word_embeddings": shape.tied,
         "attn_implementation": "eager",
         "sliding_window": shape.sliding_window,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if shape.arch != "qwen3":
+        common["num_experts_per_tok"] = shape.top_k
+    model: Any
     if shape.arch == "llama":
         mixtral = transformers.MixtralConfig(intermediate_size=shape.d_ff, num_local_experts=shape.n_experts, **common)
-        model: Any = transformers.MixtralForCausalLM(mixtral)
+        model = transformers.MixtralForCausalLM(mixtral)
+    elif shape.arch == "qwen2moe":
+        qwen2 = transformers.Qwen2MoeConfig(
+            moe_intermediate_size=shape.d_ff,
+            shared_expert_intermediate_size=shape.shared_d_ff,
+            num_experts=shape.n_experts,
+            norm_topk_prob=False,
+            use_sliding_window=shape.sliding_window is not None,
+            max_window_layers=0,
+            **common,
+        )
+        model = transformers.Qwen2MoeForCausalLM(qwen2)
+    elif shape.arch == "qwen3":
+        qwen3 = transformers.Qwen3Config(
+            intermediate_size=shape.d_ff,
+            use_sliding_window=shape.sliding_window is not None,
+            max_window_layers=0,
+            **common,
+        )
+        model = transformers.Qwen3ForCausalLM(qwen3)
     else:
         qwen = transformers.Qwen3MoeConfig(
             moe_intermediate_size=shape.d_ff,
@@ -334,6 +378,12 @@ def hf_state(shape: TinyShape, weights: Mapping[str, Array]) -> dict[str, Array]
         "attn_output": "self_attn.o_proj",
         "ffn_norm": "post_attention_layernorm",
         "ffn_gate_inp": "mlp.gate",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp": "mlp.shared_expert.up_proj",
+        "ffn_down_shexp": "mlp.shared_expert.down_proj",
     }
     state = {
         "model.embed_tokens.weight": weights["token_embd.weight"],
@@ -347,6 +397,12 @@ def hf_state(shape: TinyShape, weights: Mapping[str, Array]) -> dict[str, Array]
         for ours, theirs in names.items():
             if block + ours + ".weight" in weights:
                 state[f"{target}{theirs}.weight"] = weights[f"{block}{ours}.weight"]
+            if block + ours + ".bias" in weights:
+                state[f"{target}{theirs}.bias"] = weights[f"{block}{ours}.bias"]
+        if shape.arch == "qwen2moe":
+            state[f"{target}mlp.shared_expert_gate.weight"] = weights[f"{block}ffn_gate_inp_shexp.weight"][None]
+        if shape.arch == "qwen3":
+            continue
         gate, up, down = (weights[f"{block}ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
         state[f"{target}mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
         state[f"{target}mlp.experts.down_proj"] = down

@@ -183,7 +183,7 @@ async def test_sequences_do_not_see_each_other(device: str, tmp_path: Path) -> N
     assert np.abs(logits - want).max() < 2e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 def test_far_positions_are_as_good_as_near_ones(device: str, arch: Any, tmp_path: Path) -> None:
     """What a window lets see depends on distances alone, so that no logit says where a text stands.
 

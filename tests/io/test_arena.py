@@ -82,13 +82,18 @@ def test_unknown_slot(slot: int) -> None:
         arena.slot_bytes(slot)
 
 
+def test_an_arena_without_classes_has_no_slots() -> None:
+    arena = Arena([], [])
+    assert (arena.n_slots, arena.n_bytes, arena.slot_counts) == (0, 0, ())
+    arena.close()
+
+
 @pytest.mark.parametrize(
     ("counts", "sizes"),
     [
         ((0,), (4096,)),
         ((1,), (0,)),
         ((-1,), (-1,)),
-        ((), ()),
         ((2, 0), (8192, 4096)),
         ((2, 1), (8192,)),
         ((1,), (9, 9)),

@@ -58,8 +58,13 @@ class Line:
 # --- single rules ---
 
 
+def test_a_pool_without_kinds_has_no_slots() -> None:
+    statistics = BufferPool([], reserve=()).statistics()
+    assert (statistics.n_slots, statistics.free, statistics.permits) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("slot_counts", "reserve"), [([], 1), ([0], 1), ([3, 0], 1), ([-1], 1), ([3], 0), ([3, 3], (1, 0)), ([3, 3], (1,))]
+    ("slot_counts", "reserve"), [([0], 1), ([3, 0], 1), ([-1], 1), ([3], 0), ([3, 3], (1, 0)), ([3, 3], (1,))]
 )
 def test_refuses_kinds_without_slots_and_no_reserve(slot_counts: list[int], reserve: int | tuple[int]) -> None:
     with pytest.raises(ConfigError, match="at least 1 slot"):

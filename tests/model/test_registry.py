@@ -252,7 +252,7 @@ def test_features_that_are_switched_off_change_nothing(tmp_path: Path, key: str,
     assert spec_of(path) == spec_of(random_gguf(tmp_path / "plain.gguf"))
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("window", [1, 255])
 def test_a_window_below_the_context_is_read(tmp_path: Path, arch: Any, window: int) -> None:
     path = random_gguf(tmp_path / "m.gguf", arch=arch, metadata={f"{arch}.attention.sliding_window": window})
@@ -273,6 +273,47 @@ def test_a_window_below_the_context_is_read(tmp_path: Path, arch: Any, window: i
 def test_rope_is_scaled_as_llama_cpp_reads_the_keys(tmp_path: Path, metadata: dict[str, Any], scale: float) -> None:
     path = random_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value for key, value in metadata.items()})
     assert summary(spec_of(path))["rope_scale"] == scale
+
+
+def test_what_a_model_reads_is_a_fact_of_that_model(tmp_path: Path) -> None:
+    """A value that one architecture computes with is refused in another, which computes without it."""
+    key, values = "expert_weights_norm", {"llama": True, "qwen3moe": True, "qwen2moe": False}
+    for arch, value in values.items():
+        spec_of(random_gguf(tmp_path / "good.gguf", arch, metadata={f"{arch}.{key}": value}))  # type: ignore[arg-type]
+        path = random_gguf(tmp_path / "bad.gguf", arch, metadata={f"{arch}.{key}": not value})  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedModel, match=f"{arch}.{key}"):
+            spec_of(path)
+    for arch in ("llama", "qwen3moe", "qwen3"):
+        path = random_gguf(tmp_path / "bad.gguf", arch, metadata={f"{arch}.expert_shared_feed_forward_length": 64})  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedModel, match="expert_shared_feed_forward_length"):
+            spec_of(path)
+
+
+@pytest.mark.parametrize(("width", "good"), [(0, True), (160, True), (80, False)])
+def test_a_second_width_of_mixtrals_experts_must_say_the_same(tmp_path: Path, width: int, good: bool) -> None:
+    path = random_gguf(tmp_path / "m.gguf", metadata={"llama.expert_feed_forward_length": width})
+    if good:
+        assert spec_of(path).d_ff == 160
+    else:
+        with pytest.raises(UnsupportedModel, match="expert_feed_forward_length"):
+            spec_of(path)
+
+
+def test_a_qwen2moe_file_gives_its_operators(tmp_path: Path) -> None:
+    spec = spec_of(random_gguf(tmp_path / "m.gguf", "qwen2moe"))
+    experts = spec.routed[1]
+    assert not experts.router.normalize
+    assert experts.shared is not None
+    assert experts.shared.gate_by is not None
+    assert (experts.shared.gate.rows, experts.shared.gate_by.weight.shape) == (112, (1, 96))
+    assert [linear.bias is not None for linear in (spec.attention.q, spec.attention.k, spec.attention.v)] == [True] * 3
+    assert spec.attention.out.bias is None
+
+
+def test_a_dense_file_has_no_routed_layers(tmp_path: Path) -> None:
+    spec = spec_of(random_gguf(tmp_path / "m.gguf", "qwen3"))
+    found = summary(spec)
+    assert (spec.n_routed, spec.n_experts, spec.top_k, found["dense_d_ff"], found["d_ff"]) == (0, 0, 0, 160, None)
 
 
 @pytest.mark.parametrize("kwargs", [{"drop": ["qwen3moe.expert_feed_forward_length"]}, {"metadata": {}}])
@@ -327,9 +368,9 @@ def test_a_dense_llama_is_told_what_it_is_and_what_works(tmp_path: Path, kwargs:
 
 def test_an_unknown_architecture_is_told_the_known_ones(tmp_path: Path) -> None:
     path = random_gguf(tmp_path / "m.gguf", metadata={"general.architecture": "llama\u2028!" * 50})
-    with pytest.raises(UnsupportedModel, match="llama, qwen3moe") as caught:
+    with pytest.raises(UnsupportedModel, match="llama, qwen2moe, qwen3, qwen3moe") as caught:
         spec_of(path)
-    assert sorted(ARCHITECTURES) == ["llama", "qwen3moe"]
+    assert sorted(ARCHITECTURES) == ["llama", "qwen2moe", "qwen3", "qwen3moe"]
     assert len(str(caught.value)) < len(str(path)) + 300
 
 
@@ -345,7 +386,7 @@ VALUES = (
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["llama", "qwen3moe"]), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
+@given(st.sampled_from(sorted(ARCHITECTURES)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_any_metadata_gives_a_consistent_specification_or_a_typed_error(
     tmp_path: Path, arch: Any, metadata: dict[str, Any]
 ) -> None:
@@ -355,8 +396,10 @@ def test_any_metadata_gives_a_consistent_specification_or_a_typed_error(
         spec = spec_of(path)
     except ModelFileError:
         return
-    assert 1 <= spec.top_k <= spec.n_experts
-    assert min(len(spec.layers), spec.d_model, spec.d_ff, spec.vocab_size, spec.context_length) > 0
+    assert spec.n_routed == (0 if arch == "qwen3" else len(spec.layers))
+    assert spec.top_k <= spec.n_experts
+    assert (spec.top_k > 0) == (spec.n_routed > 0)
+    assert min(len(spec.layers), spec.d_model, spec.vocab_size, spec.context_length) > 0
     for layer in spec.layers:
         mixer, rope = layer.mixer, layer.mixer.rope
         assert mixer.n_heads % mixer.n_kv_heads == 0

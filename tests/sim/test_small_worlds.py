@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ async def test_reads(autojump_clock: MockClock, decision: str) -> None:
 FOUR_EXPERTS: dict[str, int] = {"n_layers": 1, "n_experts": 4, "top_k": 4, "batch_tokens": 4}
 MUCH, NOTHING = 1 << 30, 0  # what is worth a job of its own
 
-JOBS: dict[str, tuple[dict[str, int], list[str]]] = {
+JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "while others are being read, what has landed waits for them": (
         {"worth_bytes": MUCH}, ["0 1 2 3"],
     ),
@@ -67,6 +68,9 @@ JOBS: dict[str, tuple[dict[str, int], list[str]]] = {
     ),
     "the last wave is what is left": (
         {"worth_bytes": MUCH, "n_slots": 3}, ["0 1 2", "3"],
+    ),
+    "a network that the experts share fills the wait for the first of them": (
+        {"worth_bytes": MUCH, "shared": frozenset({0})}, ["shared", "0 1 2 3"],
     ),
     "what is worth it is computed at once, in stages as it lands": (
         {"worth_bytes": NOTHING},
@@ -92,6 +96,14 @@ async def test_jobs(autojump_clock: MockClock, decision: str) -> None:
         nursery.cancel_scope.cancel()
         assert world.jobs == want
         assert world.reads == demand(0, 0, 1, 2, 3)
+
+
+async def test_a_shared_network_takes_no_job_of_its_own_where_nothing_is_missing(autojump_clock: MockClock) -> None:
+    """With all experts in memory it runs with the job that adds their outputs, whose result `ask` has checked."""
+    async with open_world(**FOUR_EXPERTS, shared=frozenset({0}), worth_bytes=MUCH) as world:
+        await world.ask(8)  # two batches
+        assert world.jobs == ["shared", "0 1 2 3", "0 1 2 3"]
+
 
 
 # --- guesses ---

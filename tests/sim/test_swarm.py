@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mer.compute.messages import Done, Operation, RunExperts, RunResident, Stage
+from mer.compute.messages import Done, Operation, RunExperts, RunResident, RunShared, Stage
 from mer.testing import swarm
 from mer.testing.seeds import make_world, run_seed
 from mer.testing.simworker import SimWorker
@@ -74,14 +74,16 @@ def test_seeds_get_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         result = await original(self, operation, done, fails=fails)
         if isinstance(operation, RunExperts):
             seen.update(loaded.stage for loaded in operation.experts)
+        elif isinstance(operation, RunShared):
+            seen["shared"] += 1
         elif isinstance(operation, RunResident):
             seen["stopped" if self._is_away else "through"] += 1
         return result
 
     monkeypatch.setattr(SimWorker, "_run_operation", recorded)
-    for seed in range(15):
+    for seed in range(18):
         run_seed(seed)
-    assert set(seen) == {*Stage, "stopped", "through"}
+    assert set(seen) == {*Stage, "shared", "stopped", "through"}
     assert min(seen.values()) > 10
 
 

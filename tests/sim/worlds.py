@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from mer.compute.messages import LoadedExpert, RunExperts, Stage
+from mer.compute.messages import LoadedExpert, Operation, RunExperts, RunShared, Stage
 from mer.io.fetch import Fetch, FetchListener
 from mer.io.priority import Priority
 from mer.io.reader import ReadOperation
@@ -59,6 +59,17 @@ def _name(loaded: LoadedExpert) -> str:
     return str(loaded.expert) if loaded.stage is Stage.WHOLE else f"{loaded.expert} {loaded.stage.value}"
 
 
+def _computed(operation: Operation) -> str:
+    """Return which experts an operation computes."""
+    match operation:
+        case RunExperts(_, experts):
+            return " ".join(map(_name, sorted(experts, key=_number)))
+        case RunShared():
+            return "shared"
+        case _:
+            return ""
+
+
 @attrs.define(eq=False)
 class World:
     """An engine, and what it has done.
@@ -75,9 +86,9 @@ class World:
 
     @property
     def jobs(self) -> list[str]:
-        """The experts of every job that has any, in order, such as "0 1" or, in a stage, "0 inner"."""
-        runs = [op for _, job in self.sim.worker.log for op in job.operations if isinstance(op, RunExperts)]
-        return [" ".join(map(_name, sorted(run.experts, key=_number))) for run in runs if run.experts]
+        """The experts of every job that has any, in order, such as "0 1" or, in a stage, "0 inner"; or "shared"."""
+        operations = [operation for _, job in self.sim.worker.log for operation in job.operations]
+        return [text for text in map(_computed, operations) if text]
 
     async def ask(self, n_tokens: int, max_tokens: int = 1) -> None:
         """Let one caller generate for a prompt of so many tokens, and see to it that nothing is left over."""
@@ -89,15 +100,16 @@ class World:
 
 @asynccontextmanager
 async def open_world(*, n_layers: int, n_experts: int, top_k: int, **settings: Any) -> AsyncIterator[World]:
-    """Open a world; `settings` are those of `open_sim_engine`."""
+    """Open a world; `settings` are those of `open_sim_engine`, and `shared` of the model."""
     usual: dict[str, Any] = {
         "profile": DiskProfile(latency_s=READ_S, jitter=0.0, bytes_per_s=1e15),
         "io_threads": 3,  # the matrices of one expert
         "cost": JobCost(job_s=10e-6, row_s=0.0, expert_s=10e-6),
         "policy": "layer-lru",
     }
+    shared = settings.pop("shared", frozenset())
     async with open_sim_engine(
-        model=KnownModel(n_layers=n_layers, n_experts=n_experts, top_k=top_k), **usual | settings
+        model=KnownModel(n_layers=n_layers, n_experts=n_experts, top_k=top_k, shared=shared), **usual | settings
     ) as sim:
         world = World(sim)
         start: Callable[..., Fetch] = sim.fetcher.start

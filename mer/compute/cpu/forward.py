@@ -113,6 +113,11 @@ class Forward:
         self._shared_ran = False  # in the routed layer under way
 
     @property
+    def shared_layers(self) -> frozenset[int]:
+        """See `ComputeWorker`."""
+        return frozenset(number for number, shared in enumerate(self._shared) if shared is not None)
+
+    @property
     def n_routed(self) -> int:
         """Routed layers."""
         return len(self._routers)

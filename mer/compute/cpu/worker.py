@@ -52,6 +52,8 @@ class Arithmetic(Protocol):
     @property
     def n_logits(self) -> int: ...
     @property
+    def shared_layers(self) -> frozenset[int]: ...
+    @property
     def threads(self) -> int: ...
     def begin(self, batch: Batch) -> None: ...
     def advance(self, program: Program, to: int, *, predict: bool = False) -> None: ...
@@ -83,6 +85,7 @@ class CPUWorker:
         self._forward: Arithmetic | None = forward  # None once closed, as weights, KV and scratch are its
         self.staged_pairs = forward.staged_pairs  # see `ComputeWorker`
         self.resident_rows = forward.resident_rows  # see `ComputeWorker`
+        self.shared_layers = forward.shared_layers  # see `ComputeWorker`
         self._team = Team(n_threads)
         self._program = Program()
         self._counters = JobCounters()

@@ -82,7 +82,8 @@ class DeviceExperts:
         self._parts = [[extents.parts for extents in layer] for layer in experts.experts]
         self._cuts = [[_cut(parts) for parts in layer] for layer in self._parts]
         self.alike = all(cut == layer[0] for layer in self._cuts for cut in layer)
-        room = max(tile_layout(parts).n_bytes for layer in self._parts for parts in layer) if hybrid else 0
+        sizes = [tile_layout(parts).n_bytes for layer in self._parts for parts in layer]
+        room = max(sizes, default=0) if hybrid else 0
         self._tiles = [device.zeros(room, dtype=torch.uint8) for _ in range(2)] if hybrid else []
         self._tile_free = [Event() for _ in self._tiles]
         self._tables: list[Tensor] = []

@@ -15,6 +15,7 @@ from mer.compute.state import StateLayout, state_layout
 from mer.config import KVType
 from mer.io.extents import ExpertMap, round_up
 from mer.io.gguf import TensorInfo
+from mer.model.operators import Attention, Experts, FeedForward
 from mer.model.spec import ModelSpec
 
 MiB = 1 << 20
@@ -77,24 +78,39 @@ def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense:
         dense: whether attention and head are computed on the device too.
         hybrid: whether the processor may have re-arranged experts, which are then brought back on the device.
     """
-    attention = spec.attention
     t, k, d = limits.batch_tokens, spec.top_k, spec.d_model
     floats = 3 * t * d + t * k * (d + 3 * spec.d_ff)  # x, h and the experts' input; their outputs; gate, up, SwiGLU
-    largest = max(part.rows * part.cols for layer in experts.experts for e in layer for part in e.parts)
+    sizes = (part.rows * part.cols for layer in experts.experts for e in layer for part in e.parts)
+    largest = max(sizes, default=0)
     if dense:
-        heads, positions = attention.n_heads * attention.head_dim, limits.sequence_blocks * KV_TILE
-        floats += t * (4 * heads + 4 * attention.n_kv_heads * attention.head_dim + 4 * spec.n_experts)
-        floats += 2 * attention.n_heads * t * positions  # scores, if no fused attention takes them
-        floats += 4 * limits.sequences * positions * attention.n_kv_heads * attention.head_dim  # K and V, gathered
+        floats += max(_attention_floats(layer.mixer, limits) for layer in spec.distinct_layers)
+        floats += max(_ffn_floats(layer.ffn, limits) for layer in spec.distinct_layers)
         floats += 2 * limits.outputs * spec.vocab_size
         largest = max(largest, spec.vocab_size * d)
     tiles = [tile_layout(e.parts).n_bytes for layer in experts.experts for e in layer]
-    return FLOAT_BYTES * floats + CHUNK_BYTES * min(largest, CHUNK_WEIGHTS) + (3 * max(tiles) if hybrid else 0)
+    room = 3 * max(tiles, default=0) if hybrid else 0
+    return FLOAT_BYTES * floats + CHUNK_BYTES * min(largest, CHUNK_WEIGHTS) + room
+
+
+def _attention_floats(record: Attention, limits: Limits) -> int:
+    t, positions = limits.batch_tokens, limits.sequence_blocks * KV_TILE
+    heads, kv_heads = record.n_heads * record.head_dim, record.n_kv_heads * record.head_dim
+    floats = t * (4 * heads + 4 * kv_heads)
+    floats += 2 * record.n_heads * t * positions  # scores, if no fused attention takes them
+    return floats + 4 * limits.sequences * positions * kv_heads  # K and V, gathered
+
+
+def _ffn_floats(record: FeedForward | Experts, limits: Limits) -> int:
+    """Return the floats of a network of dense weights, or of a router and the network that its experts share."""
+    if isinstance(record, Experts):
+        shared = 0 if record.shared is None else _ffn_floats(record.shared, limits)
+        return shared + 4 * limits.batch_tokens * record.n
+    return limits.batch_tokens * (3 * record.down.cols + record.down.rows)
 
 
 def host_bytes(spec: ModelSpec, limits: Limits) -> int:
     """Return the bytes of pinned memory that what goes to the device and comes back passes through."""
-    t, heads = limits.batch_tokens, max(spec.attention.rope.dim, 1)
-    down = FLOAT_BYTES * t * (heads + 16) + 8 * limits.sequences * limits.sequence_blocks
+    t, angles = limits.batch_tokens, sum({layer.mixer.rope: layer.mixer.rope.dim for layer in spec.layers}.values())
+    down = FLOAT_BYTES * t * (angles + 16) + 8 * limits.sequences * limits.sequence_blocks
     back = FLOAT_BYTES * (limits.outputs * spec.vocab_size + t * spec.n_routed * spec.top_k)
     return 2 * (down + back)  # torch keeps buffers of powers of two

@@ -79,13 +79,13 @@ class ReferenceModel:
             else:
                 x = x + feed_forward(layer.ffn, self._weights, h)
             hidden.append(x)
-        n, top_k = len(x), self.spec.top_k
+        n_layers, n, top_k = len(routers), len(x), self.spec.top_k
         return Trace(
             self.head(x),
             np.stack(hidden),
-            np.array(routers).reshape(-1, n, self.spec.n_experts),
-            np.array(experts, np.int64).reshape(-1, n, top_k),
-            np.array(weights).reshape(-1, n, top_k),
+            np.array(routers).reshape(n_layers, n, self.spec.n_experts),
+            np.array(experts, np.int64).reshape(n_layers, n, top_k),
+            np.array(weights).reshape(n_layers, n, top_k),
         )
 
     def attend(self, layer: Layer, x: F64) -> F64:

@@ -38,7 +38,7 @@ class Ranking:
         n_layers = len(values)
         self._values = values
         self._kinds = np.zeros(values.shape, np.int64) if kinds is None else np.array(kinds, np.int64)
-        n_kinds = 1 + int(self._kinds.max())
+        n_kinds = 1 + int(self._kinds.max(initial=0))
         self._kept = np.full(values.shape, -1)  # [L, E], the kind of an expert, or -1 if it is not kept
         self._least = np.full((n_kinds, n_layers), np.inf)  # of the kept experts of each kind
         self._stale: list[set[int]] = [set() for _ in range(n_kinds)]  # layers where that is to be found anew

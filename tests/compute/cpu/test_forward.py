@@ -86,7 +86,7 @@ def test_float_models_equal_hugging_face(shape: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 @pytest.mark.parametrize("window", [1, 7, 63, 65, 100])
 def test_windows_equal_hugging_face(arch: Any, window: int, tmp_path: Path) -> None:
     """Prompts longer than the window, and windows below, about and above a tile; in one chunk and in several."""
@@ -103,7 +103,7 @@ def test_windows_equal_hugging_face(arch: Any, window: int, tmp_path: Path) -> N
     assert np.array_equal(logits(path, tokens, chunks=[1, 70, 2, 97], threads=3), got)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_kept_types_equal_the_reference_that_rounds_alike(arch: Any, kv_type: KVType, tmp_path: Path) -> None:
     """A float32 rounding now and then moves a value over a tie: one step of it, among all that a token attends to.
@@ -126,7 +126,7 @@ def test_kept_types_equal_the_reference_that_rounds_alike(arch: Any, kv_type: KV
         assert np.array_equal(again, got)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 @pytest.mark.parametrize("kind", [Type.F16, Type.BF16])
 def test_half_models_equal_the_reference(arch: Any, kind: Type, tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "m.gguf", arch, weight_type=kind, seed=2).path
@@ -136,7 +136,7 @@ def test_half_models_equal_the_reference(arch: Any, kind: Type, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_models_equal_the_reference_on_int8_activations(arch: Any, kind: Type, tmp_path: Path) -> None:
     """Where no activation is rounded the other way, only float32 summation differs: some 1e-7.
@@ -157,7 +157,7 @@ def test_quantized_models_equal_the_reference_on_int8_activations(arch: Any, kin
     assert np.median(every) < 1e-5
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_models_on_15_bit_activations_are_close_to_the_reference_on_float_ones(
     arch: Any, kind: Type, tmp_path: Path

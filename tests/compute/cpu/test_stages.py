@@ -257,7 +257,7 @@ async def test_stages_out_of_turn_are_errors(small: Path) -> None:
 # --- prediction -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 async def test_the_next_layers_router_is_applied_to_the_stream_before_the_experts(arch: Any, tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "m.gguf", arch, n_experts=9, top_k=3, n_layers=3, seed=6).path
     reference = ReferenceModel(path)

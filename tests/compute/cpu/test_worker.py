@@ -44,6 +44,7 @@ class Script:
     staged_pairs = 3
     resident_rows = 0
     n_routed = 100
+    shared_layers: frozenset[int] = frozenset()
     threads = 2
     n_logits = 3
 

@@ -201,7 +201,7 @@ def test_logits_equal_hugging_face(tmp_path: Path, kwargs: dict[str, Any], merge
 QUANTIZED = [Type(int(kind)) for kind in TYPES if kind.block_size > 1]
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3", "qwen3moe"])
 @pytest.mark.parametrize("kind", [Type.F16, Type.BF16, *QUANTIZED], ids=lambda kind: kind.name)
 def test_logits_of_quantized_files_equal_hugging_face_on_the_rounded_weights(
     tmp_path: Path, arch: Any, kind: Type
