@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mer.compute.state import Paged, StateLayout
 from mer.errors import SavedFileError
 from mer.sched.heat import HeatProfile
 from mer.sched.kv_file import HEADER_BYTES as PREFIX_HEADER_BYTES
@@ -36,11 +37,7 @@ LAYOUT = KVLayout(
     fingerprint=MODEL,
     kv_type="f32",
     arithmetic="int8",
-    n_layers=N_LAYERS,
-    n_kv_heads=1,
-    head_dim=2,
-    block_tokens=2,
-    block_bytes=64,
+    state=StateLayout((Paged(1, 16, 16),) * N_LAYERS, block_tokens=2),
 )
 MAX_BLOCKS = 4
 EVENTS = [(at % N_LAYERS, tuple(sorted({at % N_EXPERTS, at * at % N_EXPERTS}))) for at in range(60)]

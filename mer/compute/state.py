@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Final
 
 import attrs
 
-from mer.compute.kernels.kv_layout import KV_TILE
 from mer.model.spec import ModelSpec
+
+DIGEST_BYTES: Final = 12
 
 
 @attrs.frozen
@@ -28,10 +30,10 @@ class Paged:
 
 @attrs.frozen
 class StateLayout:
-    """A block of `KV_TILE` positions: the state of one layer after the other."""
+    """A block of positions: the state of one layer after the other."""
 
     layers: tuple[Paged, ...]
-    block_tokens: int = KV_TILE
+    block_tokens: int
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -47,15 +49,17 @@ class StateLayout:
     def digest(self) -> bytes:
         """A hash that tells blocks of this layout from those of any other."""
         sizes = [(layer.heads, layer.key_bytes, layer.value_bytes) for layer in self.layers]
-        return hashlib.sha256(repr((self.block_tokens, sizes)).encode()).digest()
+        return hashlib.sha256(repr((self.block_tokens, sizes)).encode()).digest()[:DIGEST_BYTES]
 
 
-def state_layout(spec: ModelSpec, head_bytes: Callable[[int], int]) -> StateLayout:
+def state_layout(spec: ModelSpec, head_bytes: Callable[[int], int], block_tokens: int) -> StateLayout:
     """Return what a model keeps.
 
     Args:
         spec: the model.
         head_bytes: the bytes of so many elements of a head, for the positions of a block; a fact of the worker.
+        block_tokens: positions in a block.
     """
     mixers = [layer.mixer for layer in spec.layers]
-    return StateLayout(tuple(Paged(it.n_kv_heads, head_bytes(it.head_dim), head_bytes(it.head_dim)) for it in mixers))
+    layers = [Paged(it.n_kv_heads, head_bytes(it.head_dim), head_bytes(it.head_dim)) for it in mixers]
+    return StateLayout(tuple(layers), block_tokens)

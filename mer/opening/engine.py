@@ -145,7 +145,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
             experts,
             worker=worker,
             kv=kv,
-            layout=_kv_layout(model, computing, fingerprint),
+            layout=_kv_layout(computing, fingerprint),
             batch_tokens=plan.limits.batch_tokens,
             max_sequences=plan.limits.sequences,
             max_waiting=config.max_waiting,
@@ -242,18 +242,13 @@ def _guesses(mode: PrefetchMode, reader: FileReader, experience: Experience) -> 
     return Guesses(mode=mode, bytes_per_s=measured_rate(reader), markov=experience.markov)
 
 
-def _kv_layout(model: Model, computing: Computing, fingerprint: bytes) -> KVLayout:
+def _kv_layout(computing: Computing, fingerprint: bytes) -> KVLayout:
     """Return what the bytes of a KV block depend on."""
-    spec = model.spec
     return KVLayout(
         fingerprint=fingerprint,
         kv_type=computing.kv_type,
         arithmetic=computing.arithmetic,
-        n_layers=len(spec.layers),
-        n_kv_heads=spec.attention.n_kv_heads,
-        head_dim=spec.attention.head_dim,
-        block_tokens=KV_TILE,
-        block_bytes=computing.kv_block_bytes,
+        state=computing.state,
     )
 
 

@@ -16,6 +16,7 @@ from mer.compute.cuda.sizes import kv_layout as device_kv_layout
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.target import FORM
 from mer.compute.messages import ComputeWorker, Tier
+from mer.compute.state import StateLayout
 from mer.config import EngineConfig, Progress
 from mer.errors import ConfigError
 from mer.io.reader import Reader
@@ -51,7 +52,7 @@ class Computing:
     activations: str  # precision of activations that meet the weights
     arithmetic: str  # what the numbers in KV blocks depend on
     kv_type: str  # how keys and values are kept
-    kv_block_bytes: int
+    state: StateLayout  # what of a KV block is each layer's
     pin: Callable[[int, int], str]  # pins an address and bytes for copies; returns what is in force
 
 
@@ -87,7 +88,7 @@ async def open_computing(config: EngineConfig, model: Model, plan: MemoryPlan, r
         activations=activations,
         arithmetic=activations,
         kv_type=plan.limits.kv_type,
-        kv_block_bytes=kv_layout(model.spec, plan.limits.kv_type).block_bytes,
+        state=kv_layout(model.spec, plan.limits.kv_type),
         pin=lambda address, n_bytes: "not pinned: no device",
     )
 
@@ -142,7 +143,7 @@ async def _open_device(
         activations=activations,
         arithmetic=_kv_arithmetic(opened.activations, on_host if on_cpu or hybrid else "", on_cpu=on_cpu),
         kv_type=plan.limits.kv_type,
-        kv_block_bytes=(kv_layout if on_cpu else device_kv_layout)(model.spec, plan.limits.kv_type).block_bytes,
+        state=(kv_layout if on_cpu else device_kv_layout)(model.spec, plan.limits.kv_type),
         pin=opened.pin,
     )
 

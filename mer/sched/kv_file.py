@@ -6,7 +6,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -15,15 +15,16 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from mer.compute.state import DIGEST_BYTES, StateLayout
 from mer.errors import SavedFileError, naming
 from mer.io.new_file import NewFile
 from mer.io.patient import open_regular
 from mer.sched.fingerprint import FINGERPRINT_BYTES
 
 MAGIC: Final = b"MERKVPFX"
-VERSION: Final = 3
+VERSION: Final = 4
 TOKEN_BYTES: Final = 4
-_HEADER: Final = struct.Struct(f"<8sHHIIIIIQ16s16s{FINGERPRINT_BYTES}s")
+_HEADER: Final = struct.Struct(f"<8sHH{DIGEST_BYTES}sIIQ16s16s{FINGERPRINT_BYTES}s")
 _CHECKSUM: Final = struct.Struct("<I")
 HEADER_BYTES: Final = _HEADER.size + _CHECKSUM.size
 
@@ -46,11 +47,17 @@ class KVLayout:
     fingerprint: bytes  # of the model, see `model_fingerprint`
     kv_type: str = attrs.field(validator=_name)  # "f32", "f16" or "q8_0" (docs/prefix-reuse.md), all numbers finite
     arithmetic: str = attrs.field(validator=_name)  # precision of activations that meet the weights
-    n_layers: int  # L
-    n_kv_heads: int  # G
-    head_dim: int  # C
-    block_tokens: int  # positions in a block
-    block_bytes: int  # K and V of all layers for these positions
+    state: StateLayout  # what of a block is each layer's
+
+    @property
+    def block_tokens(self) -> int:
+        """Positions in a block."""
+        return self.state.block_tokens
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of what all layers keep for these positions."""
+        return self.state.block_bytes
 
     def encode(self, n_blocks: int) -> bytes:
         """Return the header of a file of so many blocks."""
@@ -58,9 +65,7 @@ class KVLayout:
             MAGIC,
             VERSION,
             0,
-            self.n_layers,
-            self.n_kv_heads,
-            self.head_dim,
+            self.state.digest,
             self.block_tokens,
             n_blocks,
             self.block_bytes,
@@ -74,11 +79,17 @@ class KVLayout:
         """Return whether all floats in a block's bytes are finite; bytes of a type that is not known are."""
         if self.kv_type in ("f32", "f16"):
             return bool(np.isfinite(block.view("<f4" if self.kv_type == "f32" else "<f2")).all())
-        if self.kv_type == "q8_0":  # in each tile first int8, then scales
-            tiles = block.reshape(2 * self.n_layers * self.n_kv_heads, -1)
-            scales = np.ascontiguousarray(tiles[:, self.block_tokens * self.head_dim :])
-            return bool(np.isfinite(scales.view("<f2")).all())
+        if self.kv_type == "q8_0":
+            return all(np.isfinite(scales.view("<f2")).all() for scales in self._scales(block))
         return True
+
+    def _scales(self, block: Bytes) -> Iterator[Bytes]:
+        """Yield the bytes of each tile's scales: an int8 for each of 32 values lie before a scale of two bytes."""
+        at = 0
+        for layer in self.state.layers:
+            for n_bytes in (layer.key_bytes,) * layer.heads + (layer.value_bytes,) * layer.heads:
+                yield block[at + n_bytes * 32 // 34 : at + n_bytes]
+                at += n_bytes
 
     def file_bytes(self, n_blocks: int) -> int:
         """Return the size of a file of so many blocks."""
@@ -247,11 +258,9 @@ class PrefixReader:
             )
         if zlib.crc32(header[: _HEADER.size]) != int.from_bytes(header[_HEADER.size :], "little"):
             raise self._error(_HEADER.size, "the header of this saved prefix is damaged: its checksum is wrong")
-        n_layers, n_kv_heads, head_dim, block_tokens, n_blocks, block_bytes, kv_type, arithmetic, fingerprint = fields
+        digest, block_tokens, n_blocks, block_bytes, kv_type, arithmetic, fingerprint = fields
         layout = self._layout
-        found = (n_layers, n_kv_heads, head_dim, block_tokens)
-        wanted = (layout.n_layers, layout.n_kv_heads, layout.head_dim, layout.block_tokens)
-        if fingerprint != layout.fingerprint or found != wanted:
+        if fingerprint != layout.fingerprint or block_tokens != layout.block_tokens:
             raise self._error(None, "the prefix of another model; save one with this model")
         if kv_type.rstrip(b"\0") != layout.kv_type.encode():
             raise self._error(
@@ -264,6 +273,10 @@ class PrefixReader:
                 None,
                 f"computed with {ascii(arithmetic.rstrip(bytes(1)))[2:-1]} activations, and this engine computes with "
                 f"{layout.arithmetic}; open the engine with the same, or save the prefix again",
+            )
+        if digest != layout.state.digest:  # after the type of the values, which decides it too
+            raise self._error(
+                None, "the prefix of another model, whose layers divide a block otherwise; save one with this model"
             )
         if block_bytes != layout.block_bytes:
             raise self._error(

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
 import attrs
 import trio
 
+from mer.compute.state import Paged, StateLayout
 from mer.config import Sampling
 from mer.engine import Engine
 from mer.errors import TemplateError
@@ -387,15 +388,12 @@ def _shape(model: SimModel, n_slots: int, experts: ExpertMap) -> CacheShape:
 
 def _layout(model: SimModel, worker: SimWorker, seed: int) -> KVLayout:
     """Return what the bytes of a simulated KV block depend on."""
+    tile_bytes = 8 * worker.block_tokens
     return KVLayout(
         fingerprint=seed.to_bytes(FINGERPRINT_BYTES),
         kv_type="simulated",
         arithmetic="hashes",
-        n_layers=model.n_layers,
-        n_kv_heads=1,
-        head_dim=1,
-        block_tokens=worker.block_tokens,
-        block_bytes=worker.block_bytes,
+        state=StateLayout((Paged(model.n_layers, tile_bytes, tile_bytes),), worker.block_tokens),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import struct
 import zlib
@@ -14,17 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from mer.compute.state import Paged, StateLayout
 from mer.sched.kv_file import HEADER_BYTES, KVLayout, PrefixFileError, PrefixReader, PrefixWriter
 
 LAYOUT = KVLayout(
     fingerprint=bytes(range(32)),
     kv_type="f32",
     arithmetic="int15",
-    n_layers=2,
-    n_kv_heads=3,
-    head_dim=4,
-    block_tokens=2,
-    block_bytes=24,
+    state=StateLayout((Paged(1, 4, 8), Paged(3, 2, 2)), block_tokens=2),
 )
 TOKENS = [5, 70_000, 5, 2**31 - 1, 0, 1]
 BLOCKS = [np.arange(6, dtype="<f4") + number for number in (0, 100, -7)]
@@ -50,11 +48,9 @@ def header(**changes: Any) -> bytes:
     """Return a header as docs/prefix-reuse.md describes it."""
     values = {
         "magic": b"MERKVPFX",
-        "version": 3,
+        "version": 4,
         "flags": 0,
-        "n_layers": 2,
-        "n_kv_heads": 3,
-        "head_dim": 4,
+        "digest": hashlib.sha256(b"(2, [(1, 4, 8), (3, 2, 2)])").digest()[:12],
         "block_tokens": 2,
         "n_blocks": 3,
         "block_bytes": 24,
@@ -62,7 +58,7 @@ def header(**changes: Any) -> bytes:
         "arithmetic": b"int15",
         "fingerprint": bytes(range(32)),
     } | changes
-    packed = struct.pack("<8sHHIIIIIQ16s16s32s", *values.values())
+    packed = struct.pack("<8sHH12sIIQ16s16s32s", *values.values())
     return packed + struct.pack("<I", zlib.crc32(packed))
 
 
@@ -126,13 +122,11 @@ def test_blocks_in_another_order_are_noticed(path: Path) -> None:
     [
         ({"magic": b"MERTRACE"}, "does not begin with"),
         ({"version": 0}, "version 0"),
-        ({"version": 2}, "version 2"),
-        ({"version": 4}, "version 4"),
+        ({"version": 3}, "version 3"),
+        ({"version": 5}, "version 5"),
         ({"flags": 1}, "flags 1"),
         ({"fingerprint": bytes(32)}, "another model"),
-        ({"n_layers": 3}, "another model"),
-        ({"n_kv_heads": 2}, "another model"),
-        ({"head_dim": 0}, "another model"),
+        ({"digest": bytes(12)}, "another model, whose layers divide a block otherwise"),
         ({"block_tokens": 2**32 - 1}, "another model"),
         ({"block_bytes": 2**64 - 1}, "blocks have 18446744073709551615 bytes"),
         ({"kv_type": b"f16"}, "holds f16 keys and values, and this engine keeps f32; open .* the same kv_type"),
@@ -155,8 +149,8 @@ def test_headers_that_do_not_fit_are_refused(path: Path, changes: dict[str, Any]
 
 
 def test_a_file_of_more_blocks_than_it_has_room_for_is_refused_before_it_is_read(path: Path) -> None:
-    layout = attrs.evolve(LAYOUT, block_bytes=1 << 50)
-    path.write_bytes(whole(header(block_bytes=1 << 50)))
+    layout = attrs.evolve(LAYOUT, state=StateLayout((Paged(1, 1 << 49, 1 << 49),), block_tokens=2))
+    path.write_bytes(whole(header(block_bytes=1 << 50, digest=layout.state.digest)))
     with pytest.raises(PrefixFileError, match="blocks take"):
         read(path, layout)
 
@@ -177,7 +171,7 @@ def test_numbers_that_are_not_finite_are_refused_though_the_checksum_is_right(pa
 @pytest.mark.parametrize("place", [0, 17, 71])
 def test_half_floats_and_scales_that_are_not_finite_are_refused(path: Path, value: float, place: int) -> None:
     """Wherever they are in a tile; int8 may be anything."""
-    layout = attrs.evolve(LAYOUT, kv_type="f16", block_bytes=144)
+    layout = attrs.evolve(LAYOUT, kv_type="f16", state=StateLayout((Paged(3, 12, 12),) * 2, block_tokens=2))
     blocks = [np.arange(72, dtype="<f2") for _ in range(3)]
     write(path, layout, blocks)
     assert read(path, layout)[1] == [block.tobytes() for block in blocks]
@@ -185,7 +179,7 @@ def test_half_floats_and_scales_that_are_not_finite_are_refused(path: Path, valu
     write(path, layout, blocks)
     with pytest.raises(PrefixFileError, match="block 2 holds NaN or infinity"):
         read(path, layout)
-    layout = attrs.evolve(LAYOUT, kv_type="q8_0", head_dim=32, block_bytes=12 * 68)
+    layout = attrs.evolve(LAYOUT, kv_type="q8_0", state=StateLayout((Paged(3, 68, 68),) * 2, block_tokens=2))
     tiles = np.full((12, 68), 0xFF, np.uint8)
     tiles[:, 64:] = np.ones((12, 2), "<f2").view(np.uint8)
     write(path, layout, [tiles] * 3)

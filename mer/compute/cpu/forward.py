@@ -20,7 +20,7 @@ from mer.compute.cpu.weights import DenseWeights
 from mer.compute.kernels.dispatch import dispatch
 from mer.compute.kernels.elementwise import add_gated, combine, fill_rows, gather, rms_norm, swiglu
 from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
-from mer.compute.kernels.kv_layout import tile_bytes
+from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.router import route
@@ -339,7 +339,7 @@ class Forward:
 
 def kv_layout(spec: ModelSpec, kv_type: KVType) -> StateLayout:
     """Return how the CPU worker divides a KV block: heads are padded to 32 elements."""
-    return state_layout(spec, lambda head_dim: tile_bytes(KV_KINDS[kv_type], head_dim))
+    return state_layout(spec, lambda head_dim: tile_bytes(KV_KINDS[kv_type], head_dim), KV_TILE)
 
 
 def scratch_areas(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> Areas:

@@ -65,7 +65,7 @@ def kv_layout(spec: ModelSpec, kv_type: KVType) -> StateLayout:
         n_bytes["q8_0"] = head_dim + 2 * (head_dim // BLOCK)  # int8, and a half float for each block
         return KV_TILE * n_bytes[kv_type]
 
-    return state_layout(spec, head_bytes)
+    return state_layout(spec, head_bytes, KV_TILE)
 
 
 def scratch_bytes(spec: ModelSpec, limits: Limits, experts: ExpertMap, *, dense: bool, hybrid: bool) -> int:
