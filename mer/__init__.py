@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mer.text.chat import Message
 
 # Every public name is imported when it is first asked for: the command listens for ctrl-C as soon as this is imported,
-# and whoever wants an error's class need not wait for numba. All other public names are errors.
+# and a program that wants an error's class need not wait for numba. All other public names are errors.
 _HOMES = {
     "Completion": "mer.sched.events",
     "Engine": "mer.engine",

@@ -222,7 +222,7 @@ class Engine:
         return profile
 
     def close(self) -> None:
-        """Stop the engine: generations under way raise EngineClosed. Closing twice is allowed.
+        """Stop the engine: running generations raise EngineClosed. Closing twice is allowed.
 
         In a forked child this ends the child's copy of the engine's tasks, and the parent's engine goes on.
         """
@@ -298,10 +298,10 @@ class Engine:
         A prompt that begins with the same tokens as another one, or as a finished generation, is computed from where
         they differ, if memory has kept the rest; `Usage.cached_tokens` tells how much. The output is the same.
 
-        A reader that falls 64 events behind pauses its own generation and no other. When others wait for its place or
+        A reader that leaves 64 events unread pauses its own generation and no other. When others wait for its place or
         its KV blocks, a paused generation gives them up. Once its reader has no more than half of those events left to
-        read, it is next in line, computes its prompt and its tokens so far again, and goes on where it was: neither
-        the tokens nor the events are other than without the pause.
+        read, it is next in line, computes its prompt and its tokens so far again, and goes on where it was. Tokens and
+        events are the same as without the pause.
         """
         self._check()
         ids = await self._encode_aside(prompt)
@@ -381,14 +381,14 @@ class Engine:
     async def save_prefix(self, prompt: Prompt, path: str | os.PathLike[str]) -> int:
         """Save what a prompt's computation has given, so that `load_prefix` can spare it later, and return the tokens.
 
-        The prompt's keys and values are saved in whole blocks of 64 tokens; the rest of the prompt is not. What is not
-        in memory any more is computed first, as `generate` would. If cancelled, nothing is left behind: the file is
-        there whole, or as it was before. While another prefix is saved or restored, the call waits.
+        The prompt's keys and values are saved in whole blocks of 64 tokens; the rest of the prompt is not. Blocks that
+        are not in memory any more are computed first, as `generate` would. If cancelled, the file is there whole, or as
+        it was before, and no other file is left. While another prefix is saved or restored, the call waits.
 
         Args:
             prompt: as for `generate`.
-            path: the file, replaced if there is one; its format is described in docs/prefix-reuse.md. It tells the
-                prompt to whoever can read it, and only its owner may.
+            path: the file, replaced if there is one; its format is described in docs/prefix-reuse.md. Any
+                reader of it can read the prompt; only its owner may read it.
 
         Raises:
             RequestError: the prompt is malformed, or shorter than a block; ContextOverflow if it leaves no position.
@@ -434,8 +434,8 @@ class Engine:
     async def load_prefix(self, path: str | os.PathLike[str]) -> int:
         """Restore a prefix that `save_prefix` has saved, and return its tokens: prompts that begin with them use it.
 
-        The restored blocks are cached like those of finished generations: they give way when running generations need
-        the memory. If cancelled, nothing is left behind. While another prefix is saved or restored, the call waits.
+        The restored blocks are cached like those of finished generations: they are evicted when running generations
+        need the memory. If cancelled, it has no effect. While another prefix is saved or restored, the call waits.
 
         Raises:
             PrefixFileError: the file is malformed, damaged, of another model, other activations or another type of KV,

@@ -80,7 +80,7 @@ class Home:
 class OwnProcessStack(ExitStack):
     """An ExitStack that a forked child leaves without calling anything: what is on it is the parent's."""
 
-    _left: list[ExitStack] = []  # never let go of: a generator would still clean up  # noqa: RUF012
+    _left: list[ExitStack] = []  # never released: a generator would still clean up  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ os.register_at_fork(after_in_child=_begin_child)
 def apart_from_children(in_child: Callable[[], None]) -> Iterator[None]:
     """Keep what happens in forked children from this trio run, as long as the block runs.
 
-    A child inherits the epoll by which the run hears of descriptors, and the sockets that wake it. The child's copy of
+    A child inherits the epoll that tells the run of descriptors, and the sockets that wake it. The child's copy of
     the run would take events that the parent waits for, and change what it waits for: the child gets others.
 
     Args:
@@ -130,7 +130,7 @@ def apart_from_children(in_child: Callable[[], None]) -> Iterator[None]:
 
 
 def _separate(runner: Any) -> None:
-    """Give a run an epoll and wake-up sockets of its own, under the numbers of those it has."""
+    """Give a run a new epoll and new wake-up sockets, under the numbers of those it has."""
     manager = runner.io_manager
     force, entry = manager._force_wakeup, runner.entry_queue.wakeup
     numbers = [(pair.wakeup_sock.fileno(), pair.write_sock.fileno()) for pair in (force, entry)]

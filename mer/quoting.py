@@ -9,8 +9,8 @@ from typing import Final
 MAX_ECHO: Final = 80
 """Characters of a file's text that an error shows."""
 
-# What a terminal may obey or a log may take for a line of its own: C0, DEL, C1, line and paragraph separators, the
-# Unicode controls of text direction, and lone surrogates, which cannot be printed.
+# Characters that a terminal may obey or a log may take for the end of a line: C0, DEL, C1, separators of lines and
+# paragraphs, the Unicode controls of text direction, and lone surrogates, which cannot be printed.
 _CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -21,7 +21,7 @@ class Option:
     """How the command line offers a setting.
 
     Args:
-        help: one or two sentences; a default that is chosen, not fixed, stands behind them in brackets.
+        help: one or two sentences; a default that is chosen, not fixed, follows in brackets.
         type: what the command line makes of the text, where it is not the setting's own type.
         name: of the option, where it is not that of the setting.
         short: further names.
@@ -39,7 +39,7 @@ class Option:
 
 @attrs.frozen
 class About:
-    """What is said of a setting beside its name, type, default and range.
+    """Metadata of a setting besides its name, type, default and range.
 
     Args:
         description: for docstrings; begins small, as a line of "Args" does.

@@ -21,7 +21,7 @@ from mer.sched.speculation import SpeculationStatistics
 
 @attrs.frozen(kw_only=True)
 class VRAMSettings:
-    """How the device's own memory is spent."""
+    """Division of the device's own memory."""
 
     budget_bytes: int
     budget_source: str
@@ -37,7 +37,7 @@ class VRAMSettings:
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """What is in force, whether it was set or chosen."""
+    """Settings in force, set or chosen."""
 
     memory_bytes: int
     memory_source: str

@@ -47,7 +47,7 @@ def cgroup_limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None
 
 
 def _limit_bytes(group: Group) -> int | None:
-    """Return what a group's memory is limited to, by itself or, as far as version 1 says so, by groups above it."""
+    """Return the limit on a group's memory: its own or, with version 1, the least of the groups above it too."""
     if group.unified:
         limits = [group.number("memory.max"), group.number("memory.high")]
     else:

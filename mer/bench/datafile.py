@@ -29,7 +29,7 @@ ARCHITECTURE: Final = "mer-bench-stream"
 VERSION: Final = 1  # of the bytes that a geometry gives
 VERSION_KEY: Final = "mer.bench.stream.version"
 MAX_EXPERTS: Final = 1 << 16  # of all layers: each needs three entries in the file's header
-_HEADER_BYTES_PER_EXPERT: Final = 3 * 96  # at least; what the header takes is of no weight beside the data
+_HEADER_BYTES_PER_EXPERT: Final = 3 * 96  # at least; what the header takes is nothing compared with the data
 _RESERVE_BYTES: Final = 256 << 20  # of disk space that is left to others
 
 
@@ -53,7 +53,7 @@ class DataPlan:
 
     @property
     def stride_bytes(self) -> int:
-        """Bytes from one expert to the next: its matrices lie one behind the other, each on whole pages."""
+        """Bytes from one expert to the next: its matrices lie one after the other, each on whole pages."""
         return len(PROJECTIONS) * round_up(self.geometry.part_bytes, PAGE_BYTES)
 
     @property

@@ -25,7 +25,7 @@ class LlamaBenchError(MerError):
 
 @attrs.frozen(kw_only=True)
 class Answer:
-    """What llama-bench says of one case."""
+    """Answer of llama-bench for one case."""
 
     tokens_per_s: float
     model: str

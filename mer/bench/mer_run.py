@@ -78,7 +78,7 @@ class MerRun:
     async def run(self) -> None:
         """Run every iteration.
 
-        If cancelled, the tally holds the iterations that have ended; reads under way keep the arena's memory.
+        If cancelled, the tally holds the iterations that have ended; reads in flight keep the arena's memory.
 
         Raises:
             ReadError: an expert could not be read.

@@ -1,4 +1,4 @@
-"""The figures of a whole-model benchmark: rounds, their mean and standard deviation, and the limits beside them."""
+"""Figures of a whole-model benchmark: rounds, their mean and standard deviation, and the limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Counts:
     hits: float = 0
     misses: float = 0
     bytes_read: float = 0
-    reading_s: float = 0.0  # in which at least one read was under way
+    reading_s: float = 0.0  # in which at least one read was in flight
     stalled_s: float = 0.0  # in which the scheduler waited for experts and had nothing to compute
     compute_s: float = 0.0
 

@@ -38,7 +38,7 @@ class StreamForward:
     """One-token batches whose routing is a workload's: token `at` uses the experts of iteration `at`, in equal shares.
 
     `Advance` computes nothing, its result names the experts. `RunExperts` and `Combine` are those of every model, and
-    an `Advance` behind the last layer gives the mean of the experts' outputs, [1, D], in place of logits.
+    an `Advance` after the last layer gives the mean of the experts' outputs, [1, D], in place of logits.
     """
 
     resident_rows = 0
@@ -55,7 +55,7 @@ class StreamForward:
         self._d_model, self.threads = data.plan.geometry.d_model, n_threads
         self.n_routed, self.staged_pairs = workload.n_layers, self._experts.staged_pairs
         self._events: tuple[Event, ...] = workload.events
-        self._at = 0  # the iteration under way
+        self._at = 0  # the running iteration
         self._used = 0  # its experts
         self._shares = s.floats("expert_weights")
         s.floats("h")[: self._d_model] = input_vector(self._d_model)
@@ -125,7 +125,7 @@ async def open_worker(
 ) -> AsyncIterator[CPUWorker]:
     """Compile the kernels, start a worker, and stop it when the block is left.
 
-    If cancelled, a job under way is finished first.
+    If cancelled, the running job is finished first.
 
     Args:
         workload: whose experts are run.

@@ -27,7 +27,7 @@ def disk_bytes_per_s(path: Path, extents: Sequence[tuple[int, int]], *, chunk_by
         path: the file.
         extents: (offset, length) of what may be read; at least one.
         chunk_bytes: the longest read; extents are cut into pieces of it.
-        depth: reads under way at once.
+        depth: reads in flight at once.
 
     Raises:
         ReadError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""The figures of a streaming benchmark: medians over rounds, limits beside them, ratios between policies."""
+"""Figures of a streaming benchmark: medians over rounds, the limits, and ratios between policies."""
 
 from __future__ import annotations
 

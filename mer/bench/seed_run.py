@@ -21,7 +21,7 @@ from mer.io.extents import aligned_hull
 from mer.io.reader import Reader, ReadOperation
 from mer.sched.layer import WorkerLink
 
-MAX_DEMAND_READS: Final = 16  # of one iteration that are under way at once
+MAX_DEMAND_READS: Final = 16  # of one iteration that are in flight at once
 
 
 def seed_buffers(workload: Workload, n_slots: int) -> int:
@@ -30,7 +30,7 @@ def seed_buffers(workload: Workload, n_slots: int) -> int:
 
 
 def seed_reads(workload: Workload) -> int:
-    """Return the reads that may be under way at once: those of one iteration, and a prefetch."""
+    """Return the reads that may be in flight at once: those of one iteration, and a prefetch."""
     return min(workload.widest, MAX_DEMAND_READS) + 1
 
 
@@ -92,7 +92,7 @@ class SeedRun:
     async def run(self) -> None:
         """Run every iteration.
 
-        If cancelled, the tally holds the iterations that have ended; reads under way keep the arena's memory.
+        If cancelled, the tally holds the iterations that have ended; reads in flight keep the arena's memory.
 
         Raises:
             ReadError: an expert could not be read.
@@ -146,7 +146,7 @@ class SeedRun:
         return done.logits, done.compute_s
 
     def _insert(self, arrivals: list[tuple[int, _Loading]]) -> None:
-        """Hold what has come in, as far as the cache keeps it."""
+        """Hold the experts that have landed, those that the cache keeps."""
         for expert, loading in arrivals:
             twin = self._held.pop(expert, None)
             if twin is not None:

@@ -39,17 +39,17 @@ MAX_SLOTS: Final = 1 << 20
 
 @attrs.frozen(kw_only=True)
 class Reading:
-    """How a policy reads."""
+    """Reads of a policy."""
 
     buffers: int  # of one expert each: the slots, and what is needed besides
     buffer_bytes: int
-    io_threads: int  # reads under way at once
+    io_threads: int  # reads in flight at once
     chunk_bytes: int  # the longest of them
 
 
 @attrs.frozen(kw_only=True)
 class InForce(Reading):
-    """How a run reads and computes."""
+    """Settings in force of a run."""
 
     threads: int
     io_mode: IoMode
@@ -59,7 +59,7 @@ class InForce(Reading):
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """What every policy is given."""
+    """Inputs that every policy gets."""
 
     workload: Workload
     data: DataPlan
@@ -162,7 +162,7 @@ class StreamRun:
     async def run(self, on_progress: Callable[[Progress], None]) -> None:
         """Open reader, memory and worker, run every iteration, and close them.
 
-        If cancelled, a job under way is finished first; the tally keeps the iterations that had ended.
+        If cancelled, the running job is finished first; the tally keeps the iterations that had ended.
 
         Args:
             on_progress: called as kernels are loaded and compiled.

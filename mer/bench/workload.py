@@ -55,8 +55,8 @@ def load_workload(stream: str, n_iterations: int | None) -> Workload:
 
     Args:
         stream: "article", "skewed", or a path.
-        n_iterations: how many; by default 500 of a synthetic stream and all of a trace. A trace that is shorter is
-            replayed once, as far as it goes.
+        n_iterations: how many; by default 500 of a synthetic stream and all of a trace. A shorter trace is
+            replayed once, to its end.
 
     Raises:
         ConfigError: `n_iterations` is out of range, there is neither such a stream nor such a file, or a trace is

@@ -13,7 +13,7 @@ def main() -> None:
     if listens:
         signal.signal(signal.SIGINT, _leave)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started this process
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open as long as the process
 
     # NumPy's OpenBLAS, which mer has no use for, would reserve tens of MiB of the data limit for each of its threads.

@@ -1,4 +1,4 @@
-"""`mer bench MODEL`: opens the engine, runs every case in rounds, and prints rows with the limits beside them."""
+"""`mer bench MODEL`: opens the engine, runs every case in rounds, and prints rows with the limits."""
 
 from __future__ import annotations
 

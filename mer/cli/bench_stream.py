@@ -1,4 +1,4 @@
-"""`mer bench stream`: makes the data, lets the policies take turns, and prints figures with the limits beside them."""
+"""`mer bench stream`: makes the data, lets the policies take turns, and prints figures with the limits."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ async def _converse(
 
 @attrs.define
 class Conversation:
-    """A chat whose every turn repeats what was said before, as far as it fits the context."""
+    """A chat whose every turn repeats the turns before that fit the context."""
 
     engine: Engine
     generation: GenerationOptions

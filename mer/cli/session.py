@@ -31,7 +31,7 @@ class Result:
     text: str = ""
     tokens: list[int] = attrs.Factory(list)
     finish_reason: str = INTERRUPTED
-    seed: int | None = None  # of a sampled generation that ended by itself
+    seed: int | None = None  # of a sampled generation that was not interrupted
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, not computed
     prefill_s: float = 0.0  # from submission to the first token
@@ -116,7 +116,7 @@ async def generate(
 
 
 def _take_completion(result: Result, completion: Completion) -> None:
-    """Take the engine's own account of a generation that ended by itself."""
+    """Take the engine's own account of a generation that was not interrupted."""
     result.finish_reason = completion.finish_reason
     result.seed = completion.seed
     result.prompt_tokens = completion.usage.prompt_tokens

@@ -1,4 +1,4 @@
-"""`mer simulate`: a routing trace replayed through cache policies, beside the offline bound."""
+"""`mer simulate`: a routing trace replayed through cache policies, with the offline bound."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class DemoError(MerError):
-    """The demo model cannot be prepared; the text may go on with what pip said, in lines of its own."""
+    """The demo model cannot be prepared; the text may go on with the output of pip, in further lines."""
 
     def __str__(self) -> str:
         return escaped_lines(self.args[0])
@@ -69,7 +69,7 @@ def only_one(folder: Path) -> Iterator[None]:
 def written_whole(target: Path) -> Iterator[Path]:
     """Give the path of a file to write inside the block; when the block ends well it becomes `target`, atomically.
 
-    When the block raises, nothing is left behind. A killed process leaves `.NAME.part`, which the next attempt
+    When the block raises, no file is left. A killed process leaves `.NAME.part`, which the next attempt
     overwrites. The file is on the disk before it has its name.
     """
     part = target.with_name(f".{target.name}.part")

@@ -184,7 +184,7 @@ def _orders(seed: int, layer: int, n_experts: int, n_blocks: int) -> NDArray[np.
 
 
 def _experts(fd: int, tensor: TensorInfo, axis: int, orders: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Return the matrices of all experts behind one another: blocks of rows (axis 0) or columns (axis 1) reordered."""
+    """Return the matrices of all experts one after the other: blocks of rows (axis 0) or columns (axis 1) reordered."""
     n_blocks = orders.shape[1]
     blocks = _read(fd, tensor).reshape(*tensor.shape[:axis], n_blocks, -1)
     out = np.empty((len(orders), *blocks.shape), np.uint8)

@@ -114,7 +114,7 @@ class Arena:
         return slot
 
     def close(self) -> None:
-        """Let go of the memory; it returns to the system with the last view of it.
+        """Release the memory; it returns to the system with the last view of it.
 
         A view held elsewhere, above all by a read that the kernel has not finished, keeps the whole mapping alive;
         a bare address does not. Closing twice is allowed.

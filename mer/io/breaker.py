@@ -1,4 +1,4 @@
-"""Leaving alone for a while what fails again and again; pure, on a clock that is passed in."""
+"""Circuit breaker: a file or drive that fails again and again is not used for a while. Pure, on the caller's clock."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import attrs
 class BreakerStatistics:
     """A snapshot of a CircuitBreaker."""
 
-    closed: bool  # in use; else left alone, or tried by one probe
+    closed: bool  # in use; else suspended, or tried by one probe
     failures_in_a_row: int
     openings: int
-    next_try_s: float  # seconds until a probe is allowed; 0 if it is closed, or if one is allowed or under way
+    next_try_s: float  # seconds until a probe is allowed; 0 if it is closed, or if one is allowed or in flight
 
 
 class CircuitBreaker:

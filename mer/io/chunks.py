@@ -1,4 +1,4 @@
-"""The queue that a reader's threads take chunks from: pure, without threads, files or a clock of its own."""
+"""Queue that a reader's threads take chunks from: pure, without threads, files or a clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALL_HANG: Final = "every thread hangs in a read"
 
 @attrs.define(eq=False)
 class Work:
-    """What the queue knows of one operation."""
+    """The queue's record of one operation."""
 
     operation: ReadOperation
     path: str
@@ -30,12 +30,12 @@ class Work:
     started_s: float
     wanted_s: float  # when it was started or last promoted
     unread: int = 0  # first byte that was never given to a thread
-    queued: bool = True  # whether it stands in its line
+    queued: bool = True  # whether it is in its line
     again: list[Chunk] = attrs.Factory(list)  # failed on a copy, to be read from another
     reading: list[Chunk] = attrs.Factory(list)  # begun, thread not yet back
     error: ReadError | None = None
-    cancelled: bool = False  # by whoever started it: chunks that fail are not read again
-    incomplete: bool = False  # chunks went unread because of that
+    cancelled: bool = False  # by its caller: chunks that fail are not read again
+    incomplete: bool = False  # chunks were dropped because of that
 
 
 @attrs.define(eq=False)
@@ -60,14 +60,14 @@ _number = attrgetter("number")
 class ChunkQueue:
     """Cuts operations into chunks and gives them to threads, by priority and then in the order of the starts.
 
-    Several copies of the files may be read from. A thread belongs to one copy; it is given what it asks for next,
-    so that each copy's share follows its rate, and at the end of the queue a slow copy leaves the last chunks to the
-    others if by the rates measured they will have read all of them before it has read one. A chunk that fails on one
-    copy is given to the others before its operation fails; a copy that fails three times in a row is left out for 2 s,
-    then for twice as long each time, up to a minute, and tried by one chunk after that.
+    Several copies of the files may be read from. A thread belongs to one copy and takes its next chunk when it is
+    ready, so that each copy's share follows its rate. At the end of the queue a slow copy leaves the last chunks to the
+    others if, by the measured rates, they will have read all of them before it has read one. A chunk that fails on one
+    copy is given to the others before its operation fails. A copy that fails three times in a row is left out for 2 s,
+    then for twice as long each time, up to a minute; after that one chunk tries it.
 
-    Whoever uses it makes the calls one at a time, under a lock if there are threads. Times are in seconds on any one
-    clock that does not go back.
+    The caller makes one call at a time, under a lock if there are threads. Times are in seconds on any one clock that
+    does not go back.
 
     Args:
         n_copies: number of identical copies of the files.
@@ -122,12 +122,12 @@ class ChunkQueue:
         )
 
     def add(self, operation: ReadOperation, path: str, now_s: float) -> list[Work]:
-        """Put an operation in line; return what has ended, which it does at once if no thread is left to read it."""
+        """Put an operation in line; return the operations that have ended: all in line if no thread is left to read."""
         self._line_up(operation, path, now_s)
         return [] if any(copy.working for copy in self.copies) else self._give_up_all(_ALL_HANG)
 
     def add_begun(self, operation: ReadOperation, path: str, now_s: float) -> Chunk:
-        """Take over an operation of one chunk that is being read from the first copy already; return the chunk."""
+        """Add an operation of one chunk that is in flight on the first copy already; return the chunk."""
         chunk = self._cut(self._line_up(operation, path, now_s))
         assert chunk.end == operation.length
         return self._begin(chunk, 0, now_s)
@@ -155,7 +155,7 @@ class ChunkQueue:
             self._enter_line(work)
 
     def cancel(self, operation: ReadOperation) -> list[Work]:
-        """Take what was not begun of an operation out of the queue; return what has ended."""
+        """Drop the chunks of an operation that were not begun; return the operations that have ended."""
         work = self._works.get(operation)
         if work is None:
             return []
@@ -169,7 +169,7 @@ class ChunkQueue:
         """Cancel an operation and no longer count on the threads that read it.
 
         Returns:
-            What has ended, and the copies that are to get a new thread each, counted already.
+            The operations that have ended, and the copies that are to get a new thread each, counted already.
         """
         work = self._works.get(operation)
         if work is None:
@@ -189,12 +189,12 @@ class ChunkQueue:
         return ended, bereft
 
     def lose_thread(self, copy: int) -> list[Work]:
-        """Note that a thread counted on will never run; return what has ended because no thread is left."""
+        """Note that a thread counted on will never run; return the operations that end as no thread is left."""
         self.copies[copy].threads -= 1
         return self.end_hopeless()
 
     def end_hopeless(self) -> list[Work]:
-        """Give up what no thread is left to read, after a `write_off`; return what has ended."""
+        """After a `write_off`, fail the operations that no thread is left to read; return those that have ended."""
         if not any(copy.working for copy in self.copies):
             return self._give_up_all(_ALL_HANG)
         ended = []
@@ -207,20 +207,20 @@ class ChunkQueue:
         return ended
 
     def close(self) -> list[Work]:
-        """Give up everything that was not begun; return what has ended."""
+        """Drop all chunks that were not begun; return the operations that have ended."""
         return self._give_up_all("the reader was closed before the read began")
 
     def stalled_s(self, operation: ReadOperation, now_s: float) -> float:
-        """Return how long ago the oldest chunk that is being read was begun; 0 without any."""
+        """Return how long ago the oldest chunk in flight was begun; 0 without any."""
         work = self._works.get(operation)
         if work is None or not work.reading:
             return 0.0
         return now_s - min(chunk.begun_s for chunk in work.reading)
 
     def take(self, copy: int, now_s: float) -> Chunk | float:
-        """Give a thread of a copy its next chunk, or the time after which it should ask again: inf if it is to be told.
+        """Give a thread of a copy its next chunk, or the time after which it should ask again.
 
-        A thread that gets nothing is to be told when the queue has changed.
+        A thread that gets no chunk must also be woken when the queue has changed; with inf, only then.
         """
         ask_again_s = inf
         for priority, line in enumerate(self._lines):
@@ -234,7 +234,7 @@ class ChunkQueue:
         return ask_again_s
 
     def finish(self, chunk: Chunk, error: ReadError | None, now_s: float) -> list[Work]:
-        """Note how a chunk that was taken has ended; return what has ended with it."""
+        """Note how a chunk that was taken has ended; return the operations that have ended with it."""
         work, copy = chunk.work, self.copies[chunk.copy]
         work.reading.remove(chunk)
         self._drop_speculation(chunk)
@@ -256,7 +256,7 @@ class ChunkQueue:
         return self._end(work)
 
     def dismiss(self, copy: int) -> bool:
-        """Return whether a thread that was written off and has come back is to end, and if so count it out."""
+        """Return whether a thread that was written off and has come back should end, and if so count it out."""
         this = self.copies[copy]
         if this.working <= this.n_threads:
             return False
@@ -303,7 +303,7 @@ class ChunkQueue:
         return chunk
 
     def _wait_s(self, copy: int, tried: int, now_s: float) -> float:
-        """Return after which time a copy may read a chunk that failed on others: 0 for now, inf for never."""
+        """Return the time after which a copy may read a chunk that failed on others: 0 for now, inf for never."""
         if tried >> copy & 1:
             return inf
         this = self.copies[copy]
@@ -317,9 +317,11 @@ class ChunkQueue:
     def _patience_s(self, work: Work, copy: int, now_s: float) -> float:
         """Return how long a slow copy should leave the next chunk to the others: 0 if it should take it.
 
-        It should not if the others would have read all that is queued before this copy had read one chunk. It waits no
-        longer for them than it would have read itself: they may hang.
+        It should not if the others would have read the whole queue before this copy had read one chunk. It waits no
+        longer for them than its own read would take: they may hang.
         """
+        # A copy could remember only the last operation that it left. But with two in line its patience would begin anew
+        # each time it asks, so that it never read and asked without end: so `_left` keeps a time for each.
         this = self.copies[copy]
         mine = this.s_per_byte(now_s)
         if mine is None:
@@ -363,7 +365,7 @@ class ChunkQueue:
         return ReadError(work.path, work.operation.start, work.operation.needed, reason)
 
     def _give_up(self, work: Work, error: ReadError) -> list[Work]:
-        """Let the chunks of an operation that have not begun go unread; return it if it has ended."""
+        """Drop the chunks of an operation that have not begun; return it if it has ended."""
         work.error = error
         work.again.clear()
         if work.queued:

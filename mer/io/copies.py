@@ -61,7 +61,7 @@ class Copy:
         return self._s_per_byte if now_s - self._measured_s <= RATE_VALID_S else None
 
     def bytes_per_s(self, now_s: float) -> float | None:
-        """Return the rate over all the time in which at least one read was under way; None before the first."""
+        """Return the rate over all the time in which at least one read was in flight; None before the first."""
         busy_s = self._busy_s + (now_s - self._busy_since_s if self._reading else 0.0)
         return self.bytes_read / busy_s if self.reads and busy_s > 0 else None
 

@@ -68,7 +68,7 @@ class ExpertPart(NamedTuple):  # a tuple, as there are three for each of up to 6
 
 @attrs.frozen
 class SlotLayout:
-    """Where the three parts of one expert go in a slot: side by side, each into an area of whole pages of its own.
+    """Places of the three parts of one expert in a slot: side by side, each in its own area of whole pages.
 
     A part whose aligned hull has `lead` bytes before its first byte starts at `part_offsets[i] + lead` of the slot. Its
     area holds the hull, and has room for the matrix with its rows rounded up to `ROW_GROUP`, so that kernels may
@@ -236,7 +236,7 @@ def aligned_hull(offset: int, n_bytes: int, alignment: int) -> tuple[int, int, i
     """Return `(start, length, lead)` of the smallest aligned byte range that covers `n_bytes` at `offset`.
 
     `start` and `length` are multiples of `alignment`, and the wanted bytes begin `lead` bytes into the range. The range
-    may end behind the end of the file: a reader needs only its first `lead + n_bytes` bytes.
+    may reach beyond the end of the file: a reader needs only its first `lead + n_bytes` bytes.
     """
     lead = offset % alignment
     return offset - lead, round_up(lead + n_bytes, alignment), lead

@@ -54,7 +54,7 @@ class FetcherStatistics:
 
 @attrs.define(kw_only=True)
 class ClassCounts:
-    """What the Fetcher counts of one priority; named as in FetchCounts."""
+    """Counters of one priority; named as in FetchCounts."""
 
     started: int = 0
     promoted_in: int = 0
@@ -79,7 +79,7 @@ class ClassCounts:
 
 @attrs.define(kw_only=True)
 class ReadCounts:
-    """What the Fetcher counts of reads; named as in FetcherStatistics."""
+    """Counters of reads; named as in FetcherStatistics."""
 
     reads_started: int = 0
     reads_landed: int = 0

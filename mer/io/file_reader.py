@@ -23,7 +23,7 @@ from mer.io.reader import ReadOperation, check_operation
 
 
 def land(work: Work, meter: ReadMeter, now_s: float) -> None:
-    """End an operation that the queue has ended: count it, and tell whoever started it."""
+    """End an operation that the queue has ended: count it, and call its `on_landed`."""
     operation = work.operation
     operation.error = work.error
     operation.cancelled = work.incomplete
@@ -39,20 +39,20 @@ def ignore_failure(_reason: str) -> None:
 
 
 class FileReader(abc.ABC):
-    """A reader of model files; see `Reader` for what it promises, and `ChunkQueue` for what is read when.
+    """A reader of model files; see `Reader` for the contract, and `ChunkQueue` for the order of reads.
 
-    Operations are cut into aligned chunks, so that even a single one keeps a drive busy. A chunk that fails lets the
-    chunks of its operation that have not begun go unread. Mirrors are identical copies of the files on other drives;
-    the drives share what there is to read.
+    Operations are cut into aligned chunks, so that even a single one keeps a drive busy. When a chunk fails for good,
+    the chunks of its operation that have not begun are dropped. Mirrors are identical copies of the files on other
+    drives; the drives share the reads.
 
     Used as a context manager in the trio thread: entering opens the files and compares the mirrors with them (a
     blocking matter of some 10 ms for each file of each mirror); leaving closes. Closing never waits for a read: one
     that hangs in the kernel keeps its memory and the files, and nothing else. Operations that have not been read by
-    then end with an error, if the event loop is still there to hear of it.
+    then end with an error, if the event loop still runs.
 
     Attributes:
         engine: how it gets the kernel to read: "threads" or "io_uring".
-        default_depth: reads of each drive that are under way at once, where nothing else is asked for.
+        default_depth: reads of each drive that are in flight at once by default.
         depth: the number in force.
         on_failure: told, in the trio thread, why the reader can read nothing more; may be set at any time.
         chunk_bytes: the largest read.
@@ -61,7 +61,7 @@ class FileReader(abc.ABC):
         paths: the files, numbered by their position.
         mirrors: for each further drive the paths of its copies of all the files, in the same order.
         expected: what each file was when its header was read, if that is to be checked.
-        n_threads: reads of each drive that are under way at once; by default `default_depth`.
+        n_threads: reads of each drive that are in flight at once; by default `default_depth`.
         chunk_bytes: the largest read in bytes, a multiple of 4096; below about 1 MiB the disk's full rate is not
             reached.
         prefetch_threads: how many of them may be for prefetches, so that the others are there when demand comes; by
@@ -106,8 +106,8 @@ class FileReader(abc.ABC):
             prefetch_threads=min(2, max(1, self.depth // 2)) if prefetch_threads is None else prefetch_threads,
         )
         self._drives: tuple[tuple[ModelFile, ...], ...] = ()  # of each copy, its files
-        self._ended: list[Work] = []  # operations whose end the trio thread is about to hear of
-        self._told = False  # whether it is
+        self._ended: list[Work] = []  # operations that the trio thread has yet to end
+        self._told = False  # whether it is about to
         self._open = False  # written in the trio thread
         self._disowned = False
         self.on_failure: Callable[[str], None] = ignore_failure
@@ -181,7 +181,7 @@ class FileReader(abc.ABC):
 
     @abc.abstractmethod
     def stalled_s(self, operation: ReadOperation) -> float:
-        """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
+        """Return how long the oldest read of an operation has been in flight; see `Reader.stalled_s`."""
 
     @abc.abstractmethod
     def statistics(self) -> ReaderStatistics:
@@ -227,20 +227,20 @@ class FileReader(abc.ABC):
         return not told
 
     def _tell(self, told: bool) -> None:
-        """Let the trio thread hear of what has ended, if it will not anyway."""
+        """Have the trio thread end the operations that have ended, unless it will anyway."""
         if told:
             assert self._token is not None
-            with contextlib.suppress(trio.RunFinishedError):  # nobody is left to tell
+            with contextlib.suppress(trio.RunFinishedError):  # no task is left to tell
                 self._token.run_sync_soon(self._land)
 
     def _fail(self, error: BaseException) -> None:
-        """Read nothing more, as what reads has died of an error that is a defect; in the trio thread."""
+        """Stop reading after an error that is a defect; in the trio thread."""
         self.on_failure(f"reading has stopped: {type(error).__name__}: {error}")
         self.close()  # or idle threads would wait for ever
 
     @abc.abstractmethod
     def _land(self) -> None:
-        """End what has ended, in the trio thread."""
+        """Call back the operations that have ended, in the trio thread."""
 
     def _finish_all(self, ended: list[Work]) -> None:
         """End operations, in the trio thread and in no call."""

@@ -79,7 +79,7 @@ class ModelFile:
             raise
 
     def close(self) -> None:
-        """Close the file; no read may be under way."""
+        """Close the file; no read may be in flight."""
         os.close(self._fd)
 
     def read_into(self, memory: memoryview, start: int, needed: int) -> None:
@@ -88,7 +88,7 @@ class ModelFile:
         Args:
             memory: bytes to fill; in direct mode its address and length are multiples of the alignment.
             start: offset in the file; in direct mode a multiple of the alignment.
-            needed: how many of the bytes must arrive; what lies behind them may be beyond the end of the file.
+            needed: how many of the bytes must arrive; the others may lie beyond the end of the file.
 
         Raises:
             ReadError: the file ends too early, or the operating system reports an error.

@@ -14,7 +14,7 @@ __all__ = ["GGUFFile", "MetadataValue", "TensorInfo", "read_gguf"]
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Return the header of a GGUF model, GGUF v2 or v3 and little-endian.
 
-    Of a split model any part may be given; the others are found beside it. Blocks while it reads: 0.1 s for 150 k
+    Of a split model any part may be given; the others are found next to it. Blocks while it reads: 0.1 s for 150 k
     tokens with merges; never maps a file, never reads tensor data, holds no file open afterwards.
 
     The file is not trusted: every length, count, type, shape and extent is checked before use, with at most 256 MiB of

@@ -100,7 +100,7 @@ def _read_one(
 
 
 def _next_header(part: GGUFFile) -> int | None:
-    """Return where another GGUF file begins behind the data of this one, if one does."""
+    """Return where another GGUF file begins after the data of this one, if one does."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=part.header_bytes)
     fd, _ = open_regular(part.paths[0], partial(not_opened, part.paths[0]))
     try:

@@ -10,7 +10,7 @@ import attrs
 
 @attrs.frozen
 class FileIdentity:
-    """What tells a file from one that takes its name, and from itself after a write; see stat(2)."""
+    """Numbers that tell a file from one that takes its name, and from itself after a write; see stat(2)."""
 
     st_dev: int
     st_ino: int

@@ -1,7 +1,7 @@
-"""Reads that a compute job makes by itself: it is lent a ring to ask the kernel by, and the slots of residents.
+"""Reads within a compute job, which borrows a ring to ask the kernel by, and the slots of residents.
 
-What is lent lies in memory that compiled code works on, in the int64 words of `mer.io.job_words`. `Lender` is the
-reader's side of it.
+The loan is memory that compiled code works on, in the int64 words of `mer.io.job_words`. `Lender` is the reader's side
+of it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class JobRead:
     Attributes:
         layer: of the expert.
         expert: its number.
-        victim: layer and number of the expert that had the slot.
+        victim: layer and number of the expert that was evicted from the slot.
         slot: where to.
         addresses: where gate, up and down begin in memory.
         lengths: bytes of the reads of gate, up and down.
@@ -73,7 +73,7 @@ class JobRead:
         tokens: of the reads in the ring; None for those that the kernel does not have yet.
         landed: whether all of the expert is in memory.
         late: whether it has begun and the job has not waited for it, though none of its reads has failed.
-        arranged: whether the job has computed with it, so that it is not fresh any more.
+        arranged: whether the job has computed with it, and so has re-arranged it.
     """
 
     layer: int
@@ -92,7 +92,7 @@ class JobRead:
 
 
 class Lender(Reader, Protocol):
-    """A reader whose reads a job can make by itself."""
+    """A reader that can lend its ring to a job."""
 
     depth: int
     chunk_bytes: int
@@ -102,9 +102,9 @@ class Lender(Reader, Protocol):
         """Whether drives share the reading, so that nothing can be lent."""
 
     def lend(self) -> bool:
-        """Leave the ring to a job until `take_back`, if nothing is being read or waits for it; return whether it is.
+        """Leave the ring to a job until `take_back`, unless a read is in flight or queued; return whether it is lent.
 
-        What is started meanwhile waits.
+        Operations that are started meanwhile wait.
         """
 
     def ring_addresses(self) -> RingAddresses:
@@ -114,16 +114,16 @@ class Lender(Reader, Protocol):
         """Return the descriptors of the files."""
 
     def take_back(self) -> None:
-        """Take over the ring again; `adopt` must follow for every read that the job has begun and not heard of."""
+        """Take over the ring again; `adopt` must follow for every read that the job has begun and not seen end."""
 
     def adopt(self, operation: ReadOperation, token: int, result: int | None, begun_s: float) -> ReadOperation:
         """Go on with a read that a job has begun, as if it had been started here.
 
         Args:
             operation: the read, of one chunk.
-            token: what the job has called it.
-            result: bytes read or a negative error number; None if the kernel is still at it.
-            begun_s: when the job has begun it.
+            token: of the read in the ring.
+            result: bytes read or a negative error number; None if it is in flight.
+            begun_s: when the job began it.
 
         Returns:
             The operation that will land in its place, with its `on_landed`; as a rule itself.
@@ -136,8 +136,9 @@ class Lender(Reader, Protocol):
 class JobReads:
     """The memory by which jobs are lent slots and a ring; used again from job to job.
 
-    A job reads what it misses into the slots of residents that are worth least. As long as a class has free slots, what
-    fits these is left to the event loop: their pages may not be there yet, which would keep the job waiting.
+    A job reads a missing expert into the slot of the least valuable resident. As long as a class has free slots, the
+    event loop reads its experts instead: the pages of free slots may not be there yet, and computing while the kernel
+    clears pages takes three times as long.
 
     Attributes:
         address: of the control block.
@@ -208,7 +209,7 @@ class JobReads:
 
         Args:
             free: of each class, whether it has free slots.
-            kept: layer and number of residents that must not leave.
+            kept: layer and number of residents that the job must not evict.
         """
         if not self.lender.lend():
             return False
@@ -222,20 +223,20 @@ class JobReads:
         return True
 
     def stop(self) -> None:
-        """Let the job that runs begin no more reads."""
+        """Keep the job that runs from beginning more reads."""
         self.control[STOP] = 1
 
     def take_back(self) -> list[JobRead]:
-        """End the loan after the job and return what it has begun to read, in order.
+        """End the loan after the job and return the experts that it has begun to read, in order.
 
-        The reader must `adopt` what has not landed, before anything else.
+        Before anything else, the reader must `adopt` the reads that have not landed.
         """
         self.lender.take_back()
         n, serial, n_given = (int(self.control[word]) for word in (N_LOGGED, SERIAL, NEXT))
         return [self._read(number, words, serial, n_given) for number, words in enumerate(self.log[:n].tolist())]
 
     def _read(self, number: int, words: list[int], serial: int, n_given: int) -> JobRead:
-        """Return what an entry of the log says."""
+        """Return the read that an entry of the log records."""
         layer, expert, base, victim, arranged, begun_ns, ended_ns, *results = words
         parts = self.experts[layer, expert, PART:].reshape(3, PART_WORDS)
         token, first_read = TOKEN_BIT + 4 * (serial + number), 3 * number

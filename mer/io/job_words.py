@@ -1,4 +1,4 @@
-"""The int64 words by which a compute job and a reader share reads; see `mer.io.job_reads`.
+"""Words (int64) by which a compute job and a reader share reads; see `mer.io.job_reads`.
 
 The control block names all other tables. The numbers below are those of words in it, and in a row of each table.
 """
@@ -20,7 +20,7 @@ CQ_HEAD: Final = 5
 CQ_TAIL: Final = 6
 CQ_MASK: Final = 7
 CQES: Final = 8
-DEPTH: Final = 9  # reads that may be under way at once
+DEPTH: Final = 9  # reads that may be in flight at once
 N_LAYERS: Final = 10
 N_EXPERTS: Final = 11  # of a layer
 EXPERTS: Final = 12  # address of the table of experts, [L, E, EXPERT_WORDS]

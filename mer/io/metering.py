@@ -45,7 +45,7 @@ class LatencyHistogram:
 
 @attrs.frozen(kw_only=True)
 class PriorityStatistics:
-    """What a reader did and has to do for one priority."""
+    """Reads of one priority, ended and queued."""
 
     landed: int  # operations whose bytes arrived
     queued_bytes: int  # of operations started, not yet begun to be read
@@ -56,18 +56,18 @@ class PriorityStatistics:
 
 @attrs.frozen(kw_only=True)
 class CopyStatistics:
-    """What a reader did with one copy of the model: the original, or a mirror."""
+    """Reads from one copy of the model: the original, or a mirror."""
 
     paths: tuple[str, ...]
     modes: tuple[IoMode, ...]  # per file
     bytes_read: int  # in chunks, those of operations that failed in the end included
     reads: int  # chunks read or failed
     failures: int  # chunks that could not be read
-    bytes_per_s: float | None  # while at least one read was under way; None before the first
+    bytes_per_s: float | None  # while at least one read was in flight; None before the first
     in_force: bool  # or left out after failures
     next_try_s: float  # seconds until a copy that is left out is tried again
     threads: int  # alive
-    threads_written_off: int  # of them, those that hang in a read that nobody waits for
+    threads_written_off: int  # of them, those that hang in a read that was written off
 
 
 @attrs.frozen(kw_only=True)

@@ -16,14 +16,14 @@ from mer.errors import naming
 
 PRIVATE: Final = 0o600
 SHARED: Final = 0o666  # less what the umask takes
-STALE_S: Final = 3600.0  # age from which nobody writes a small file any more
+STALE_S: Final = 3600.0  # age from which on no process writes a small file any more
 
 
 class NewFile:
-    """Writes a temporary file beside `path`, which `commit` puts in its place.
+    """Writes a temporary file next to `path`, which `commit` puts in its place.
 
     A context manager: leaving it without `commit` removes the temporary file, and `path` is as it was. A process that
-    is killed leaves `.NAME.` and 8 hexadecimal digits behind. Everything here blocks.
+    is killed leaves `.NAME.` and 8 hexadecimal digits. Everything here blocks.
 
     Args:
         path: the file to be; one that is there is replaced.
@@ -117,7 +117,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes, mode: int = PRIVATE) 
 def sweep(folder: Path, suffix: str) -> None:
     """Remove what killed processes have left in a folder of the temporary files of `NewFile`, if it is an hour old.
 
-    A younger one may be under way in another process. What cannot be looked at or removed stays, as nothing depends on
+    Another process may still write a younger one. A file that cannot be looked at or removed stays: nothing depends on
     it.
 
     Args:

@@ -67,7 +67,7 @@ def open_regular(
 
 
 def read_some(fd: int, path: Path, offset: int, n_bytes: int) -> bytes:
-    """Return up to `n_bytes` bytes of a file from `offset`: fewer after a short read, none behind its end. Blocks.
+    """Return up to `n_bytes` bytes of a file from `offset`: fewer after a short read, none after its end. Blocks.
 
     Raises:
         ReadError: the operating system reports an error, an error that may pass for the fourth time.

@@ -1,4 +1,4 @@
-"""Accounting of the slots that reads land in: who holds which slot, and who is next in line for one."""
+"""Accounting of the slots that reads land in: their states, and the line of tickets for them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mer.io.priority import Priority
 
 
 class SlotState(enum.IntEnum):
-    """What a slot is doing; every slot is in exactly one of these states."""
+    """States of a slot; every slot is in exactly one."""
 
     FREE = 0
-    FILLING = 1  # leased: reads into it are about to start or under way
+    FILLING = 1  # leased: reads into it are about to start or in flight
     READY = 2  # holds its bytes, used by nobody right now
     PINNED = 3  # holds its bytes, planned or used by at least one batch
-    QUARANTINED = 4  # nobody wants the bytes, but the kernel may still write into it
+    QUARANTINED = 4  # its bytes are not needed, but the kernel may still write into it
 
 
 def keeps_all(_: Ticket) -> None:
-    """Give up no slot."""
+    """Evict nothing."""
 
 
 @attrs.define(eq=False)
@@ -36,8 +36,8 @@ class Ticket:
         priority: of the read that the slot is for.
         on_granted: called once, with the ticket, when its slot has become FILLING; synchronous, possibly before
             `request` has returned.
-        evict: called with the ticket when no slot is free: it forgets what one READY slot of the ticket's kind holds
-            and returns that slot, or None if the owner of the READY slots keeps them all.
+        evict: called with the ticket when no slot is free: evicts the expert of a READY slot of the ticket's kind and
+            returns that slot, or None if the owner of the READY slots keeps them all.
         slot: the slot, once granted.
     """
 
@@ -64,13 +64,13 @@ class PoolStatistics:
 
 
 class BufferPool:
-    """Leases slots to whoever reads into them.
+    """Leases slots for reads into them.
 
     Requests wait in line: demand before read-ahead before prefetch, and first come, first served among the requests
-    of one priority and one kind of slots. Whoever gives a slot back hands it to the head of the line; a request that
-    comes later never overtakes. A request takes a free slot, or a READY one that its owner gives up for it. Speculation
-    (every priority but demand) must leave a reserve: as many slots that are free or READY, so that demand always has
-    them without waiting for a speculative read to land.
+    of one priority and one kind of slots. The call that releases a slot grants it to the head of the line; a later
+    request never overtakes. A request takes a free slot, or a READY one whose expert is evicted for it. Speculation
+    (every priority but demand) must leave a reserve of slots that are free or READY, so that demand never waits for a
+    speculative read to land.
 
     Everything is synchronous, and a transition that does not fit the slot's state raises RuntimeError and changes
     nothing. To be used from the trio thread alone.
@@ -109,11 +109,11 @@ class BufferPool:
 
     @property
     def states(self) -> tuple[SlotState, ...]:
-        """What every slot is doing."""
+        """The state of every slot."""
         return tuple(self._states)
 
     def state(self, slot: int) -> SlotState:
-        """Return what a slot is doing.
+        """Return the state of a slot.
 
         Raises:
             RuntimeError: there is no such slot.
@@ -145,7 +145,7 @@ class BufferPool:
             RuntimeError: it is not in line.
         """
         self._leave_line(ticket)
-        self.serve()  # those behind it may be served where it was not: they want other experts
+        self.serve()  # tickets behind it may get a slot where it got none: they are for other experts
 
     def promote(self, ticket: Ticket) -> None:
         """Move a ticket that waits as speculation to the end of the line of demand.
@@ -205,15 +205,15 @@ class BufferPool:
             self.serve()
 
     def release(self, slot: int) -> None:
-        """Give back a slot that nobody uses and no read writes into: READY or FILLING becomes FREE."""
+        """Release a slot that is not in use and that no read writes into: READY or FILLING becomes FREE."""
         self._set_free(slot, SlotState.READY, SlotState.FILLING)
 
     def quarantine(self, slot: int) -> None:
-        """Set aside a slot whose bytes nobody wants while reads into it are under way: FILLING becomes QUARANTINED."""
+        """Set aside a slot whose bytes are not needed while reads are in flight: FILLING becomes QUARANTINED."""
         self._move(slot, SlotState.QUARANTINED, SlotState.FILLING)
 
     def reclaim(self, slot: int) -> None:
-        """Give back a quarantined slot after its last read landed: QUARANTINED becomes FREE."""
+        """Release a quarantined slot after its last read has landed: QUARANTINED becomes FREE."""
         self._set_free(slot, SlotState.QUARANTINED)
 
     def statistics(self) -> PoolStatistics:

@@ -1,4 +1,4 @@
-"""The numbers by which residents are ranked, where code that knows no policy chooses who leaves."""
+"""Ranks of residents, as numbers for code that knows no policy and chooses the expert to evict."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 @attrs.frozen(eq=False)
 class Ranks:
-    """What residents are worth: of those that may leave, the one that is worth least does.
+    """Values of residents: of those that may be evicted, the least valuable expert is.
 
     A resident is worth `values[layer, expert] * weights[layer] * patience[place]`, where the place of the layer that
     needs the room is 0, that of the layer visited before it 1, and so on; among equals the one of the lowest place
-    leaves, and of these the lowest number.
+    is evicted, and of these the lowest number.
     """
 
     values: npt.NDArray[np.float64]  # [L, E]

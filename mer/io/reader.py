@@ -34,7 +34,7 @@ class ReadOperation:
     buffer: NDArray[np.uint8]  # shape (length,), contiguous, writable, its address a multiple of the alignment
     on_landed: Callable[[ReadOperation], None]  # called once, in the trio thread, after the last byte or the failure
     priority: Priority = Priority.DEMAND  # raised by `Reader.promote`
-    untouched: bool = False  # the memory has no pages yet; whoever hands the read to the kernel waits for them
+    untouched: bool = False  # the memory has no pages yet; the thread that hands the read to the kernel waits for them
     error: ReadError | None = None  # why it failed; known once it has landed
     cancelled: bool = False  # whether `error` says no more than that it was cancelled or written off half-way
     address: int = attrs.field()  # of the buffer
@@ -137,7 +137,7 @@ def check_promotion(operation: ReadOperation, priority: Priority) -> None:
 
 
 class PendingExtent:
-    """A byte range on its way into memory of its own; whoever stops waiting for it need not do anything."""
+    """A byte range on its way into separate memory; a task that stops waiting for it need do nothing else."""
 
     def __init__(self, reader: Reader, operation: ReadOperation, lead: int) -> None:
         self._reader = reader

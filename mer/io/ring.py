@@ -45,7 +45,7 @@ _syscall.argtypes = [ctypes.c_long] * 7
 
 @attrs.frozen(kw_only=True)
 class RingAddresses:
-    """Where the words of a ring are that is shared with the kernel."""
+    """Addresses of the words of a ring that is shared with the kernel."""
 
     fileno: int
     sq_tail: int
@@ -64,7 +64,7 @@ class Ring:
     ring is closed: the kernel holds the pages themselves, so that what a late read brings reaches nobody else.
 
     Attributes:
-        entries: reads that may be under way at once.
+        entries: reads that may be in flight at once.
 
     Args:
         entries: at least so many of them.
@@ -116,7 +116,7 @@ class Ring:
     def read(self, fd: int, address: int, length: int, offset: int, token: int, *, aside: bool = False) -> None:
         """Prepare a read of a file into memory, for `submit`; `completed` gives its token back.
 
-        At most `entries` reads may be under way. One that would keep the caller waiting for pages of memory can be
+        At most `entries` reads may be in flight. One that would keep the caller waiting for pages of memory can be
         begun `aside`, by a thread of the kernel.
         """
         entry = (self._tail & self._sq_mask) * _SQE_BYTES
@@ -165,11 +165,11 @@ class Ring:
         return done
 
     def lend(self) -> None:
-        """Leave the rings to somebody else until `resume`; the eventfd tells of nothing meanwhile."""
+        """Leave the rings to a borrower until `resume`; meanwhile the eventfd is silent."""
         self._notify(_EVENTFD_DISABLED)
 
     def addresses(self) -> RingAddresses:
-        """Return where the rings are, for whoever they are lent to; they stay there until the ring is closed."""
+        """Return the addresses of the rings, for a borrower; they hold until the ring is closed."""
         rings, sqes = _address(self._rings), _address(self._sqes)
         return RingAddresses(
             fileno=self._fd,
@@ -204,7 +204,7 @@ class Ring:
             os.read(self._event, 8)
 
     def close(self) -> None:
-        """Close the ring; reads under way end without a word. Closing twice is allowed."""
+        """Close the ring; reads in flight end without a completion. Closing twice is allowed."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

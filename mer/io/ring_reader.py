@@ -50,9 +50,9 @@ class RingUnavailable(ConfigError):
 class RingReader(FileReader):
     """Reads with io_uring, from files that allow direct reads; see `FileReader`.
 
-    The trio thread itself hands a read to the kernel as soon as its operation starts, and hears of its end from an
-    eventfd: no thread is woken, and none waits for the interpreter. A read that hangs is no longer counted on once its
-    operation is written off: another may take its place.
+    The trio thread itself hands a read to the kernel as soon as its operation starts, and an eventfd tells it of the
+    end: no thread is woken, and none waits for the interpreter. After an operation is written off, its hanging read no
+    longer counts: another may take its place.
 
     Raises:
         RingUnavailable: on entering, the system has no io_uring or refuses it, or a file must be read through the page
@@ -66,7 +66,7 @@ class RingReader(FileReader):
         super().__init__(paths, **settings)
         self._ring: Ring | None = None
         self._reading: dict[int, _Reading] = {}  # by token
-        self._busy = [0 for _ in self._queue.copies]  # reads under way of each drive, those that hang included
+        self._busy = [0 for _ in self._queue.copies]  # reads in flight of each drive, those that hang included
         self._tokens = count()
         self._waiting = trio.CancelScope()  # for something to complete
         self._wait_s = math.inf  # how long at most, before the queue is asked again
@@ -109,7 +109,7 @@ class RingReader(FileReader):
         self._fill(now_s)
 
     def stalled_s(self, operation: ReadOperation) -> float:
-        """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
+        """Return how long the oldest read of an operation has been in flight; see `Reader.stalled_s`."""
         return self._queue.stalled_s(operation, time.monotonic())
 
     def lend(self) -> bool:

@@ -103,7 +103,7 @@ class ThreadReader(FileReader):
         self._tell(told)
 
     def stalled_s(self, operation: ReadOperation) -> float:
-        """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
+        """Return how long the oldest read of an operation has been in flight; see `Reader.stalled_s`."""
         with self._lock:
             return self._queue.stalled_s(operation, time.monotonic())
 

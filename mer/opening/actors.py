@@ -32,7 +32,7 @@ from mer.sched.store import ExpertStore
 
 @attrs.frozen(kw_only=True)
 class Lending:
-    """What jobs may be lent for reads of their own.
+    """The reader as a loan to jobs, or the reason against it.
 
     Attributes:
         lender: the reader, if it can be lent.
@@ -45,7 +45,7 @@ class Lending:
 
 @attrs.frozen(kw_only=True)
 class Guesses:
-    """How the experts that the next layer may need are guessed.
+    """Settings of the guesses at the next layer's experts.
 
     Attributes:
         mode: see `Prefetcher`; anything but "off".
@@ -62,7 +62,7 @@ class Guesses:
 
 @attrs.frozen(kw_only=True)
 class ExpertActors:
-    """What brings experts from the disk to a worker; `fetcher.run` is to be run."""
+    """The actors that bring experts from the disk to a worker; `fetcher.run` is to be run."""
 
     experts: ExpertMap
     top_k: int
@@ -76,7 +76,7 @@ class ExpertActors:
 
 @attrs.frozen(kw_only=True)
 class Actors:
-    """What generates; `run` of scheduler, fetcher and worker are to be run."""
+    """The actors that generate; `run` of scheduler, fetcher and worker are to be run."""
 
     experts: ExpertActors
     kv: KVBlocks
@@ -98,7 +98,7 @@ def open_expert_actors(
     read_deadline_s: float = DEFAULT_READ_DEADLINE_S,
     on_fetched: Callable[[Fetch], None] | None = None,
 ) -> ExpertActors:
-    """Make and join what brings experts from the disk to a worker.
+    """Make and join the actors that bring experts from the disk to a worker.
 
     Args:
         experts: where every expert lies in the files, [L][E].
@@ -107,9 +107,9 @@ def open_expert_actors(
         reader: of the files.
         top_k: experts that a token uses.
         policy: of the cache; a fresh one.
-        tier: experts that the worker has in memory of its own.
-        lending: what jobs may be lent for reads of their own; by default nothing.
-        guesses: how to guess; by default nothing is.
+        tier: experts in the worker's own memory.
+        lending: the loan to jobs that read missing experts; by default none.
+        guesses: settings of prefetching; by default nothing is read on a guess.
         read_deadline_s: when a read that gives no answer is given up.
         on_fetched: see `ExpertStore`.
 

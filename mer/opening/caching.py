@@ -21,7 +21,7 @@ from mer.sched.trace import TraceHeader, TraceWriter
 
 @attrs.frozen(kw_only=True)
 class Residency:
-    """What `open_residency` makes."""
+    """Results of `open_residency`."""
 
     policy: Policy
     heat: HeatCounter

@@ -72,7 +72,7 @@ async def open_engine(*arguments: Any, **settings: Any) -> AsyncIterator[Engine]
 
 @contextmanager
 def _reading(reader: FileReader) -> Iterator[None]:
-    """Let what waits for a reader fail when the reader does.
+    """Cancel the block, which waits for a reader, when the reader fails.
 
     Raises:
         EngineClosed: the reader can read nothing more.
@@ -96,6 +96,8 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
     For services that own the nursery: `engine = await nursery.start(mer.run_engine, config)`. Raises as `open_engine`
     does.
     """
+    # Opening and serving could be two functions, the second given what the first has made. It is one because lints
+    # follow a nursery, and what is closed after it, in one function only. The room's other modules make the parts.
     begun_s = time.perf_counter()
     home = Home()
     with naming_refusals(), OwnProcessStack() as stack:
@@ -222,13 +224,13 @@ def _load(config: EngineConfig) -> tuple[Model, MemoryPlan, bytes]:
 
 
 async def _compute(worker: Worker, engine: Engine) -> None:
-    """Run the worker; one that ends by itself can compute nothing more, so that the engine closes."""
+    """Run the worker; when it ends uncancelled, it can compute nothing more, so the engine closes."""
     await worker.run()
     engine.fail(worker.failure)
 
 
 def _lending(opened: OpenReader) -> Lending:
-    """Return the reader as what jobs may be lent, or why it is not."""
+    """Return the loan of the reader to jobs, or the reason why it cannot be lent."""
     reader = opened.reader
     if isinstance(reader, RingReader):
         return Lending(lender=reader)
@@ -236,14 +238,14 @@ def _lending(opened: OpenReader) -> Lending:
 
 
 def _guesses(mode: PrefetchMode, reader: FileReader, experience: Experience) -> Guesses | None:
-    """Return how to guess, or None if the mode is off."""
+    """Return the settings of prefetching, or None if the mode is off."""
     if mode == "off":
         return None
     return Guesses(mode=mode, bytes_per_s=measured_rate(reader), markov=experience.markov)
 
 
 def _kv_layout(computing: Computing, fingerprint: bytes) -> KVLayout:
-    """Return what the bytes of a KV block depend on."""
+    """Return the layout that the bytes of a KV block depend on."""
     return KVLayout(
         fingerprint=fingerprint,
         kv_type=computing.kv_type,

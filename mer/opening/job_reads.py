@@ -19,9 +19,9 @@ def open_job_reads(
     cache: ExpertCache,
     tier: Tier | None,
 ) -> tuple[JobReads | None, str]:
-    """Return what jobs are lent for reads of their own, and "on", or None and why they are not.
+    """Return the loan to jobs that read missing experts, and "on", or None and why there is none.
 
-    Experts of which a matrix is more than a chunk are left to the reader: beside such reads, a way through the event
+    Experts with a matrix of more than a chunk are left to the reader: compared with such reads, a way through the event
     loop takes no time.
 
     Args:
@@ -31,7 +31,7 @@ def open_job_reads(
         lender: the reader, if it can be lent.
         reason: why it cannot.
         cache: the residents.
-        tier: experts that the worker has in memory of its own.
+        tier: experts in the worker's own memory.
     """
     ranks = cache.ranks
     if not experts.experts:

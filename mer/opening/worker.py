@@ -26,7 +26,7 @@ from mer.sched.policies.registry import DEFAULT_POLICY, CacheShape, make_policy
 
 
 class Worker(ComputeWorker, Protocol):
-    """A compute worker with threads of its own."""
+    """A compute worker with its own threads."""
 
     @property
     def failure(self) -> str:
@@ -59,7 +59,7 @@ class Computing:
 async def open_computing(config: EngineConfig, model: Model, plan: MemoryPlan, reader: Reader) -> Computing:
     """Compile the kernels, read the dense weights, and make the worker for the plan's device.
 
-    If cancelled, reads under way keep their memory until they land.
+    If cancelled, reads in flight keep their memory until they land.
 
     Raises:
         ReadError: bytes could not be read.

@@ -1,4 +1,4 @@
-"""The arithmetic of a memory plan: which parts there are, what each takes, and what is chosen to fit a budget."""
+"""Arithmetic of a memory plan: its parts, the bytes of each, and the choices that fit a budget."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEFAULT_SEQUENCES = 8
 _BATCHES = range(16, 512 + 1, 16)
 _LEAST_CONTEXT, _MOST_CONTEXT = 512, 4096
 _KV_SHARE = 12  # of what a budget has beyond the floor, the KV cache is given 1 / 12,
-_SCRATCH_SHARE = 8  # and scratch 1 / 8, as far as they have use for it and the user sets nothing
+_SCRATCH_SHARE = 8  # and scratch 1 / 8, up to what they have use for, where the user sets nothing
 
 
 def default_kv_type(dense: Iterable[TensorInfo], experts: ExpertMap) -> KVType:
@@ -111,7 +111,7 @@ class Planner:
         self.smallest = self._limits(self._batches[0], self._blocks[0], self._blocks[0])
 
     def _batch_candidates(self) -> tuple[int, ...]:
-        """Return the prefill chunks to choose from, rising: with room for a prompt beside all that decode."""
+        """Return the prefill chunks to choose from, rising: with room for a prompt while all sequences decode."""
         config = self._config
         least = 2 * config.max_sequences if config.max_sequences is not None and config.max_sequences > 1 else 1
         if config.batch_tokens is None:
@@ -187,12 +187,13 @@ class Planner:
         return tuple(counts[kind] for kind in range(self.least_slots))
 
     def choose(self, floor: int) -> tuple[int, Limits]:
-        """Return the number of slots, and the largest context, prefill chunk and number of KV blocks beside them.
+        """Return the number of slots, and the largest context, prefill chunk and number of KV blocks that fit too.
 
-        The KV cache and scratch are set aside fixed shares of what the budget has beyond the floor, and the slots are
-        what is left: so more memory never means fewer slots nor a shorter context. What the shares and the last slot
-        leave over goes to KV blocks, and to the context when all experts have their slots.
+        KV cache and scratch get fixed shares of what the budget has beyond the floor; the slots get the rest. What the
+        shares and the last slot leave over goes to KV blocks, and to the context when all experts have their slots.
         """
+        # KV cache and scratch are not each made as large as fits, with the slots last: a step of theirs could then cost
+        # slots. The shares grow smoothly, so that more memory never means fewer slots nor a shorter context.
         least, most = self._blocks
         sequences, spare = self.smallest.sequences, self._budget - floor
 
@@ -227,7 +228,7 @@ def slot_order(n_experts: Sequence[int], first: int) -> list[int]:
 
     Args:
         n_experts: experts of each class.
-        first: slots of each class that come before all others, as far as it has so many experts.
+        first: slots of each class that come before all others, or its number of experts if that is less.
     """
     ranked = sorted(
         (number - first if number < first else (number + 0.5) / n, kind)
@@ -246,7 +247,7 @@ def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 
 def tokenizer_bytes(gguf: GGUFFile, vocab_size: int) -> int:
-    """Return what the tokenizer of a file takes beside its metadata, however long the texts of its tokens are."""
+    """Return the bytes of a file's tokenizer without its metadata, however long the texts of its tokens are."""
     merges = gguf.metadata.get("tokenizer.ggml.merges")
     n_merges = len(merges) if isinstance(merges, list) else 0  # Another type is refused by the tokenizer.
     return TOKENIZER_BYTES + vocab_size * TOKENIZER_BYTES_PER_TOKEN + n_merges * TOKENIZER_BYTES_PER_MERGE

@@ -20,7 +20,7 @@ from mer.system import default_budget
 
 @attrs.frozen(kw_only=True)
 class MemoryPlan:
-    """How a memory budget is spent."""
+    """Division of a memory budget."""
 
     budget_bytes: int
     budget_source: str  # "given", or how the default was found

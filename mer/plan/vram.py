@@ -1,4 +1,4 @@
-"""The plan of a device's own memory, and of the process's memory beside a device."""
+"""Plan of a device's own memory, and of the process's memory where there is a device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mer.units import format_bytes
 
 @attrs.frozen(kw_only=True)
 class VRAMPlan:
-    """How the device's own memory is spent."""
+    """Division of the device's own memory."""
 
     budget_bytes: int
     budget_source: str  # "given", or how the default was found
@@ -153,7 +153,7 @@ class DevicePlanner(Planner):
         return self.budget >= self.least_bytes
 
     def slots_beside(self, limits: Limits) -> int:
-        """Return the number of slots that fit beside all else for batches of these limits."""
+        """Return the number of slots that fit with all other parts, for batches of these limits."""
         scratch = self._scratch_bytes(limits)
         return largest(self.least_slots, self.total_experts, lambda n: self._fits(0, scratch, n))
 

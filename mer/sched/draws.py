@@ -37,7 +37,7 @@ class Row:
 
 @attrs.frozen
 class Answer:
-    """What became of a row."""
+    """Result of a row."""
 
     finite: bool  # whether all logits are; if not, nothing was drawn
     drawn: Drawn | None = None

@@ -21,7 +21,7 @@ class Usage:
 
 @attrs.frozen(kw_only=True)
 class Timings:
-    """Where the time of one generation went; `decode_s` is 0 for a single token."""
+    """Times of one generation by stage; `decode_s` is 0 for a single token."""
 
     queue_s: float  # from submission to the start of the prompt's first chunk
     prefill_s: float  # from submission to the first token

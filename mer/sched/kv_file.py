@@ -42,7 +42,7 @@ def _name(_instance: Any, attribute: attrs.Attribute[Any], value: str) -> None:
 
 @attrs.frozen(kw_only=True)
 class KVLayout:
-    """What the bytes of a block mean: two engines with the same layout compute the same bytes for the same tokens."""
+    """Meaning of the bytes of a block: two engines with the same layout compute the same bytes for the same tokens."""
 
     fingerprint: bytes  # of the model, see `model_fingerprint`
     kv_type: str = attrs.field(validator=_name)  # "f32", "f16" or "q8_0" (docs/prefix-reuse.md), all numbers finite

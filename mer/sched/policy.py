@@ -23,7 +23,7 @@ class Policy(Protocol):
 
     @property
     def ranks(self) -> Ranks | None:
-        """The numbers that `victim` goes by, changed in place; None if it goes by something else."""
+        """The numbers by which `victim` chooses, changed in place; None if it chooses otherwise."""
 
     def use(self, layer: int, experts: Sequence[int]) -> None:
         """Note that a batch uses these experts of a layer, each named once, kept or not."""
@@ -46,13 +46,13 @@ class Policy(Protocol):
         """Return the kept expert that should make room for one of `layer`, or None if none is evictable.
 
         With `newcomer`, the number of the expert that needs the room, the answer may be that expert itself,
-        `(layer, newcomer)`: it is worth less than all that could leave. An owner that has a buffer besides the slots
-        uses the expert there once and drops it, without inserting it. One that has not asks without `newcomer` and
-        inserts it; it is then ranked by what it is worth, so that it is among the first to leave.
+        `(layer, newcomer)`: it is worth less than all that could be evicted. An owner that has a buffer besides the
+        slots uses the expert there once and drops it, without inserting it. One that has not asks without `newcomer`
+        and inserts it; it is then ranked by what it is worth, so that it is among the first to be evicted.
 
         Args:
             layer: of the expert that needs the room: the one that `use` was told last, or one that is read ahead.
-            evictable: which of the kept experts may leave; asked about none of another class of slots.
+            evictable: whether a kept expert may be evicted; asked about none of another class of slots.
             newcomer: see above.
             kind: the class of slots that the room is needed in.
         """

@@ -1,4 +1,4 @@
-"""Reading what the next layer may need while the disk does nothing that is waited for."""
+"""Prefetcher: reads likely experts of the next layer while no layer waits for the disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PrefetchStatistics:
 
 @attrs.frozen(kw_only=True)
 class DiskFacts:
-    """What a guess costs."""
+    """Facts that the cost of a guess depends on."""
 
     expert_bytes: Callable[[ExpertKey], int]
     bytes_per_s: Callable[[], float]  # measured rate while something is read; 0 while it is unknown
@@ -41,14 +41,14 @@ class DiskFacts:
 
 
 class GuessReader(Protocol):
-    """What reads guesses."""
+    """Reader of guesses."""
 
     @property
     def guessing(self) -> int:
-        """How many experts are being read ahead or on a guess."""
+        """Number of experts that are being read ahead or on a guess."""
 
     def price(self, key: ExpertKey) -> float | None:
-        """Return the probability that who would leave is used; None if there is no need or no room for the expert."""
+        """Return the probability that the evicted expert would be used; None without need or room for the new one."""
 
     def prefetch(self, key: ExpertKey, probability: float) -> bool:
         """Start reading an expert; return whether it was done."""
@@ -149,7 +149,7 @@ class Prefetcher:
         self._idle_since_s = None
 
     def idle(self, reader: GuessReader) -> None:
-        """Let the next guesses that are worth it be read, as nothing is being read that a layer waits for."""
+        """Read the next guesses that are worth it, as no layer waits for a read."""
         if self._idle_since_s is None:
             self._idle_since_s = trio.current_time()
         needed_in_s = self._idle_s - (trio.current_time() - self._idle_since_s)

@@ -55,7 +55,7 @@ class Draw:
 
 @attrs.frozen
 class Drawn:
-    """What a draw has given."""
+    """Result of a draw."""
 
     token: int
 

@@ -27,7 +27,7 @@ class TextOutput(Protocol):
 
 
 class Status(enum.Enum):
-    """Where a sequence is in its life."""
+    """Stages of a sequence's life."""
 
     WAITING = "waiting"  # for a place and KV blocks
     PREFILL = "prefill"
@@ -38,7 +38,7 @@ class Status(enum.Enum):
 
 @attrs.define(eq=False, kw_only=True)
 class Sequence:
-    """A generation under way; the scheduler alone changes it, except that its reader may cancel it."""
+    """A running generation; the scheduler alone changes it, except that its reader may cancel it."""
 
     prompt: tuple[int, ...]
     max_tokens: int

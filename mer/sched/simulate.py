@@ -43,7 +43,7 @@ class EventList(Sequence[Event]):
 
 @attrs.define
 class Simulation:
-    """What came of a replay, by layer."""
+    """Results of a replay, by layer."""
 
     policy: str
     n_slots: int

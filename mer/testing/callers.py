@@ -15,7 +15,7 @@ from mer.testing.world import Feature, SimRequest, SimWorld
 
 @attrs.define(eq=False)
 class Outcome:
-    """What became of a request."""
+    """Outcome of a request."""
 
     tokens: list[int] = attrs.Factory(list)  # that it has received
     completion: Completion | None = None

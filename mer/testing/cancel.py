@@ -1,4 +1,4 @@
-"""Cancel a task at every one of its steps in turn, and look each time at what it left behind."""
+"""Cancellation of a task at every one of its steps in turn, with a look at what it left each time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Subject:
     _ran: bool = attrs.field(default=False, init=False)
 
     async def run(self, body: Callable[[], Awaitable[object]]) -> bool:
-        """Run `body` in a task of its own and return whether it came to its end instead of being cancelled."""
+        """Run `body` in a separate task and return whether it came to its end instead of being cancelled."""
         assert not self._ran, "one subject to a round"
         self._ran = True
         finished = False
@@ -76,7 +76,7 @@ def cancel_at_every_step(scenario: Scenario, *, any_task: bool = False, seed: in
     A body that waits makes few steps, while others work for it. With `any_task` it is cancelled after every step that
     any task makes during it, so at every point at which somebody else's cancellation can strike.
 
-    Each round is a `trio.run` of its own on an autojumping clock, and all have the same order of tasks up to the
+    Each round is a separate `trio.run` on an autojumping clock, and all have the same order of tasks up to the
     cancellation. So a scenario builds a fresh world, runs its body with `await subject.run(body)`, and asserts that
     nothing was lost. Tasks that wait for ever fail the round, see `run_seeded`.
 

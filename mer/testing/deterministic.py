@@ -38,7 +38,7 @@ def seeded_schedule(seed: int) -> Iterator[None]:
 
 
 def run_seeded(async_fn: Callable[[*Ts], Awaitable[T]], *args: *Ts, seed: int = 0) -> T:
-    """Run `async_fn(*args)` in a `trio.run` of its own, its clock simulated and its order of tasks drawn from `seed`.
+    """Run `async_fn(*args)` in a separate `trio.run`, its clock simulated and its order of tasks drawn from `seed`.
 
     The clock jumps to the next deadline as soon as no task can run, so that hours pass in milliseconds. A run in which
     no deadline comes either is ended. Timers that go on for ever are not a deadlock: bound these with `fail_after`.

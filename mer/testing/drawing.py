@@ -28,7 +28,7 @@ LASTING = (errno.EIO, errno.ESTALE, errno.ENODEV)
 
 
 class Source(Protocol):
-    """Where the choices come from; the simplest are the least numbers and the first values."""
+    """Source of choices; the simplest are the least numbers and the first values."""
 
     def integer(self, least: int, most: int) -> int:
         """Return a whole number, both ends included."""

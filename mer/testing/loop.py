@@ -80,7 +80,7 @@ def watch_loop(*functions: tuple[Any, str], clock: Callable[[], float] = time.pe
     long has not been called on the loop. The step in which the block begins and the one in which it ends are not noted.
 
     Args:
-        functions: a class or a module, and the name of a function or a method of its own; called "Class.name" in
+        functions: a class or a module, and the name of a function or method that it defines; called "Class.name" in
             the counts, or "module.name". They are put back when the block is left.
         clock: seconds.
 

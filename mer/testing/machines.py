@@ -65,7 +65,7 @@ class StartedTask(Generic[T]):
 class TrioStateMachine(RuleBasedStateMachine):
     """A RuleBasedStateMachine whose rules and invariants may wait with `await_` and start tasks with `start`.
 
-    Rules stay plain functions. Each example runs in a `trio.run` of its own, whose clock jumps ahead when nothing can
+    Rules stay plain functions. Each example runs in a separate `trio.run`, whose clock jumps ahead when nothing can
     run, and whose order of tasks is part of the example: hypothesis draws it, shrinks it and replays it. A task that
     raises what nobody expected fails the example. So does a wait that takes longer than `patience_s`: a deadlock shows
     as trio.TooSlowError, which says who waits for what. What still runs after `teardown` is cancelled.
@@ -135,7 +135,7 @@ class TrioStateMachine(RuleBasedStateMachine):
     def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
         """Enter an asynchronous context manager that is left, cancelled, when the example ends, and return its value.
 
-        It is entered in a task of its own, so that the scopes and nurseries of several may overlap.
+        It is entered in a separate task, so that the scopes and nurseries of several may overlap.
         """
 
         async def run(*, task_status: trio.TaskStatus[T]) -> None:

@@ -58,7 +58,7 @@ def _block(seed: int, file: int, number: int) -> NDArray[np.uint8]:
 
 @attrs.frozen(kw_only=True)
 class DiskProfile:
-    """How fast a drive is and how often it fails; every draw comes from the disk's seed.
+    """Speed and failures of a drive; every draw comes from the disk's seed.
 
     All rates are probabilities of one read of the drive, that is, of one chunk of an operation.
     """
@@ -211,7 +211,7 @@ class SimDisk:
         self._begin_reads(now_s)
 
     def stalled_s(self, operation: ReadOperation) -> float:
-        """Return how long the oldest read of an operation has been under way; see `Reader.stalled_s`."""
+        """Return how long the oldest read of an operation has been in flight; see `Reader.stalled_s`."""
         return self._queue.stalled_s(operation, trio.current_time())
 
     def statistics(self) -> ReaderStatistics:

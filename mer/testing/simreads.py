@@ -1,4 +1,4 @@
-"""Reads that a simulated job makes by itself: what compiled code does, in Python and on trio's clock."""
+"""Reads within a simulated job: the twin of the compiled code, in Python and on trio's clock."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class SimReads:
         return victim
 
     def _submit(self) -> None:
-        """Hand reads to the disk until as many are under way as it may have."""
+        """Hand reads to the disk until as many are in flight as it may have."""
         control = self._control
         while control[NEXT] < 3 * control[N_LOGGED] and control[IN_FLIGHT] < self._disk.depth:
             number, part = divmod(int(control[NEXT]), 3)

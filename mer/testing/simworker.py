@@ -148,7 +148,7 @@ def file_crc(disk_seed: int, experts: ExpertMap, layer: int, expert: int) -> int
 
 @attrs.frozen(kw_only=True)
 class JobCost:
-    """How long jobs take on the simulated clock."""
+    """Times of jobs on the simulated clock."""
 
     job_s: float = 20e-6
     row_s: float = 5e-6  # for each row of an Advance to a router
@@ -378,7 +378,7 @@ class SimWorker:
             self._routes.append(self._model.route(layer, self._x[row]))
 
     def _predict(self, layer: int) -> npt.NDArray[np.int32] | None:
-        """Return what the router of a layer chooses for the rows as they are now; None behind the last layer."""
+        """Return what the router of a layer chooses for the rows as they are now; None after the last layer."""
         if layer == self._model.n_layers:
             return None
         return np.array([self._model.route(layer, x) for x in self._x], np.int32)

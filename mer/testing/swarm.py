@@ -1,4 +1,4 @@
-"""Swarm tests by command: many seeds, each a world of its own.
+"""Swarm tests by command: many seeds, each a different world.
 
     python -m mer.testing.swarm --seeds 0:500 --seconds 60
     python -m mer.testing.swarm --seed 1234

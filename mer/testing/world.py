@@ -15,7 +15,7 @@ from mer.testing.simworker import JobCost, SimModel
 
 
 class Feature(enum.Enum):
-    """What a world may have or not have; a swarm switches each on or off for every seed.
+    """Features that a world may have; a swarm switches each on or off for every seed.
 
     Testing with few features at a time finds what testing with all of them hides: a full cache hides that nothing is
     ever evicted, a fault early in every run hides all that comes after it.
@@ -95,7 +95,7 @@ class ReadFault:
 
 @attrs.frozen(kw_only=True)
 class WorkerFaults:
-    """What goes wrong with the computation."""
+    """Faults of the computation."""
 
     failing_jobs: frozenset[int] = frozenset()  # numbers, from 0
     nan_tokens: frozenset[int] = frozenset()  # their hidden state is NaN

@@ -20,7 +20,7 @@ from mer.text.words import WordCache
 
 _LONGEST_WORD = 1 << 16
 
-# Here every pattern has the end of a word: a space behind letters, digits and punctuation; punctuation behind letters
+# Here every pattern has the end of a word: a space after letters, digits and punctuation; punctuation after letters
 # and digits, but for the apostrophe; between letters and digits.
 CUTS = re.compile(
     r"(?<=[A-Za-z0-9!\"#%&'()*,\-./:;?@\[\\\]_{}])(?= )"

@@ -57,7 +57,7 @@ class Message:
 class ChatTemplate:
     """Renders chats for one model.
 
-    Whether the template is well-formed shows when it first renders. It runs in a process of its own (`Renderer`), which
+    Whether the template is well-formed shows when it first renders. It runs in a separate process (`Renderer`), which
     ends when the template is closed or collected.
 
     Args:
@@ -101,7 +101,7 @@ class ChatTemplate:
         return cls(source, tokenizer, gguf.paths[0])
 
     def close(self) -> None:
-        """End the template's process; calls under way and later ones raise TemplateError."""
+        """End the template's process; running and later calls raise TemplateError."""
         self._renderer.close()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Pieces(Protocol):
-    """What of a tokenizer the detokenizer needs."""
+    """The part of a tokenizer that the detokenizer needs."""
 
     @property
     def space_prefix(self) -> bool: ...

@@ -19,7 +19,7 @@ def join(text: str, rank: Callable[[str, str], int | None]) -> list[str]:
     Takes O(n log n) calls of `rank` for n characters, whatever the vocabulary, and some 60 bytes for each of them.
 
     Args:
-        text: the text; each character begins as a part of its own.
+        text: the text; each character begins as a separate part.
         rank: what joining two neighbouring parts is worth: the lowest number from 0 up goes first, the leftmost of
             equals, and None cannot be joined.
     """

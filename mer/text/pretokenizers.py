@@ -47,7 +47,7 @@ class PreTokenizer:
     """One way to cut text into words.
 
     Attributes:
-        patterns: applied one after the other; each match becomes a word of its own, as does what lies between two.
+        patterns: applied one after the other; each match becomes a word, as does the text between two matches.
         nfc: whether text is brought to Unicode normalization form C first.
         ignore_merges: whether a word that is a token is taken whole, even where no merges lead to it.
         add_bos: whether prompts begin with the beginning-of-sequence token where the file does not say.

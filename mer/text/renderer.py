@@ -1,4 +1,4 @@
-"""Runs a chat template in a process of its own: what it does there, it does to nobody else.
+"""Renderer of chat templates in a separate process, so that a template can harm no other.
 
 Templates are programs of strangers, and every interpreter of them is native code at its bottom: one that loops for
 ever, takes all memory or overflows the stack can only be stopped by ending its process. That process
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 @attrs.frozen
 class Chat:
-    """What a template sees.
+    """Input of a template.
 
     Attributes:
         roles: of the messages.
@@ -155,12 +155,12 @@ class Renderer:
         return self._texts(fields, len(chat.contents), bounds)
 
     def close(self) -> None:
-        """End the process; calls under way and later ones raise TemplateError. Closing twice is allowed."""
+        """End the process; running and later calls raise TemplateError. Closing twice is allowed."""
         self._closed = True
         process = self._process
         if process is not None:
             process.kill()
-        with self._turn:  # whoever has it notices at once that the process has ended
+        with self._turn:  # a running call notices at once that the process has ended
             self._discard()
 
     def _living(self) -> subprocess.Popen[bytes]:
@@ -259,7 +259,7 @@ class Renderer:
 
 @attrs.frozen
 class _Bounds:
-    """What one call may take."""
+    """Bounds of one call."""
 
     memory_bytes: int  # beyond what the process has at its start
     cpu_s: int

@@ -36,8 +36,8 @@ class Spellings:
     def at(self, text: str, position: int) -> str | None:
         """Return the longest text of the set that begins at this position, or None.
 
-        In alphabetical order, the last text that is not behind what begins here either is the one looked for, or shares
-        with it the text looked for as a beginning.
+        In alphabetical order, take the last text that does not come after the rest of `text` from here. It is the one
+        looked for, or the one looked for is a beginning of it.
         """
         here = text[position : position + self.longest]
         number = bisect_right(self._texts, here) - 1

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-if __name__ == "__main__":  # an isolated interpreter, which is told where Jinja2 and the file beside this one are
+if __name__ == "__main__":  # an isolated interpreter: arguments say where Jinja2 and the file next to this one are
     sys.path += sys.argv[1:]
 
 import jinja2

@@ -14,7 +14,7 @@ from mer.text.vocabulary import TokenType, Vocabulary, read_vocabulary
 
 
 class Codec(Protocol):
-    """What the two kinds of vocabulary have in common: plain text to ids, and the bytes of one token."""
+    """Interface of the two kinds of vocabulary: plain text to ids, and the bytes of one token."""
 
     add_bos: bool
     space_prefix: bool

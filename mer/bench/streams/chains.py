@@ -20,7 +20,7 @@ _SLOPE: Final = 0.17  # weights of a layer's experts, from most to least popular
 def mixtral_chains(n_tokens: int, *, seed: int = 0, n_layers: int = N_LAYERS) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Yield (layer, experts) events of `n_tokens` tokens, layer by layer; the first choice is named first.
 
-    Every layer is a chain of its own over ordered pairs. Both choices are drawn by popularity without replacement,
+    Every layer is a separate chain over ordered pairs. Both choices are drawn by popularity without replacement,
     except that the first is, with the layer's probability, the first choice of the token before, and the second, with
     another, one of the two experts of the token before (a free one, each as likely). Which experts are popular is
     shuffled for each layer by the seed. `n_layers` other than 32 stretches the profile over them.

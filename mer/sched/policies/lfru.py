@@ -32,11 +32,11 @@ class LFRU:
     what cannot be told from chance, and leaves the others' in proportion to what they foretell.
 
     An expert is worth its likelihood at its layer's next visit, divided by how many layers' visits it has to wait for
-    that: what has to wait long for its chance would mostly be pushed out before by newcomers of the layers between. So
+    that: an expert that waits long would mostly be evicted before by newcomers of the layers between. So
     a layer takes slots from those visited just before it rather than from those that come next, and one whose routing
     can be foretold better than that of its neighbours gets more of them.
 
-    A newcomer that is worth no more than all that could leave for it is not kept. So the cycle of the layers never
+    A newcomer that is worth no more than all that could be evicted for it is not kept. So the cycle of the layers never
     flushes the cache, whatever its size.
 
     Args:

@@ -20,7 +20,7 @@ from mer.sched.policy import Policy
 
 @attrs.frozen(kw_only=True)
 class CacheShape:
-    """What policies may want to know of the cache they rank."""
+    """Facts of the cache that policies may depend on."""
 
     n_layers: int
     n_experts: int  # per layer

@@ -15,7 +15,7 @@ _SPAN: Final = 64  # events over which the skill in a layer is averaged
 
 @attrs.frozen(kw_only=True)
 class PredictionScore:
-    """How good predictions were; only events that something had been asked about count."""
+    """Score of predictions; only events that something had been asked about count."""
 
     predicted: int  # experts
     right: int  # those of them that were used

@@ -22,7 +22,7 @@ _SIZES: Final = 4  # classes of batches: 1, 2 and 3, 4 to 7, more tokens
 
 @attrs.frozen(eq=False)
 class _Offer:
-    """What a router said in advance."""
+    """Experts that a router has offered in advance."""
 
     ranks: dict[int, int]  # {expert: best rank that a token gives it}
     size: int  # class of the batch

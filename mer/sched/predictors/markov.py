@@ -37,7 +37,7 @@ Vector = npt.NDArray[np.float32]
 
 @attrs.define(eq=False)
 class _Known:
-    """What can be said of a layer's next visit."""
+    """Estimates of a layer's next visit."""
 
     sample: Vector  # [F + 1, E]: by how much each feature raises the probabilities; the last row is for the truth
     n_missing: int  # features, the last ones, that are not known: second order, or both

@@ -23,7 +23,7 @@ Integers = npt.NDArray[np.int64]
 
 @attrs.define(eq=False)
 class Visit:
-    """What a table knows of some contexts, and where to count what follows them."""
+    """A table's counts for some contexts, and the rows to count their successors in."""
 
     contexts: Integers  # [n], different ones
     n_first: int  # how many of them are of the first order; they come first
