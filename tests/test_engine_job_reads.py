@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import mer
-from mer.io.fetch import Fetcher
+from mer.io.fetcher import Fetcher
 from mer.io.job_words import GIVE_UP_NS
 from mer.io.ring import Ring
 from tests._lib.tiny_models import Type, tiny_model
@@ -152,7 +152,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, share: float = 1.0) -> None:
         return reads
 
     monkeypatch.setattr(Fetcher, "lend", lend)
-    monkeypatch.setattr("mer.io.fetch._LOANS_TO_SKIP", 0)
+    monkeypatch.setattr("mer.io.fetcher._LOANS_TO_SKIP", 0)
 
 
 @pytest.mark.parametrize("io_threads", [1, 2, 8])
@@ -182,7 +182,7 @@ def test_reads_that_a_job_does_not_wait_for_are_handed_over(
 def test_after_a_slow_read_jobs_read_nothing_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         impatient(monkeypatch)
-        monkeypatch.setattr("mer.io.fetch._LOANS_TO_SKIP", 10**9)
+        monkeypatch.setattr("mer.io.fetcher._LOANS_TO_SKIP", 10**9)
         _, statistics = await generate(model(tmp_path), PROMPTS, slots=12, io_engine="io_uring")
         fetcher = statistics.fetcher  # a read may have landed before its job looked; that one was not slow
         assert 0 < fetcher.handed_over <= fetcher.by_jobs < 0.1 * fetcher.started

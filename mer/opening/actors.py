@@ -11,7 +11,8 @@ from mer.compute.messages import ComputeWorker, Tier
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES
 from mer.io.extents import ExpertMap, SlotClasses
-from mer.io.fetch import DEFAULT_READ_DEADLINE_S, Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import DEFAULT_READ_DEADLINE_S, Fetcher
 from mer.io.job_reads import Lender
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.reader import Reader

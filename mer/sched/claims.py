@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from mer.compute.messages import LoadedExpert, Stage
 from mer.errors import MerError
-from mer.io.fetch import Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import Fetcher
 from mer.io.pool import Ticket
 from mer.io.priority import Priority
 from mer.sched.cache import Resident
@@ -158,7 +159,7 @@ class Claims:
         if fetch is not None:
             if fetch in self._traffic.guesses:
                 self._speculation.promoted(fetch)
-                fetch.listener = self
+                fetch.hand_over(self)
                 self._fetcher.promote(fetch, Priority.DEMAND)
         elif ticket is not None:
             claim.ticket = ticket

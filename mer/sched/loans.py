@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mer.compute.messages import LoadedExpert
-from mer.io.fetch import Fetcher, FetchListener
+from mer.io.fetch import FetchListener
+from mer.io.fetcher import Fetcher
 from mer.io.job_reads import JobRead, JobReads
 from mer.sched.cache import Resident
 from mer.sched.residents import Residents

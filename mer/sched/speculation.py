@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import attrs
 
 from mer.errors import MerError
-from mer.io.fetch import Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import Fetcher
 from mer.io.pool import Ticket
 from mer.io.priority import Priority
 from mer.sched.cache import Resident

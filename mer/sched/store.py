@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mer.compute.messages import Tier
-from mer.io.fetch import Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import Fetcher
 from mer.io.pool import BufferPool
 from mer.sched.cache import ExpertCache
 from mer.sched.claims import Claims

@@ -19,7 +19,7 @@ from mer.home import Home
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
-from mer.io.fetch import DEFAULT_READ_DEADLINE_S, Fetcher
+from mer.io.fetcher import DEFAULT_READ_DEADLINE_S, Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.pool import BufferPool
 from mer.io.priority import Priority

@@ -12,7 +12,8 @@ import trio
 
 from mer.io.arena import Arena
 from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, SlotClasses
-from mer.io.fetch import Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority

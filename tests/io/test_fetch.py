@@ -15,12 +15,14 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from mer.errors import ConfigError, EngineClosed, FileSuspended, ReadError
 from mer.io.arena import Arena
 from mer.io.extents import aligned_hull
-from mer.io.fetch import Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import Fetcher
 from mer.io.pool import BufferPool
 from mer.io.priority import Priority
 from mer.io.thread_reader import ThreadReader
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.simdisk import DiskProfile, content, open_sim_disk
+from tests._lib.landing import gate_up_landed, landed
 from tests.io.rig import (
     EXPERTS,
     FILLING,
@@ -45,7 +47,7 @@ async def test_all_experts_arrive_where_the_addresses_say(autojump_clock: MockCl
     async with open_rig(LAYERS * EXPERTS, seed=seed, profile=DiskProfile(jitter=20), chunk_bytes=8192) as (rig, disk):
         fetches = [rig.start(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
         for fetch in fetches:
-            await fetch.wait()
+            await landed(fetch)
             assert rig.pool.state(fetch.slot) is READY
             assert fetch.done
             assert fetch.inner_landed
@@ -69,9 +71,9 @@ async def test_all_experts_arrive_from_a_real_disk(tmp_path: Path) -> None:
         rig = make_rig(reader, experts, LAYERS * EXPERTS)
         fetches = [rig.start(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
         for fetch in fetches:
-            await fetch.wait_gate_up()
+            await gate_up_landed(fetch)
             rig.check_bytes(fetch, (0, 1))
-            await fetch.wait()
+            await landed(fetch)
             rig.check_bytes(fetch)
         assert rig.fetcher.statistics().bytes_read == reader.statistics().bytes_read
         rig.check_conservation()
@@ -94,13 +96,13 @@ async def test_misses_start_all_their_reads_at_once_gate_and_up_first(autojump_c
 async def test_gate_and_up_can_be_used_before_down_has_landed(autojump_clock: MockClock) -> None:
     async with open_rig(profile=DiskProfile(jitter=0, bytes_per_s=1e6)) as (rig, _):
         fetch = rig.start(1, 2)
-        await fetch.wait_gate_up()
+        await gate_up_landed(fetch)
         assert fetch.inner_landed
         assert not fetch.done
         assert rig.inner == [fetch]
         assert rig.pool.state(fetch.slot) is FILLING
         rig.check_bytes(fetch, (0, 1))
-        await fetch.wait()
+        await landed(fetch)
         rig.check_bytes(fetch)
         assert (rig.inner, rig.done) == ([fetch], [fetch])
 
@@ -119,7 +121,7 @@ async def test_inner_is_told_once_gate_and_up_are_there_and_down_is_not(
 
         async def wait() -> None:
             nonlocal woken
-            await fetch.wait_gate_up()
+            await gate_up_landed(fetch)
             woken = True
 
         async with trio.open_nursery() as nursery:
@@ -149,7 +151,7 @@ async def test_an_expert_on_its_way_cannot_be_started_again(autojump_clock: Mock
             rig.fetcher.start(0, 4, spare)
         assert rig.pool.state(spare) is FILLING
         assert len(disk.log) == 3
-        await first.wait()
+        await landed(first)
         assert rig.fetcher.in_flight(0, 4) is None
         assert rig.fetcher.statistics().started == 1
         assert rig.done == [first]
@@ -160,7 +162,7 @@ async def test_a_slot_must_be_leased(autojump_clock: MockClock) -> None:
         with pytest.raises(RuntimeError, match="slot 0 is FREE"):
             rig.fetcher.start(0, 0, 0)
         fetch = rig.start(0, 0)
-        await fetch.wait()
+        await landed(fetch)
         with pytest.raises(RuntimeError, match="is READY"):
             rig.fetcher.start(0, 1, fetch.slot)
         assert len(disk.log) == 3
@@ -212,10 +214,7 @@ async def test_an_abandoned_fetch_keeps_its_slot_until_what_was_begun_has_landed
         disk.freeze()
         fetch = rig.start(0, 1)
         rig.fetcher.abandon(fetch)
-        assert (fetch.done, fetch.inner_landed, fetch.error) == (True, False, None)
-        for wait in (fetch.wait, fetch.wait_gate_up):
-            with pytest.raises(RuntimeError, match="expert 1 of layer 0 was abandoned"), trio.fail_after(60):
-                await wait()
+        assert (fetch.done, fetch.inner_landed, fetch.error, fetch.missing) == (True, False, None, frozenset(range(3)))
         for call in (rig.fetcher.abandon, rig.fetcher.hold):
             with pytest.raises(RuntimeError, match="not in flight"):
                 call(fetch)
@@ -228,7 +227,7 @@ async def test_an_abandoned_fetch_keeps_its_slot_until_what_was_begun_has_landed
         assert len(disk.in_flight) == 5  # down was not begun
         assert rig.pool.state(fetch.slot) is QUARANTINED
         disk.thaw()
-        await again.wait()
+        await landed(again)
         assert rig.pool.state(fetch.slot) is FREE
         rig.check_conservation()
         s = rig.fetcher.statistics()
@@ -239,7 +238,7 @@ async def test_an_abandoned_fetch_keeps_its_slot_until_what_was_begun_has_landed
 async def test_a_fetch_that_is_done_cannot_be_abandoned(autojump_clock: MockClock) -> None:
     async with open_rig() as (rig, _):
         fetch = rig.start(0, 1)
-        await fetch.wait()
+        await landed(fetch)
         with pytest.raises(RuntimeError, match="not in flight"):
             rig.fetcher.abandon(fetch)
         assert rig.pool.state(fetch.slot) is READY
@@ -274,11 +273,11 @@ def test_cancelling_a_user_at_any_step_loses_no_slot() -> None:
                 fetch = rig.fetcher.start(1, 3, slot)
                 held = False
                 try:
-                    await fetch.wait_gate_up()
+                    await gate_up_landed(fetch)
                     rig.fetcher.hold(fetch)
                     held = True
                     rig.check_bytes(fetch, (0, 1))
-                    await fetch.wait()
+                    await landed(fetch)
                     rig.check_bytes(fetch)
                 finally:
                     if fetch.done:
@@ -294,26 +293,11 @@ def test_cancelling_a_user_at_any_step_loses_no_slot() -> None:
             with trio.fail_after(60):
                 slot = await wait_for_slot(rig.pool)
                 fetch = rig.fetcher.start(0, 0, slot)
-                await fetch.wait()
+                await landed(fetch)
             rig.check_bytes(fetch)
             rig.check_conservation()
 
     assert cancel_at_every_step(scenario) >= 4
-
-
-def test_cancelling_one_waiter_at_any_step_leaves_the_fetch_and_the_others_alone() -> None:
-    async def scenario(subject: Subject) -> None:
-        async with open_rig(profile=DiskProfile(bytes_per_s=1e6)) as (rig, _):
-            fetch = rig.start(0, 5)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(fetch.wait)
-                nursery.start_soon(fetch.wait_gate_up)
-                await subject.run(fetch.wait)
-            assert fetch.done
-            assert rig.pool.state(fetch.slot) is READY
-            rig.check_bytes(fetch)
-
-    assert cancel_at_every_step(scenario) >= 1
 
 
 def test_a_fetcher_that_is_cancelled_at_any_step_and_run_again_goes_on() -> None:
@@ -379,12 +363,12 @@ async def swarm(seed: int) -> None:
                         if priority < fetch.priority:
                             rig.fetcher.promote(fetch, priority)
                     users[fetch] = users.get(fetch, 0) + 1
-                    await fetch.wait_gate_up()
+                    await gate_up_landed(fetch)
                     rig.check_bytes(fetch, (0, 1))
                     if not fetch.done:
                         rig.fetcher.hold(fetch)
                         held = True
-                    await fetch.wait()
+                    await landed(fetch)
                     assert rig.pool.state(fetch.slot) is READY
                     rig.check_bytes(fetch)
                 except ReadError:

@@ -17,6 +17,7 @@ from mer.io.reader import read_extent, start_extent
 from mer.io.retry import DELAYS_S, TRANSIENT
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.simdisk import DiskProfile, SimDisk, content, open_sim_disk
+from tests._lib.landing import gate_up_landed, landed
 from tests.io.rig import (
     DEMAND,
     FILLING,
@@ -68,7 +69,7 @@ def hang_part(rig: Rig, disk: SimDisk, expert: int, index: int) -> None:
 
 async def outcome(fetch: Fetch) -> ReadError:
     with pytest.raises(ReadError) as caught:
-        await fetch.wait()
+        await landed(fetch)
     return caught.value
 
 
@@ -119,7 +120,7 @@ async def test_what_works_in_the_end_leaves_no_trace_but_the_count(autojump_cloc
         break_part(rig, disk, 0, 1, times=times)
         fetch = rig.start(0, 0)
         began_s = trio.current_time()
-        await fetch.wait()
+        await landed(fetch)
         assert trio.current_time() - began_s == pytest.approx(sum(DELAYS_S[:times]))
         rig.check_bytes(fetch)
         s = rig.fetcher.statistics()
@@ -173,7 +174,7 @@ async def test_a_promotion_holds_for_the_reads_that_are_tried_again(autojump_clo
         (again,) = disk.in_flight
         assert again.priority is DEMAND
         disk.thaw()
-        await fetch.wait()
+        await landed(fetch)
 
 
 async def test_a_reader_that_closes_between_two_tries_ends_the_fetch(autojump_clock: MockClock) -> None:
@@ -199,7 +200,7 @@ async def test_without_its_run_a_fetcher_tries_nothing_again(autojump_clock: Moc
         assert not fetch.done
         async with trio.open_nursery() as nursery:
             nursery.start_soon(rig.fetcher.run)
-            await fetch.wait()
+            await landed(fetch)
             nursery.cancel_scope.cancel()
         rig.check_bytes(fetch)
 
@@ -225,14 +226,14 @@ async def test_a_failed_part_fails_its_fetch_at_once_and_alone(autojump_clock: M
             nursery.start_soon(wait)
             nursery.start_soon(wait)
             with pytest.raises(ReadError, match="Stale file handle"):
-                await fetch.wait_gate_up()
+                await gate_up_landed(fetch)
         assert [error.errno for error in raised] == [errno.ESTALE] * 2
         assert raised[0] is not raised[1]
         assert rig.done == [fetch]
         assert not fetch.inner_landed
         assert rig.fetcher.in_flight(0, 2) is None
         assert rig.pool.state(fetch.slot) is QUARANTINED  # the read of up still writes into it
-        await other.wait()
+        await landed(other)
         rig.check_bytes(other)
         down = rig.part(0, 2, 2)
         assert [entry for entry in disk.chunk_log if entry[1:3] == (down.file, down.offset)] == []  # cancelled
@@ -240,7 +241,7 @@ async def test_a_failed_part_fails_its_fetch_at_once_and_alone(autojump_clock: M
         await wait_all_tasks_blocked()
         assert rig.pool.state(fetch.slot) is FREE
         again = rig.start(0, 2)
-        await again.wait()
+        await landed(again)
         rig.check_bytes(again)
         s = rig.fetcher.statistics()
         assert (s.started, s.landed, s.failed, s.reads_landed, s.reads_failed, s.reads_cancelled) == (3, 2, 1, 6, 1, 2)
@@ -252,7 +253,7 @@ async def test_gate_and_up_can_have_been_used_when_down_fails(autojump_clock: Mo
     async with open_rig(experts=big_experts(N_BYTES), profile=INSTANT) as (rig, disk):
         break_part(rig, disk, 0, 2)
         fetch = rig.start(0, 0)
-        await fetch.wait_gate_up()
+        await gate_up_landed(fetch)
         rig.check_bytes(fetch, (0, 1))
         assert rig.pool.state(fetch.slot) is FILLING
         await outcome(fetch)
@@ -271,13 +272,12 @@ async def test_a_held_slot_outlasts_its_fetch(autojump_clock: MockClock, ending:
         else:
             hang_part(rig, disk, 0, 2)
         fetch = rig.start(0, 0)
-        await fetch.wait_gate_up()
+        await gate_up_landed(fetch)
         rig.fetcher.hold(fetch)
         rig.fetcher.hold(fetch)
         if ending == "is abandoned":
             rig.fetcher.abandon(fetch)
-            with pytest.raises(RuntimeError, match="was abandoned"):
-                await fetch.wait()
+            assert (fetch.error, fetch.missing, rig.done) == (None, frozenset({2}), [])
         else:
             await outcome(fetch)
             assert rig.done == [fetch]
@@ -300,7 +300,7 @@ async def test_letting_go_before_the_last_read_is_back_leaves_the_slot_to_it(aut
     async with open_rig(1, experts=big_experts(N_BYTES), profile=INSTANT) as (rig, disk):
         hang_part(rig, disk, 0, 2)
         fetch = rig.start(0, 0)
-        await fetch.wait_gate_up()
+        await gate_up_landed(fetch)
         rig.fetcher.hold(fetch)
         rig.fetcher.abandon(fetch)
         rig.fetcher.let_go(fetch)
@@ -315,9 +315,9 @@ async def test_holding_changes_nothing_for_a_fetch_that_lands(autojump_clock: Mo
         fetch = rig.start(0, 0)
         with pytest.raises(RuntimeError, match="gate and up of expert 0 of layer 0 have not landed"):
             rig.fetcher.hold(fetch)
-        await fetch.wait_gate_up()
+        await gate_up_landed(fetch)
         rig.fetcher.hold(fetch)
-        await fetch.wait()
+        await landed(fetch)
         assert rig.pool.state(fetch.slot) is READY
         rig.fetcher.let_go(fetch)
         assert rig.pool.state(fetch.slot) is READY
@@ -334,7 +334,7 @@ def test_cancelling_whoever_holds_at_any_step_loses_no_slot() -> None:
                 fetch = rig.start(0, 0)
                 held = False
                 try:
-                    await fetch.wait_gate_up()
+                    await gate_up_landed(fetch)
                     rig.fetcher.hold(fetch)
                     held = True
                     await trio.sleep(0.1)  # a job, during which down fails
@@ -349,7 +349,7 @@ def test_cancelling_whoever_holds_at_any_step_loses_no_slot() -> None:
             await trio.sleep(1)
             assert rig.pool.statistics().free == 1
             disk.heal()
-            await rig.start(0, 0).wait()
+            await landed(rig.start(0, 0))
             rig.check_conservation()
 
     assert cancel_at_every_step(scenario) >= 3
@@ -366,7 +366,7 @@ async def test_a_read_that_hangs_fails_its_fetch_at_the_deadline(autojump_clock:
         fetch = rig.start(0, 0)
         began_s = trio.current_time()
         with pytest.raises(ReadTimeout, match=f"no answer for {deadline_s:.0f}|no answer for 2.50 s") as caught:
-            await fetch.wait()
+            await landed(fetch)
         assert trio.current_time() - began_s == pytest.approx(deadline_s, abs=1e-5)
         part = rig.part(0, 0, 1)
         assert (caught.value.offset, caught.value.n_bytes) == (part.offset, part.n_bytes)
@@ -377,7 +377,7 @@ async def test_a_read_that_hangs_fails_its_fetch_at_the_deadline(autojump_clock:
         await trio.sleep(1000)
         assert rig.pool.state(fetch.slot) is QUARANTINED
         again = rig.start(0, 0)
-        await again.wait()
+        await landed(again)
         rig.check_bytes(again)
         disk.let_return()
         await wait_all_tasks_blocked()
@@ -401,7 +401,7 @@ async def test_while_the_process_was_stopped_nothing_was_hanging(mock_clock: Moc
         if returns:
             disk.let_return()
             await wait_all_tasks_blocked()
-            await fetch.wait()
+            await landed(fetch)
             rig.check_bytes(fetch)
         for _ in range(28):
             mock_clock.jump(1)
@@ -427,7 +427,7 @@ async def test_stops_do_not_count_wherever_they_fall(mock_clock: MockClock) -> N
             mock_clock.jump(1)
             await wait_all_tasks_blocked()
         with pytest.raises(ReadTimeout, match=r"no answer for 30\.00 s"):
-            await fetch.wait()
+            await landed(fetch)
         disk.let_return()
 
 
@@ -436,7 +436,7 @@ async def test_waiting_behind_other_reads_is_not_hanging(autojump_clock: MockClo
     async with open_rig(experts=big_experts(N_BYTES), profile=slow, n_threads=1) as (rig, disk):
         fetches = [rig.start(0, expert) for expert in range(4)]
         for fetch in fetches:
-            await fetch.wait()
+            await landed(fetch)
             rig.check_bytes(fetch)
         assert rig.fetcher.statistics().deadline_failures == 0
         assert disk.statistics().written_off == 0
@@ -447,11 +447,11 @@ async def test_a_read_of_many_chunks_is_not_hanging_while_they_come(autojump_clo
     async with open_rig(experts=big_experts(N_BYTES), profile=slow, n_threads=1, chunk_bytes=4096) as (rig, disk):
         fetch = rig.start(0, 0)
         await trio.sleep(6 * 25 + 1)  # one chunk of up has been read
-        assert fetch._missing == {1, 2}
+        assert fetch.missing == {1, 2}
         disk.hang(0, 0, 3 * N_BYTES)
         began_s = trio.current_time() - 1 + 25  # when the third chunk begins
         with pytest.raises(ReadTimeout):
-            await fetch.wait()
+            await landed(fetch)
         assert trio.current_time() - began_s == pytest.approx(30, abs=1e-5)
 
 
@@ -484,7 +484,7 @@ async def test_a_hanging_read_of_an_abandoned_fetch_gives_its_thread_back(autoju
         rig.fetcher.abandon(fetch)
         waiting = rig.start(0, 1)
         began_s = trio.current_time()
-        await waiting.wait()
+        await landed(waiting)
         assert trio.current_time() - began_s == pytest.approx(30, abs=1e-4)
         assert rig.fetcher.statistics().deadline_failures == 0
         assert rig.pool.state(fetch.slot) is QUARANTINED
@@ -518,7 +518,7 @@ async def test_a_file_that_keeps_failing_is_left_alone_and_then_probed(autojump_
             assert e.value.next_try_s == pytest.approx(cool_down_s)
             assert rig.pool.state(slot) is FILLING
             good = rig.start(0, 0)  # another file
-            await good.wait()
+            await landed(good)
             rig.pool.release(good.slot)
             await trio.sleep(cool_down_s - 1e-3)
             assert rig.fetcher.refusal(0, 1) is not None
@@ -534,7 +534,7 @@ async def test_a_file_that_keeps_failing_is_left_alone_and_then_probed(autojump_
         disk.heal()
         await trio.sleep(60)
         probe = rig.start(0, 1)
-        await probe.wait()
+        await landed(probe)
         rig.pool.release(probe.slot)
         s = rig.fetcher.statistics()
         assert (s.files[1].closed, s.files[1].failures_in_a_row) == (True, 0)
@@ -571,7 +571,7 @@ async def test_a_probe_that_finds_nothing_out_makes_room_for_another(autojump_cl
             rig.fetcher._fail(probe, 0, ReadError("sim-0", 0, 1, "of another file"))
         assert rig.fetcher.refusal(0, 1) is None
         disk.thaw()
-        await rig.start(0, 1).wait()
+        await landed(rig.start(0, 1))
 
 
 async def test_reads_that_land_in_between_keep_a_file_in_use(autojump_clock: MockClock) -> None:

@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from mer.io.priority import Priority
 from mer.testing.simdisk import DiskProfile
+from tests._lib.landing import landed
 from tests.io.rig import DEMAND, EXPERTS, PREFETCH, READ_AHEAD, big_experts, open_rig
 
 CHUNK = 8192
@@ -30,7 +31,7 @@ async def test_demand_overtakes_what_waits_and_a_promoted_fetch_is_read_once(aut
         with pytest.raises(ValueError, match="READ_AHEAD cannot be lowered to PREFETCH"):
             rig.fetcher.promote(guesses[1], PREFETCH)
         for fetch in (*guesses, ahead, demand):
-            await fetch.wait()
+            await landed(fetch)
             rig.check_bytes(fetch)
         assert rig.done == [guesses[2], demand, guesses[1], ahead, guesses[0]]
         assert set(Counter(disk.chunk_log).values()) == {1}
@@ -62,11 +63,11 @@ async def demand_latency_s(
         await trio.sleep(delay_s)
         began_s = trio.current_time()
         fetch = rig.start(0, 0)
-        await fetch.wait()
+        await landed(fetch)
         took_s = trio.current_time() - began_s
         rig.check_bytes(fetch)
         for guess in guesses:
-            await guess.wait()
+            await landed(guess)
         assert (disk.statistics().by_priority[0].latency_p99_s or 0) >= took_s * 0.999
         return took_s
 

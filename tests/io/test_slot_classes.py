@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from mer.errors import ConfigError
 from mer.io.arena import Arena
 from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, aligned_hull
-from mer.io.fetch import Fetcher
+from mer.io.fetcher import Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.gguf import read_gguf
 from mer.io.pool import BufferPool

@@ -16,7 +16,7 @@ from mer.compute.messages import LoadedExpert, Stage
 from mer.errors import ReadError
 from mer.io.arena import Arena
 from mer.io.extents import ExpertMap
-from mer.io.fetch import Fetcher
+from mer.io.fetcher import Fetcher
 from mer.io.pool import BufferPool, SlotState
 from mer.io.priority import Priority
 from mer.sched.batch import share_rows

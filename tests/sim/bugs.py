@@ -14,7 +14,8 @@ from unittest.mock import patch
 import mer.sched.predictors.gate
 import mer.sched.predictors.markov
 from mer.compute.messages import LoadedExpert
-from mer.io.fetch import Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import Fetcher
 from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority
 from mer.sched.admission import AdmissionQueue
@@ -201,15 +202,36 @@ def promotion_reads_again() -> AbstractContextManager[None]:
     return replaced(Fetcher, "promote", promote)
 
 
-def waiters_hear_of_gate_and_up_too_early() -> AbstractContextManager[None]:
-    """The wait for two matrices ends with the first."""
+def gate_and_up_are_told_too_early() -> AbstractContextManager[None]:
+    """The listener hears of two matrices with the first."""
 
-    def part_landed(self: Fetcher, fetch: Fetch, index: int) -> None:
-        fetch._inner.set()
-        original(self, fetch, index)
+    def part_landed(self: Fetch, part: int) -> bool:
+        if not self.inner_landed and len(self.missing) == 3 and self._listener is not None:
+            self.inner_landed = True
+            self._listener.inner_landed(self)
+        return original(self, part)
 
-    original = Fetcher._part_landed
-    return replaced(Fetcher, "_part_landed", part_landed)
+    original = Fetch.part_landed
+    return replaced(Fetch, "part_landed", part_landed)
+
+
+def gate_and_up_are_not_told() -> AbstractContextManager[None]:
+    """The listener hears of nothing before the last matrix."""
+
+    def part_landed(self: Fetch, part: int) -> bool:
+        listener, self._listener = self._listener, None
+        try:
+            return original(self, part)
+        finally:
+            self._listener = listener
+
+    original = Fetch.part_landed
+    return replaced(Fetch, "part_landed", part_landed)
+
+
+def end_of_a_fetch_is_not_told() -> AbstractContextManager[None]:
+    """The listener does not hear that a fetch has landed or failed."""
+    return replaced(Fetch, "tell_end", lambda self: None)
 
 
 # --- the layers ---

@@ -13,13 +13,15 @@ from hypothesis.stateful import invariant, precondition, rule
 
 from mer.errors import FileSuspended, ReadError
 from mer.io.arena import Arena
-from mer.io.fetch import Fetch, Fetcher
+from mer.io.fetch import Fetch
+from mer.io.fetcher import Fetcher
 from mer.io.pool import BufferPool, SlotState, Ticket
 from mer.io.priority import Priority
-from mer.testing.machines import StartedTask, TrioStateMachine
+from mer.testing.machines import TrioStateMachine
 from mer.testing.simdisk import DiskProfile, open_sim_disk
 from mer.testing.simengine import make_experts
 from mer.testing.simworker import SimModel
+from tests._lib.landing import gate_up_landed
 
 N_SLOTS = 4
 MODEL = SimModel(n_layers=2, n_experts=3)
@@ -36,7 +38,7 @@ class Known:
     state: str = "flying"  # then "landed", "failed" or "abandoned"
     kept: bool = True  # its slot is still its own
     holds: int = 0
-    waiters: list[tuple[bool, StartedTask[None]]] = attrs.Factory(list)  # whether for gate and up alone
+    told_inner: bool = False  # that gate and up have landed alone
 
 
 def flying(known: Known) -> bool:
@@ -97,6 +99,9 @@ class FetchMachine(TrioStateMachine):
         assert known.state == "flying"
         assert fetch.inner_landed
         assert not fetch.done
+        assert fetch.missing == {2}
+        assert not known.told_inner, "told twice"
+        known.told_inner = True
         self.check_bytes(fetch, 2)
 
     def landed(self, fetch: Fetch) -> None:
@@ -169,21 +174,6 @@ class FetchMachine(TrioStateMachine):
             self.flying[key] = known = Known(fetch)
             self.all.append(known)
 
-    @precondition(lambda self: self.those(kept))
-    @rule(data=st.data(), inner=st.booleans())
-    def wait_for(self, data: st.DataObject, inner: bool) -> None:
-        known = data.draw(st.sampled_from(self.those(kept)))
-        wait = known.fetch.wait_gate_up if inner else known.fetch.wait
-        known.waiters.append((inner, self.start(wait, expected=(ReadError, RuntimeError))))
-
-    def parked(self) -> list[StartedTask[None]]:
-        return [task for known in self.all for _, task in known.waiters if not task.done]
-
-    @precondition(lambda self: self.parked())
-    @rule(data=st.data())
-    def cancel_a_waiter(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.parked())).cancel()
-
     @precondition(lambda self: self.those(lower_than_demand))
     @rule(data=st.data())
     def promote(self, data: st.DataObject) -> None:
@@ -208,7 +198,7 @@ class FetchMachine(TrioStateMachine):
         known = data.draw(st.sampled_from(self.those(flying)))
         self.change_the_disk("thaw")
         with contextlib.suppress(ReadError):
-            self.await_(known.fetch.wait_gate_up())
+            self.await_(gate_up_landed(known.fetch))
         if half_way(known):
             self.fetcher.hold(known.fetch)
             known.holds += 1
@@ -309,17 +299,15 @@ class FetchMachine(TrioStateMachine):
             assert self.fetcher.in_flight(*key) is known.fetch
 
     @invariant()
-    def waiters_hear(self) -> None:
+    def the_listener_hears(self) -> None:
         self.settle()
         for known in self.all:
-            for inner, task in known.waiters:
-                if task.cancelled:
-                    continue
-                over = known.state != "flying"
-                assert task.done == (over or (inner and known.fetch.inner_landed)), "a lost wake-up, or an early one"
-                if task.done and not inner:
-                    failure = {"failed": ReadError, "abandoned": RuntimeError, "landed": type(None)}[known.state]
-                    assert isinstance(task.error, failure)
+            fetch = known.fetch
+            assert fetch.done == (known.state != "flying"), "the end of a fetch was not told, or too early"
+            if not fetch.done:
+                assert known.told_inner == fetch.inner_landed == (fetch.missing <= {2}), "so with gate and up"
+            assert (known.state == "landed") == (not fetch.missing)
+            assert (known.state == "failed") == isinstance(fetch.error, ReadError)
 
     def teardown(self) -> None:
         for known in self.all:

@@ -15,6 +15,7 @@ from mer.testing.invariants import check_now, watch
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simengine import SimEngine, open_sim_engine
 from mer.testing.simworker import JobCost, SimModel
+from tests._lib.landing import gate_up_landed, landed
 
 MODEL = SimModel(n_layers=2, n_experts=5, top_k=2)
 OTHER = (9, 3, 4)
@@ -132,8 +133,8 @@ def test_while_an_expert_is_fetched(seed: int) -> None:
                 async def body() -> None:
                     fetch = sim.fetcher.start(1, 2, slot, listener=sim.store.claims)
                     fetches.append(fetch)
-                    await fetch.wait_gate_up()
-                    await fetch.wait()
+                    await gate_up_landed(fetch)
+                    await landed(fetch)
 
                 await subject.run(body)
                 await sim.settle()
