@@ -20,6 +20,8 @@ def simulate_belady(events: Sequence[Event], n_slots: int, *, n_layers: int) -> 
     newcomers or one that keeps them all. Source: L. A. Belady, "A study of replacement algorithms for a
     virtual-storage computer", IBM Systems Journal 5 (1966), with bypass.
     """
+    # An expert's old entry could leave the heap when a new one enters; but finding it takes a pass over the heap for
+    # each use. So stale entries stay until they come up, or until there are more of them than others.
     never = len(events)
     next_uses = array("q", bytes(8 * sum(len(experts) for _, experts in events)))  # of each event's experts in order
     last: dict[ExpertKey, int] = {}

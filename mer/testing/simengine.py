@@ -288,6 +288,7 @@ async def open_sim_engine(
         draws_in_thread: whether tokens are drawn as those of large vocabularies, which takes `THREAD_S` for a batch.
         seed: of the files' bytes, the layout and the latencies.
     """
+    # The actors could be joined here by hand, as suits a simulation; it would then test a copy of the engine's wiring.
     model = model or SimModel()
     experts, sizes = make_experts(model, seed)
     classes = experts.slot_classes(4096)

@@ -23,6 +23,8 @@ def join(text: str, rank: Callable[[str, str], int | None]) -> list[str]:
         rank: what joining two neighbouring parts is worth: the lowest number from 0 up goes first, the leftmost of
             equals, and None cannot be joined.
     """
+    # The merges of a vocabulary that has only scores could be rebuilt first, and applied as those of byte-level files.
+    # But that takes work and memory by the square of the tokens' lengths. So `rank` is asked for each pair in turn.
     n = len(text)
     lengths = array("i", [1]) * n  # of the part that begins at each position; 0 where none does
     before = array("i", range(-1, n - 1))
