@@ -1,4 +1,4 @@
-"""One expert on its way into a slot: its three reads, their tries, and how it ends."""
+"""State of one fetch: its three reads, their tries, and its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DOWN: Final = 2  # gate and up come before it
 
 
 class FetchListener(Protocol):
-    """Whoever has asked for a fetch; neither call may raise."""
+    """The part that asked for a fetch; neither call may raise."""
 
     def inner_landed(self, fetch: Fetch) -> None:
         """Take note that gate and up matrices have landed while the down matrix has not."""
@@ -37,7 +37,7 @@ class Fetch:
     """The state of one fetch; its methods are the transitions, which the `Fetcher` drives.
 
     A fetch is in flight, with 3 parts missing at first, until it lands, fails or is abandoned. After that it keeps its
-    slot while reads of it are under way or a job holds it; see `needs_slot`.
+    slot while its reads are in flight or a job holds it; see `needs_slot`.
 
     Attributes:
         layer: of the expert.
@@ -89,7 +89,7 @@ class Fetch:
         return self._reads[part]
 
     def replace_read(self, part: int, read: ReadOperation) -> None:
-        """Take another read for a part whose latest one has failed, or which a job has begun by itself."""
+        """Take another read for a part whose latest one has failed, or which a job has begun."""
         self._reads[part] = read
 
     @property
@@ -136,7 +136,7 @@ class Fetch:
     # --- who wants it ---
 
     def hand_over(self, listener: FetchListener) -> None:
-        """Let another listener hear of what lands from here on, instead of the one before."""
+        """Replace the listener: the new one is called for what lands from here on."""
         self._listener = listener
 
     def raise_priority(self, priority: Priority) -> bool:
@@ -176,7 +176,7 @@ class Fetch:
     def part_landed(self, part: int) -> bool:
         """Note that a part is in memory, tell the listener if gate and up are before down, and return whether all are.
 
-        The fetch is done then. The listener does not hear of that before `tell_end`.
+        The fetch is done then. `tell_end` tells the listener.
         """
         self._missing.discard(part)
         if not self._missing:
@@ -204,5 +204,5 @@ class Fetch:
         return not self.done or not self._missing or bool(self._reading) or self._holds > 0
 
     def drop_reads(self) -> None:
-        """Forget the reads of a fetch that needs its slot no more."""
+        """Drop the reads of a fetch that no longer needs its slot."""
         self._reads.clear()

@@ -124,7 +124,7 @@ class Fetcher:
 
     @property
     def fetches(self) -> tuple[Fetch, ...]:
-        """The fetches under way, in the order of their starts."""
+        """The fetches in flight, in the order of their starts."""
         return tuple(self._in_flight.values())
 
     def refusal(self, layer: int, expert: int) -> FileSuspended | None:
@@ -159,7 +159,7 @@ class Fetcher:
             expert: its number.
             slot: where to.
             priority: of the reads.
-            listener: told of what has landed, by default nobody.
+            listener: called for what has landed; by default none is.
 
         Raises:
             EngineClosed: the reader is closed.
@@ -204,11 +204,11 @@ class Fetcher:
             self._reader.promote(read, priority)
 
     def abandon(self, fetch: Fetch) -> None:
-        """Give up a fetch that nobody wants any more.
+        """Give up a fetch that is not needed any more.
 
         Reads that have not begun are cancelled; the slot is QUARANTINED until the others land, then FREE. The expert
-        counts as not in flight from here on, so it may be fetched again, into another slot. Its listener hears nothing
-        more.
+        counts as not in flight from here on, so it may be fetched again, into another slot. Its listener is not called
+        any more.
 
         Raises:
             RuntimeError: the fetch is over.
@@ -218,7 +218,7 @@ class Fetcher:
         self._give_up(fetch, None)
 
     def lend(self, kept: Sequence[ExpertKey]) -> JobReads | None:
-        """Let a job make reads by itself, into slots of residents, until `take_back`.
+        """Lend a job what it needs to read into slots of residents, until `take_back`.
 
         Args:
             kept: residents whose slots it must not take.
@@ -235,13 +235,13 @@ class Fetcher:
         return reads if reads.lend([self._pool.has_free(kind) for kind in range(self._pool.n_kinds)], kept) else None
 
     def take_back(self, on_evicted: Callable[[ExpertKey], None], listener: FetchListener) -> list[JobRead]:
-        """End the loan behind the job; return what it has begun to read, in order.
+        """End the loan after the job; return the experts that it has begun to read, in order.
 
         Slots of experts that have landed are READY. The others are fetches in flight now, as if they had been started
         here.
 
         Args:
-            on_evicted: told of every resident whose slot the job has taken; the slot must be FILLING afterwards.
+            on_evicted: called for every resident whose slot the job has taken; the slot must be FILLING afterwards.
             listener: told of these fetches.
         """
         assert self._job_reads is not None
@@ -449,7 +449,7 @@ class Fetcher:
         fetch.tell_end()
 
     def _give_up(self, fetch: Fetch, error: ReadError | None) -> None:
-        """End a fetch that has not landed; its slot is free once no read writes into it and nobody holds it."""
+        """End a fetch that has not landed; its slot is free once no read writes into it and no job holds it."""
         del self._in_flight[fetch.key]
         fetch.end(error)
         for file in fetch.probes:

@@ -18,7 +18,7 @@ class StallWatch:
     """Finds the reads that the reader has been at one chunk of for a deadline or longer.
 
     Waiting behind other reads does not count, nor does time in which the whole process was stopped. Synchronous; it
-    keeps no timer of its own: `look` is to be called at `next_look_s`.
+    keeps no timer: `look` is to be called at `next_look_s`.
 
     Attributes:
         next_look_s: when to call `look`; infinite while no read needs it.
@@ -34,7 +34,7 @@ class StallWatch:
         self._deadline_s = deadline_s
         self._reads: dict[ReadOperation, Fetch] = {}  # started and not ended
         self._written_off: set[ReadOperation] = set()  # of them
-        self._excused_s: dict[ReadOperation, float] = {}  # of them: how long nobody could hear of their end
+        self._excused_s: dict[ReadOperation, float] = {}  # of them: time in which the process did not run
 
     @property
     def n_reads(self) -> int:
