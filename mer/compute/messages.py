@@ -1,4 +1,4 @@
-"""What passes between the scheduler and a compute worker: jobs of operations one way, results the other.
+"""Messages between the scheduler and a compute worker: jobs of operations one way, results the other.
 
 A worker keeps the residual stream of one batch at a time. For each batch the scheduler sends `Begin`, then for each
 routed layer `Advance`, one or more `RunExperts`, and `Combine`, and at the end `Advance` to the logits. Several
@@ -51,7 +51,7 @@ class Advance:
     """Run everything up to and with the router of a routed layer, or to the logits.
 
     Routed layers, those with experts, are numbered from 0, and `layer` means that number in all messages. Up to a
-    router the result's `expert_ids` are filled in. With `to` the number of routed layers, everything behind the last
+    router the result's `expert_ids` are filled in. With `to` the number of routed layers, everything after the last
     experts is run, and the `logits` of the rows that the batch asked for are filled in.
 
     With `predict`, also apply the next router to the residual stream as it is before this layer's experts; the result's
@@ -174,7 +174,7 @@ class Done:
     expert_ids: Int32Array | None = None  # [T, K] of the job's Advance, in descending order of router weight
     predicted_ids: Int32Array | None = None  # [T, K] of the job's predicting Advance, in the next layer
     routes: Int32Array | None = None  # [layers, T, K] experts of the layers that the job's RunResident has come to
-    logits: Float32Array | None = None  # [N, V] of the job's Advance behind the last router
+    logits: Float32Array | None = None  # [N, V] of the job's Advance to the logits
     damaged: Int32Array | None = None  # rows of the batch whose router logits were not finite so far
     kv: tuple[Uint8Array, ...] | None = None  # of the job's ReadBlocks: read-only, a copy or the worker's own memory
     arranged: frozenset[int] | None = None  # experts that the job's RunExperts re-arranged; None: all

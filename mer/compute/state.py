@@ -1,4 +1,4 @@
-"""What layers keep of a sequence between batches: the division of a KV block among them."""
+"""The state of a sequence between batches: how layers divide a KV block."""
 
 from __future__ import annotations
 

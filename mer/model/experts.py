@@ -1,4 +1,4 @@
-"""Where the matrices of every routed expert lie in a model's files."""
+"""The places of every routed expert's matrices in a model's files."""
 
 from __future__ import annotations
 

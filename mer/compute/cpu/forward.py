@@ -164,7 +164,7 @@ class Forward:
         self._x[:n, : self._spec.d_model] = self._weights.rows(self._spec.embedding.name, batch.tokens)
 
     def advance(self, program: Program, to: int, *, predict: bool = False) -> None:
-        """Add everything up to and with a router, or behind the last one, to the logits; see `Advance`."""
+        """Add everything up to and with a router, or after the last one, to the logits; see `Advance`."""
         n, n_blocks = len(self.batch.tokens), self.batch.tables.shape[1]
         if to == len(self._routers):
             if self._between[to]:

@@ -1,4 +1,4 @@
-"""Having kernels ready before they are needed: those that the cache holds are loaded, and the others compiled."""
+"""Preparation of kernels: those that the cache holds are loaded, and the others compiled."""
 
 from __future__ import annotations
 

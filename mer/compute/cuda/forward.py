@@ -120,7 +120,7 @@ class DeviceForward:
         self.damaged = torch.zeros_like(inputs.tokens, dtype=torch.bool)
 
     def advance(self, to: int, *, predict: bool = False) -> None:
-        """Run everything up to and with a router, or behind the last one, to the logits; see `Advance`."""
+        """Run everything up to and with a router, or after the last one, to the logits; see `Advance`."""
         inputs = self._batch()
         for block in self._between[to]:
             if isinstance(block, tuple):

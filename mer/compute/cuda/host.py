@@ -1,4 +1,4 @@
-"""What the processor does beside the device: experts that are only in memory, and attention where VRAM has no room."""
+"""The processor's part beside a device: experts that are only in memory, and attention where VRAM has no room."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class HostForward:
         self._forward.begin(batch)
 
     def advance(self, to: int, *, predict: bool = False) -> None:
-        """Run everything up to and with a router, or behind the last one, to the logits; see `Advance`."""
+        """Run everything up to and with a router, or after the last one, to the logits; see `Advance`."""
         forward = self._forward
         self._do(lambda program: forward.advance(program, to, predict=predict))
         if to == self._spec.n_routed:

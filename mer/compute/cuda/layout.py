@@ -1,4 +1,4 @@
-"""Where an expert's three matrices lie in a slot of the device."""
+"""The places of an expert's three matrices in a slot of the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch says of the devices here."""
+"""The devices that torch finds here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes back of a layer's router."""
+"""The result of a layer's router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of the device's memory everything takes, before torch is imported: plan and worker cannot disagree."""
+"""Bytes of the device's memory, computed before torch is imported: plan and worker cannot disagree."""
 
 from __future__ import annotations
 

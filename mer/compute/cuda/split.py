@@ -1,4 +1,4 @@
-"""How many of the experts that are only in memory the processor computes, so that it ends when the copies do."""
+"""The number of experts that the processor computes beside the device, so that it ends when the copies do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which experts are in the device's memory, and in which slots: bookkeeping without torch, for the trio thread."""
+"""Experts in the device's memory and their slots: bookkeeping without torch, for the trio thread."""
 
 from __future__ import annotations
 

@@ -358,7 +358,7 @@ class CUDAWorker:
                     y[pairs.sorted_pairs(*first_n)] = self._device.to_device(host.outputs(*first_n))
 
     def _walk(self, layer: int, answer: _Answer) -> None:
-        """Go through all layers from behind the attention of this one, as long as the tier has their experts."""
+        """Go through all layers after the attention of this one, as long as the tier has their experts."""
         dense, tier = self._dense, self.tier
         routes = []
         if isinstance(dense, DeviceForward) and self.tier.full:

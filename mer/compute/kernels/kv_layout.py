@@ -1,4 +1,4 @@
-"""Where the keys and values of one kv head at 64 positions lie, and what a pass over them is given.
+"""The layout of the keys and values of one kv head at 64 positions, and the arguments of a pass over them.
 
 A tile is K, or V, of one kv head at 64 positions, in every type that the KV cache may have: F32, F16 (rounded to
 nearest even) and Q8_0. A pass reads it from the first byte to the last, as memory is fastest; with registers for fewer

@@ -1,4 +1,4 @@
-"""Which steps multiply and arrange which weight type, and the form its activations take."""
+"""Steps that multiply and arrange each weight type, and the forms of their activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which instruction-set form the kernels take, decided once, and which features of the processor LLVM may use for it.
+"""The instruction-set form of the kernels, decided once, and the features of the processor that LLVM may use for it.
 
 The best form that the processor is able to run is taken, unless `MER_KERNELS` names another one. Unless the user has
 set `NUMBA_CPU_FEATURES`, LLVM is given the host's own feature list with a change: with `-prefer-256-bit` for AVX-512,

@@ -1,4 +1,4 @@
-"""What every block of the CPU worker is made with, and the steps that many of them begin or end with."""
+"""Memory and weights that every block of the CPU worker is made with, and the steps that many of them share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Workspace:
     def seed(self, program: Program, linear: Linear, n: int, out: int) -> None:
         """Add the step that writes a linear map's bias where its product is to be added, if it has one.
 
-        A barrier must stand between the two. The product adds, instead of a step behind it adding the bias, because the
+        A barrier must stand between the two. The product adds, instead of a step after it adding the bias, because the
         steps before it wait at a barrier anyway.
         """
         if linear.bias is not None:

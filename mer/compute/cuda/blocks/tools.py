@@ -1,4 +1,4 @@
-"""What every block on the device is made with."""
+"""Weights and products that every block on the device is made with."""
 
 from __future__ import annotations
 
