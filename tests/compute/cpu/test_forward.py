@@ -157,6 +157,7 @@ def test_quantized_models_equal_the_reference_on_int8_activations(arch: Any, kin
     assert np.median(every) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3moe"])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_models_on_15_bit_activations_are_close_to_the_reference_on_float_ones(

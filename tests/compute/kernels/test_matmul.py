@@ -103,6 +103,7 @@ def check(
         assert (np.abs(got - want) <= bound).all()
 
 
+@pytest.mark.slow
 @every_form
 def test_every_number_of_columns(kind: GGMLType, planes: int) -> None:
     cols = 2 * 256 if kind in BLOCKS else 2 * 256 - 13

@@ -188,6 +188,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "single"])
 @pytest.mark.parametrize("kwargs", SHAPES, ids=lambda kwargs: " ".join(map(str, kwargs.values())) or "default")
 def test_logits_equal_hugging_face(tmp_path: Path, kwargs: dict[str, Any], merged: bool) -> None:
@@ -201,6 +202,7 @@ def test_logits_equal_hugging_face(tmp_path: Path, kwargs: dict[str, Any], merge
 QUANTIZED = [Type(int(kind)) for kind in TYPES if kind.block_size > 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2moe", "qwen3", "qwen3moe"])
 @pytest.mark.parametrize("kind", [Type.F16, Type.BF16, *QUANTIZED], ids=lambda kind: kind.name)
 def test_logits_of_quantized_files_equal_hugging_face_on_the_rounded_weights(
@@ -298,6 +300,7 @@ def greedy_tokens(text: str, pieces: list[str]) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow
 def test_the_trained_model_knows_its_language_only_as_it_was_made() -> None:
     """The embedded model was trained and converted elsewhere, so that it also proves our fixtures' own conversion."""
     reference = ReferenceModel(embedded_model_path())
