@@ -22,6 +22,7 @@ from mer.compute.cuda.sizes import kv_layout
 from mer.compute.reference.model import ReferenceModel
 from mer.engine import Engine
 from mer.errors import ComputeError, ConfigError, DeviceError, EngineClosed, NotEnoughMemory
+from tests._lib.portions import some
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
 MEMORY = "8GiB"
@@ -86,7 +87,7 @@ CAPACITIES = [*itertools.product([3, 5, 10], [3, 6, 10]), (4, 4), (3, 9), (7, 5)
 CASES = [(kind, *c) for i, kind in enumerate(KINDS) for j, c in enumerate(CAPACITIES) if (i + j) % 2 == 0]
 
 
-@pytest.mark.parametrize(("kind", "slots", "vram_slots"), CASES)
+@pytest.mark.parametrize(("kind", "slots", "vram_slots"), some(CASES, every=5))
 async def test_every_capacity_of_both_tiers_gives_the_tokens_of_the_reference(
     folder: Path, kind: str, slots: int, vram_slots: int
 ) -> None:
@@ -125,6 +126,7 @@ async def test_every_capacity_of_both_tiers_gives_the_tokens_of_the_reference(
             assert vram.uploads == vram.resident
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_the_processor_computes_beside_the_device(folder: Path, kind: str) -> None:
     """Experts go back and forth between both sides: re-arranged in memory by one, copied from there by the other."""
@@ -144,6 +146,7 @@ async def test_the_processor_computes_beside_the_device(folder: Path, kind: str)
         assert (s.pool.pinned, s.pool.filling, s.pool.quarantined) == (0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hybrid", ["auto", "off"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_the_dense_part_stays_with_the_processor_if_vram_has_no_room(
@@ -203,6 +206,7 @@ def attrs_of(engine: Engine) -> tuple[int, ...]:
     return vram.hits, vram.uploads, vram.staged, vram.evictions
 
 
+@pytest.mark.slow
 async def test_long_prompts_and_many_sequences(folder: Path) -> None:
     """Chunks that cross KV blocks, decoding beside them, and blocks that are used again."""
     tiny = model(folder, "llama-F32")

@@ -16,6 +16,7 @@ from mer.compute.reference.model import ReferenceModel
 from mer.config import Activations, KVType
 from mer.engine import Engine
 from mer.sched.events import TokenEvent
+from tests._lib.portions import some
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
 MEMORY = "8GiB"  # more than a test process with everything imported has
@@ -74,7 +75,7 @@ def all_resident(folder: Path, kind: str, max_tokens: int = 10) -> list[Output]:
     return trio.run(main)
 
 
-@pytest.mark.parametrize("slots", range(1, N_EXPERTS + 1))
+@pytest.mark.parametrize("slots", some(range(1, N_EXPERTS + 1), every=5))
 @pytest.mark.parametrize("kind", KINDS)
 async def test_slots_threads_and_batches_change_nothing(folder: Path, kind: str, slots: int) -> None:
     want = await trio.to_thread.run_sync(all_resident, folder, kind)
@@ -137,6 +138,7 @@ async def test_float32_files_give_the_tokens_of_the_reference(folder: Path, arch
             assert tokens == tuple(int(row.argmax()) for row in logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["int8", "int15"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "F32" not in kind])
 async def test_quantized_files_stay_close_to_the_reference_at_every_position(

@@ -40,6 +40,7 @@ def test_every_block_is_run() -> None:
     assert {name for name in FILES if not name.startswith("test_")} <= {f"{name}.py" for name in imported}
 
 
+@pytest.mark.slow
 def test_the_tests_pass(folder: Path) -> None:
     done = run(folder, sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,6 +57,7 @@ settings.load_profile("fast")
 LEAK = "        finally:\n            self.active -= 1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_cancel.py", "test_machine.py"])
 def test_the_tests_find_a_caller_that_is_lost(folder: Path, name: str) -> None:
     text = FILES["service.py"]
@@ -68,6 +70,7 @@ def test_the_tests_find_a_caller_that_is_lost(folder: Path, name: str) -> None:
     assert "AssertionError" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_pass(tmp_path: Path, command: str) -> None:
     python, *arguments = command.split()

@@ -354,6 +354,7 @@ def test_the_second_ctrl_c_ends_the_process_without_cleaning_up() -> None:
     assert done.stderr.endswith("pressing\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["run", "x"], ["run", "x", "--json"], ["inspect", "--tensors"], ["--help"]])
 def test_a_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
     read, write = os.pipe()
@@ -434,6 +435,7 @@ def test_the_entry_point_exits_with_the_code(main_exit: Callable[[list[str]], An
     assert main_exit(["run", "x"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
 def test_closed_standard_streams_are_no_error(closed: list[int]) -> None:
     shell = " ".join(f"{fd}{'<' if fd == 0 else '>'}&-" for fd in closed)

@@ -285,6 +285,7 @@ COSTLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", COSTLY.values(), ids=COSTLY)
 def test_a_late_error_costs_little_memory(tmp_path: Path, entries: list[bytes]) -> None:
     path = tmp_path / "m.gguf"

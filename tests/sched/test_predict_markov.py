@@ -114,6 +114,7 @@ def test_uniform_routing_is_hardly_ever_predicted(n_experts: int, top_k: int, n_
     assert predicted < 0.01 * used
 
 
+@pytest.mark.slow
 @given(n_experts=st.integers(2, 100_000), data=st.data())
 @settings(deadline=None, max_examples=25)
 def test_certain_successors_pass_for_any_number_of_experts(n_experts: int, data: st.DataObject) -> None:

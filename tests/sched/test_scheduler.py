@@ -21,6 +21,7 @@ from mer.testing.simdisk import DiskProfile
 from mer.testing.simengine import SimEngine, open_sim_engine
 from mer.testing.simworker import JobCost, SimModel
 from mer.text.stop import StopMatcher
+from tests._lib.portions import some
 
 BIG = SimModel(n_layers=3, n_experts=8, top_k=2)
 SEED_13 = Sampling(seed=13)
@@ -76,7 +77,7 @@ async def test_small_experts_take_no_jobs_of_their_own(autojump_clock: MockClock
 
 
 @pytest.mark.parametrize("worth_bytes", [0, 30_000, 1 << 40])
-@pytest.mark.parametrize("n_slots", range(1, 25))
+@pytest.mark.parametrize("n_slots", some(range(1, 25), every=6))
 async def test_any_number_of_slots_gives_the_same(autojump_clock: MockClock, n_slots: int, worth_bytes: int) -> None:
     with trio.fail_after(3600):
         async with open_sim_engine(model=BIG, n_slots=n_slots, worth_bytes=worth_bytes) as sim:
@@ -138,6 +139,7 @@ async def test_a_reader_that_does_not_read_pauses_its_own_sequence_alone(autojum
         await sim.check_quiet()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_prompt", [60, 62, 63, 64, 65, 130])
 @pytest.mark.parametrize("max_tokens", [1, 2, 3])
 async def test_progress_never_takes_the_place_of_a_token(

@@ -174,6 +174,7 @@ def test_quantized_models_on_15_bit_activations_are_close_to_the_reference_on_fl
     assert np.array_equal(logits(path, tokens, planes=2, chunks=[1, 9, 2, 28], threads=3), fine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_types_may_differ_between_tensors(kind: Type, tmp_path: Path) -> None:
     """Rows that are not multiples of 16, float beside quantized, and two block sizes at once."""

@@ -73,6 +73,7 @@ def staged(seed: int) -> Split:
     return split
 
 
+@pytest.mark.slow
 def test_stages_change_no_bit(model: TinyModel) -> None:
     """With one, 3 and 17 rows, fresh or arranged before, in any order, and on any number of threads."""
     want = logits(model.path, TOKENS, chunks=CHUNKS)

@@ -52,6 +52,7 @@ def output(done: subprocess.CompletedProcess[str]) -> list[str]:
 COMPILE_ALL = "from tests._lib.all_kernels import main; main([])"
 
 
+@pytest.mark.slow
 def test_the_second_process_finds_every_kernel_in_the_cache() -> None:
     first, second = output(python(COMPILE_ALL)), output(python(COMPILE_ALL))
     assert len(first) == len(second) >= 40
