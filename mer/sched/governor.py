@@ -18,27 +18,15 @@ _FAITH: Final = 8.0  # useful prefetches that the record begins with, as expecte
 
 
 @attrs.frozen(kw_only=True)
-class Candidate:
-    """An expert that could be prefetched: neither in memory nor on its way."""
+class Guess:
+    """An expert that could be prefetched now: nothing is being read that a layer waits for."""
 
-    key: ExpertKey
     probability: float  # that the layer's next visit uses it
     n_bytes: int  # to read
     needed_in_s: float  # until the layer will ask for it
-
-
-@attrs.frozen(kw_only=True)
-class Conditions:
-    """What prefetches have to reckon with now."""
-
-    demand_reads: int  # reads under way or queued that something waits for, certain read-ahead included
-    queued_bytes: int  # of prefetches under way or queued
+    victim: float  # probability that the expert which leaves for it is used at its next visit; 0 for a free slot
     bytes_per_s: float  # measured rate of the disk; 0 while it is unknown
     chunk_bytes: int  # the largest single read, which demand may have to wait for
-    victims: Sequence[float]
-    """One entry for each slot that prefetches may take now, in the order in which they would be taken: the
-    probability that the expert which leaves for it is used at its layer's next visit, 0 for a free slot.
-    No longer than slots - resident floor - reserve - prefetches that hold slots."""
 
 
 @attrs.frozen(kw_only=True)
@@ -54,17 +42,16 @@ class GovernorStatistics:
 
 
 class Governor:
-    """Chooses among predictions those that are worth reading now. Pure; times are what the owner gives.
+    """Decides which predictions are worth reading now. Pure; times are what the owner gives.
 
-    In every mode nothing is chosen while demand has reads to do, or beyond the slots that are to be had.
-    `markov` and `gate` leave it at that; their predictions have passed the threshold.
+    In `markov` and `gate` all are: they have passed the threshold of their predictor, and the owner asks only while
+    there is room and demand has nothing to read.
 
-    In `auto` a candidate must also pay. What a right guess hides of a read that takes `read_s` is what gets done
-    of it before the layer asks, once the prefetches in front of it are through. A wrong one may keep a demand read
-    waiting for one chunk, and what leaves for it must be read again if it is used; for a right one the same would leave
-    when the layer asks:
+    In `auto` a guess must also pay. A right one hides what is done, before the layer asks, of a read that takes
+    `read_s`. A wrong one may keep a demand read waiting for one chunk, and the expert that leaves for it must be read
+    again if it is used; for a right one the same would leave when the layer asks:
 
-        p * min(read_s, needed_in_s - queue_s)  >  (1 - p) * (chunk_s + victim * read_s)
+        p * min(read_s, needed_in_s)  >  (1 - p) * (chunk_s + victim * read_s)
 
     where p is the predicted probability times how often such predictions have come true lately, at most once as often
     as expected. And whether all that is worth it is tried out: see `Trial`, whose costs are the times that passes
@@ -81,7 +68,7 @@ class Governor:
 
     @property
     def allowed(self) -> bool:
-        """Whether `select` can choose anything in the running pass; if not, predictions need not be asked for."""
+        """Whether `approves` can be true in the running pass; if not, predictions need not be asked for."""
         return self.mode != "off" and (self.mode != "auto" or self._trial.allowed)
 
     @property
@@ -89,33 +76,17 @@ class Governor:
         """Useful prefetches by expected ones, decayed."""
         return self._useful / self._expected
 
-    def select(self, candidates: Sequence[Candidate], conditions: Conditions) -> list[ExpertKey]:
-        """Return the experts to prefetch now, in that order; every one of them is to be reported to `started` or not.
-
-        Args:
-            candidates: likeliest first within each layer, nearer layers first.
-            conditions: the state of disk and slots now.
-        """
-        if not self.allowed or conditions.demand_reads:
-            return []
-        victims = list(conditions.victims)
-        if self.mode != "auto":
-            return [candidate.key for candidate in candidates[: len(victims)]]
-        if conditions.bytes_per_s <= 0.0:
-            return []
-        chosen: list[ExpertKey] = []
-        queue_s = conditions.queued_bytes / conditions.bytes_per_s
-        for candidate in candidates:
-            if len(chosen) == len(victims):
-                break
-            read_s = candidate.n_bytes / conditions.bytes_per_s
-            chunk_s = min(conditions.chunk_bytes, candidate.n_bytes) / conditions.bytes_per_s
-            p = self._believed(candidate.probability)
-            gain_s = p * min(read_s, max(0.0, candidate.needed_in_s - queue_s))
-            if gain_s > (1.0 - p) * (chunk_s + victims[len(chosen)] * read_s):
-                chosen.append(candidate.key)
-                queue_s += read_s
-        return chosen
+    def approves(self, guess: Guess) -> bool:
+        """Return whether a guess is worth reading now; if it is then read, that is to be reported to `started`."""
+        if self.mode != "auto" or not self.allowed:
+            return self.allowed
+        if guess.bytes_per_s <= 0.0:
+            return False
+        read_s = guess.n_bytes / guess.bytes_per_s
+        chunk_s = min(guess.chunk_bytes, guess.n_bytes) / guess.bytes_per_s
+        p = self._believed(guess.probability)
+        gain_s = p * min(read_s, max(0.0, guess.needed_in_s))
+        return gain_s > (1.0 - p) * (chunk_s + guess.victim * read_s)
 
     def _believed(self, probability: float) -> float:
         return probability * min(1.0, self.hit_ratio)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mer.sched.governor import Candidate, Conditions, Governor, GovernorStatistics, PrefetchMode
+from mer.sched.governor import Governor, GovernorStatistics, Guess, PrefetchMode
 from mer.sched.keys import ExpertKey
 from mer.sched.predict import Prediction, Predictor
 from mer.sched.predictors.best import BestPredictor, PredictionScore
@@ -158,17 +158,15 @@ class Prefetcher:
             victim = reader.price(key)
             if victim is None:
                 continue
-            candidate = Candidate(
-                key=key, probability=probability, n_bytes=self._disk.expert_bytes(key), needed_in_s=needed_in_s
-            )
-            conditions = Conditions(
-                demand_reads=0,
-                queued_bytes=0,
+            guess = Guess(
+                probability=probability,
+                n_bytes=self._disk.expert_bytes(key),
+                needed_in_s=needed_in_s,
+                victim=victim,
                 bytes_per_s=self._bytes_per_s,
                 chunk_bytes=self._disk.chunk_bytes,
-                victims=[victim],
             )
-            if self.governor.select([candidate], conditions) and reader.prefetch(key, probability):
+            if self.governor.approves(guess) and reader.prefetch(key, probability):
                 self.governor.started(key, probability)
 
     def statistics(self) -> PrefetchStatistics:

@@ -10,28 +10,20 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mer.sched.governor import Candidate, Conditions, Governor, GovernorStatistics, PrefetchMode
-from mer.sched.keys import ExpertKey
+from mer.sched.governor import Governor, GovernorStatistics, Guess, PrefetchMode
 
 
-def candidate(expert: int = 0, **changes: Any) -> Candidate:
-    return Candidate(**{"key": (1, expert), "probability": 0.9, "n_bytes": 1000, "needed_in_s": 10.0, **changes})
-
-
-def conditions(**changes: Any) -> Conditions:
+def a_guess(**changes: Any) -> Guess:
     values: dict[str, Any] = {
-        "demand_reads": 0,
-        "queued_bytes": 0,
+        "probability": 0.9,
+        "n_bytes": 1000,
+        "needed_in_s": 10.0,
+        "victim": 0.0,
         "bytes_per_s": 1000.0,
         "chunk_bytes": 100,
-        "victims": [0.0] * 8,
         **changes,
     }
-    return Conditions(**values)
-
-
-def keys(n: int) -> list[ExpertKey]:
-    return [(1, expert) for expert in range(n)]
+    return Guess(**values)
 
 
 def guess(governor: Governor, n: int, *, right: int) -> None:
@@ -42,85 +34,78 @@ def guess(governor: Governor, n: int, *, right: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "markov", "gate", "auto"])
-def test_demand_goes_first_and_slots_bound_what_is_chosen(mode: PrefetchMode) -> None:
+def test_what_is_likely_is_read_unless_nothing_may_be(mode: PrefetchMode) -> None:
     governor = Governor(mode)
-    wanted = [candidate(expert) for expert in range(4)]
     assert governor.allowed == (mode != "off")
-    assert governor.select(wanted, conditions()) == ([] if mode == "off" else keys(4))
-    assert governor.select(wanted, conditions(victims=[0.0] * 3)) == ([] if mode == "off" else keys(3))
-    assert governor.select(wanted, conditions(demand_reads=1)) == []
-    assert governor.select(wanted, conditions(victims=[])) == []
-    assert governor.select([], conditions()) == []
+    assert governor.approves(a_guess()) == (mode != "off")
 
 
 @pytest.mark.parametrize("mode", ["markov", "gate"])
 def test_only_auto_asks_whether_it_pays(mode: PrefetchMode) -> None:
-    doubtful = [candidate(probability=0.01, needed_in_s=0.0)]
-    hopeless = conditions(bytes_per_s=0.0, victims=[1.0])
-    assert Governor(mode).select(doubtful, hopeless) == keys(1)
-    assert Governor("auto").select(doubtful, hopeless) == []
-    assert Governor("auto").select([candidate()], conditions(bytes_per_s=0.0)) == []
+    hopeless = a_guess(probability=0.01, needed_in_s=0.0, bytes_per_s=0.0, victim=1.0)
+    assert Governor(mode).approves(hopeless)
+    assert not Governor("auto").approves(hopeless)
+    assert not Governor("auto").approves(a_guess(bytes_per_s=0.0))
 
 
 def test_small_experts_keep_demand_waiting_for_no_more_than_themselves() -> None:
-    likely = candidate(probability=0.6, n_bytes=1000)
-    assert Governor("auto").select([likely], conditions(chunk_bytes=10_000)) == keys(1)
+    assert Governor("auto").approves(a_guess(probability=0.6, n_bytes=1000, chunk_bytes=10_000))
 
 
-def test_each_guess_is_weighed_against_what_leaves_for_it() -> None:
-    wanted = [candidate(expert) for expert in range(3)]
-    doubted = [candidate(expert, probability=0.5, needed_in_s=0.6) for expert in range(3)]
-    assert Governor("auto").select(doubted, conditions(victims=[0.0, 0.0, 0.0])) == keys(1), "the second comes too late"
-    assert Governor("auto").select(doubted, conditions(victims=[0.6, 0.0, 0.0])) == [], "0.3 s against 0.35 s"
-    assert Governor("auto").select(doubted, conditions(victims=[0.4, 0.0, 0.0])) == keys(1), "0.3 s against 0.25 s"
-    assert Governor("auto").select(wanted, conditions(victims=[0.0, 0.95, 0.0])) == keys(3), "rarely wrong"
+def test_a_guess_is_weighed_against_what_leaves_for_it() -> None:
+    doubted = {"probability": 0.5, "needed_in_s": 0.6}
+    assert Governor("auto").approves(a_guess(**doubted)), "0.3 s against 0.05 s"
+    assert not Governor("auto").approves(a_guess(**doubted, victim=0.6)), "0.3 s against 0.35 s"
+    assert Governor("auto").approves(a_guess(**doubted, victim=0.4)), "0.3 s against 0.25 s"
+    assert Governor("auto").approves(a_guess(victim=0.95)), "rarely wrong"
+
+
+@pytest.mark.parametrize("needed_in_s", [0.0, -1.0])
+def test_a_guess_that_comes_too_late_hides_nothing(needed_in_s: float) -> None:
+    assert not Governor("auto").approves(a_guess(probability=0.99, needed_in_s=needed_in_s))
+    assert not Governor("auto").approves(a_guess(probability=1.0, needed_in_s=needed_in_s)), "no gain is no reason"
 
 
 PARTS = st.integers(0, 64).map(lambda part: part / 64)
 
 
 @given(
-    wanted=st.lists(st.tuples(PARTS, st.integers(1, 4096), st.integers(0, 32)), min_size=1, max_size=6),
-    victims=st.lists(PARTS, max_size=6),
-    queued=st.integers(0, 4096),
+    probability=PARTS,
+    n_bytes=st.integers(1, 4096),
+    eighths=st.integers(-8, 32),
+    victim=PARTS,
     chunk=st.integers(1, 4096),
 )
-def test_auto_chooses_what_gains_more_than_it_risks(
-    wanted: list[tuple[float, int, int]], victims: list[float], queued: int, chunk: int
+def test_auto_approves_what_gains_more_than_it_risks(
+    probability: float, n_bytes: int, eighths: int, victim: float, chunk: int
 ) -> None:
     """Against fractions; what is on the edge to within rounding is left out. The disk reads 1024 bytes per second."""
-    candidates = [
-        candidate(expert, probability=p, n_bytes=n_bytes, needed_in_s=eighths / 8)
-        for expert, (p, n_bytes, eighths) in enumerate(wanted)
-    ]
-    chosen: list[ExpertKey] = []
-    ahead = Fraction(queued)
-    for key, (probability, n_bytes, eighths) in zip(keys(len(wanted)), wanted, strict=True):
-        if len(chosen) == len(victims):
-            break
-        p = Fraction(probability)
-        done = min(Fraction(n_bytes), max(Fraction(0), Fraction(eighths, 8) * 1024 - ahead))
-        surplus = p * done - (1 - p) * (min(chunk, n_bytes) + Fraction(victims[len(chosen)]) * n_bytes)
-        assume(surplus == 0 or abs(surplus) > Fraction(1, 1000))
-        if surplus > 0:
-            chosen.append(key)
-            ahead += n_bytes
-    state = conditions(bytes_per_s=1024.0, queued_bytes=queued, chunk_bytes=chunk, victims=victims)
-    assert Governor("auto").select(candidates, state) == chosen
+    p = Fraction(probability)
+    done = min(Fraction(n_bytes), max(Fraction(0), Fraction(eighths, 8) * 1024))
+    surplus = p * done - (1 - p) * (min(chunk, n_bytes) + Fraction(victim) * n_bytes)
+    assume(surplus == 0 or abs(surplus) > Fraction(1, 1000))
+    weighed = a_guess(
+        probability=probability,
+        n_bytes=n_bytes,
+        needed_in_s=eighths / 8,
+        victim=victim,
+        bytes_per_s=1024.0,
+        chunk_bytes=chunk,
+    )
+    assert Governor("auto").approves(weighed) == (surplus > 0)
 
 
 def test_guesses_that_keep_failing_are_believed_less() -> None:
     governor = Governor("auto")
-    unsure = candidate(probability=0.5)
     assert governor.hit_ratio == 1.0
-    assert governor.select([unsure], conditions()) == keys(1)
+    assert governor.approves(a_guess(probability=0.5))
     guess(governor, 32, right=0)
     assert governor.hit_ratio == pytest.approx(8 / 40)
-    assert governor.select([unsure], conditions(chunk_bytes=200)) == []  # 0.1 s are less than 0.9 * 0.2 s
-    assert governor.select([unsure], conditions(chunk_bytes=100)) == keys(1)  # 0.1 s are more than 0.9 * 0.1 s
+    assert not governor.approves(a_guess(probability=0.5, chunk_bytes=200))  # 0.1 s are less than 0.9 * 0.2 s
+    assert governor.approves(a_guess(probability=0.5, chunk_bytes=100))  # 0.1 s are more than 0.9 * 0.1 s
     guess(governor, 72, right=72)
     assert governor.hit_ratio == pytest.approx(80 / 112)
-    assert governor.select([unsure], conditions(chunk_bytes=200)) == keys(1)
+    assert governor.approves(a_guess(probability=0.5, chunk_bytes=200))
 
 
 def test_guesses_that_do_better_than_claimed_are_not_believed_more() -> None:
@@ -129,7 +114,7 @@ def test_guesses_that_do_better_than_claimed_are_not_believed_more() -> None:
         governor.started((0, 5), 0.1)
         governor.observe(0, [5])
     assert governor.hit_ratio > 3
-    assert governor.select([candidate(probability=0.1)], conditions(chunk_bytes=200)) == []
+    assert not governor.approves(a_guess(probability=0.1, chunk_bytes=200))
 
 
 def test_a_record_is_forgotten_by_and_by() -> None:
@@ -202,7 +187,7 @@ def test_what_does_not_pay_is_given_up_in_auto_alone() -> None:
     n = run(governor, dear)
     assert n < 0.1 * 400
     assert not governor.allowed
-    assert governor.select([candidate()], conditions()) == []
+    assert not governor.approves(a_guess())
     assert governor.statistics() == GovernorStatistics(
         mode="auto", allowed=False, verdict=False, trials=1, selected=n, hit_ratio=1.0
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import pytest
@@ -11,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from mer.io.priority import Priority
-from mer.sched.governor import PrefetchMode
+from mer.sched.governor import Guess, PrefetchMode
 from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.speculation import SpeculationStatistics
 from mer.testing.simdisk import DiskProfile
@@ -113,7 +112,7 @@ class _Store:
         return 0.5
 
     def prefetch(self, key: tuple[int, int], probability: float) -> bool:
-        raise AssertionError("a guess is read that was not selected")
+        raise AssertionError("a guess is read that was not approved")
 
 
 async def test_time_that_is_gone_leaves_less_for_a_guess(autojump_clock: MockClock) -> None:
@@ -123,12 +122,12 @@ async def test_time_that_is_gone_leaves_less_for_a_guess(autojump_clock: MockClo
     prefetcher = Prefetcher("markov", facts, n_layers=2, n_experts=4, top_k=1)
     told: list[float] = []
 
-    def select(candidates: list[Any], conditions: Any) -> list[Any]:
-        told.append(candidates[0].needed_in_s)
+    def approves(guess: Guess) -> bool:
+        told.append(guess.needed_in_s)
         store.guessing = 100  # no room for a second one
-        return []
+        return False
 
-    prefetcher.governor.select = select  # type: ignore[method-assign, assignment]
+    prefetcher.governor.approves = approves  # type: ignore[method-assign]
     for _ in range(200):  # the layers follow each other after a second, always with the same experts
         for layer in (0, 1):
             store.guessing = 0
