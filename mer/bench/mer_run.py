@@ -16,7 +16,7 @@ from mer.compute.messages import Advance, Combine, Done, Operation, RunExperts, 
 from mer.errors import MerError
 from mer.io.arena import PAGE_BYTES, Arena
 from mer.io.fetch import Fetch
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import Reader
 from mer.opening.actors import open_expert_actors
 from mer.sched.layer import WORTH_BYTES, LayerRun, WorkerLink

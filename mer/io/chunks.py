@@ -12,7 +12,7 @@ import attrs
 from mer.errors import ConfigError, ReadError
 from mer.io.arena import PAGE_BYTES
 from mer.io.copies import Copy
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation
 
 DEFAULT_THREADS: Final = 4  # reads at once

@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from mer.errors import ReadError
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation
 
 ExpertKey: TypeAlias = tuple[int, int]

@@ -19,10 +19,9 @@ from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
 from mer.io.fetch import ExpertKey, Fetch, FetchListener
 from mer.io.fetch_counts import ClassCounts, FetcherStatistics, ReadCounts
 from mer.io.job_reads import JobRead, JobReads
-from mer.io.pool import BufferPool, SlotState
-from mer.io.priority import Priority
+from mer.io.patient import delay_s
+from mer.io.pool import BufferPool, Priority, SlotState
 from mer.io.reader import Reader, ReadOperation
-from mer.io.retry import delay_s
 from mer.io.stalls import StallWatch
 from mer.units import format_duration
 
@@ -39,7 +38,7 @@ class Fetcher:
     from the trio thread alone.
 
     A read that fails with a transient error is tried again after 5, 10 and 50 ms, the failed matrix alone; see
-    `mer.io.retry`. A fetch fails with the first of its reads that fails for good, at once: reads of it that have not
+    `mer.io.patient`. A fetch fails with the first of its reads that fails for good, at once: reads of it that have not
     begun are cancelled, and its slot is QUARANTINED until those that have are back, then FREE.
 
     A read is stuck when the reader has been at one chunk of it for `read_deadline_s`; waiting behind other reads does

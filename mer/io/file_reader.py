@@ -18,7 +18,7 @@ from mer.io.files import IoMode, ModelFile
 from mer.io.identity import FileIdentity
 from mer.io.metering import ReaderStatistics, ReadMeter
 from mer.io.mirror import verify_mirror
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation, check_operation
 
 

@@ -9,7 +9,7 @@ from typing import Final
 import attrs
 
 from mer.io.files import IoMode
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 
 _BUCKETS_PER_OCTAVE: Final = 8
 _SHORTEST_S: Final = 1e-6

@@ -1,4 +1,4 @@
-"""Reads in the caller's thread, with the patience that reads of experts have: what may pass is tried again."""
+"""Retries of failed reads: the errors that get one, the delays, and reads in the caller's thread that keep to them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,35 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mer.errors import ReadError
-from mer.io.retry import DELAYS_S, TRANSIENT
+
+TRANSIENT: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.EIO, errno.EBUSY, errno.ENOMEM, errno.ETIMEDOUT})
+"""Errors that may be over in a moment: a busy or reset device, a lost interrupt, a path that fails over, no memory.
+
+EIO is among them because drives and their connections report a passing fault that way too. Not among them: what says
+that the file or the device is gone (ESTALE, ENODEV, EBADF), and truncation, which has no number."""
+
+DELAYS_S: Final = (0.005, 0.010, 0.050)
+"""Seconds before each of the further tries."""
 
 T = TypeVar("T")
 E = TypeVar("E", OSError, ReadError)
 
 _pause = time.sleep
+
+
+def delay_s(error: OSError | ReadError, tries: int) -> float | None:
+    """Return how long to wait before a read that failed is tried again, or None if that is of no use.
+
+    Args:
+        error: why it failed.
+        tries: how often it has been tried, at least 1.
+    """
+    if error.errno not in TRANSIENT or tries > len(DELAYS_S):
+        return None
+    return DELAYS_S[tries - 1]
 
 
 def patiently(call: Callable[[], T], failed: Callable[[E, int], Exception], kind: type[E]) -> T:
@@ -33,10 +53,11 @@ def patiently(call: Callable[[], T], failed: Callable[[E, int], Exception], kind
         try:
             return call()
         except kind as error:
-            if error.errno not in TRANSIENT or tries > len(DELAYS_S):
+            wait_s = delay_s(error, tries)
+            if wait_s is None:
                 final = failed(error, tries)
                 raise final from (error if final is not error else error.__cause__)
-        _pause(DELAYS_S[tries - 1])
+        _pause(wait_s)
         tries += 1
 
 

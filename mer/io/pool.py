@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from mer.errors import ConfigError
-from mer.io.priority import Priority
+
+
+class Priority(enum.IntEnum):
+    """Of a read, and of the slot that it needs; the smaller goes first."""
+
+    DEMAND = 0  # the running layer computes with it
+    READ_AHEAD = 1  # a layer that comes next is certain to need it
+    PREFETCH = 2  # a guess
 
 
 class SlotState(enum.IntEnum):

@@ -15,8 +15,8 @@ from mer.io.arena import map_anonymous
 from mer.io.extents import aligned_hull
 from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics
-from mer.io.priority import Priority
-from mer.io.retry import delay_s
+from mer.io.patient import delay_s
+from mer.io.pool import Priority
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -148,7 +148,7 @@ class PendingExtent:
     async def wait(self) -> NDArray[np.uint8]:
         """Wait until the bytes are there; the read goes on if the wait is cancelled.
 
-        A read that fails with a transient error is tried again, as long as somebody waits; see `mer.io.retry`. To be
+        A read that fails with a transient error is tried again, as long as somebody waits; see `mer.io.patient`. To be
         called by one task at a time.
 
         Returns:

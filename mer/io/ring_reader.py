@@ -19,7 +19,7 @@ from mer.io.chunks import Chunk
 from mer.io.file_reader import FileReader
 from mer.io.files import PartialRead
 from mer.io.metering import ReaderStatistics
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation, check_promotion
 from mer.io.ring import Ring, RingAddresses
 

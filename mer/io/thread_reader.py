@@ -18,7 +18,7 @@ from mer.errors import ConfigError, ReadError
 from mer.io.chunks import Chunk, Work
 from mer.io.file_reader import FileReader
 from mer.io.metering import ReaderStatistics
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation, check_promotion
 from mer.threads import start_thread
 

@@ -21,7 +21,7 @@ from mer.io.arena import Arena
 from mer.io.file_reader import FileReader
 from mer.io.mirror import mirror_paths
 from mer.io.open_reader import OpenReader, open_reader
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.ring_reader import RingReader
 from mer.model.loading import Model, load_model
 from mer.opening.actors import Guesses, Lending, open_actors, open_expert_actors

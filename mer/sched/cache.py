@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 
 from mer.compute.messages import Int64Array, LoadedExpert
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.ranks import Ranks
 from mer.sched.policy import ExpertKey, Policy
 

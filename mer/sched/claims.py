@@ -8,8 +8,7 @@ from mer.compute.messages import LoadedExpert, Stage
 from mer.errors import MerError
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
-from mer.io.pool import Ticket
-from mer.io.priority import Priority
+from mer.io.pool import Priority, Ticket
 from mer.sched.cache import Resident
 from mer.sched.residents import Residents
 from mer.sched.speculation import Speculation

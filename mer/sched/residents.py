@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from mer.compute.messages import AWAY, LoadedExpert, Tier
-from mer.io.pool import BufferPool, SlotState, Ticket
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority, SlotState, Ticket
 from mer.sched.cache import ExpertCache, Resident
 from mer.sched.keys import ExpertKey
 

@@ -9,8 +9,7 @@ import attrs
 from mer.errors import MerError
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
-from mer.io.pool import Ticket
-from mer.io.priority import Priority
+from mer.io.pool import Priority, Ticket
 from mer.sched.cache import Resident
 from mer.sched.keys import ExpertKey
 from mer.sched.prefetch import Prefetcher

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import trio
 
-from mer.io.pool import SlotState
-from mer.io.priority import Priority
+from mer.io.pool import Priority, SlotState
 from mer.testing.simengine import SimEngine
 
 

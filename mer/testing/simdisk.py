@@ -21,7 +21,7 @@ from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS, Chunk, ChunkQueu
 from mer.io.file_reader import land
 from mer.io.files import IoMode
 from mer.io.metering import ReaderStatistics, ReadMeter
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation, check_operation, check_promotion
 from mer.io.ring import RingAddresses
 

@@ -21,8 +21,7 @@ from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
 from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
 from mer.io.fetcher import DEFAULT_READ_DEADLINE_S, Fetcher
 from mer.io.ggml import GGMLType
-from mer.io.pool import BufferPool
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority
 from mer.opening.actors import Guesses, Lending, open_actors, open_expert_actors
 from mer.sched.cache import ExpertCache
 from mer.sched.draws import INLINE_LOGITS, Draws

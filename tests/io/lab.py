@@ -20,7 +20,7 @@ from mer.errors import ReadError
 from mer.io.arena import map_anonymous
 from mer.io.extents import aligned_hull
 from mer.io.files import ModelFile
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import Reader, ReadOperation
 from mer.io.ring import Ring
 from mer.io.ring_reader import RingReader

@@ -15,8 +15,7 @@ from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart, Sl
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
 from mer.io.ggml import GGMLType
-from mer.io.pool import BufferPool, SlotState, Ticket
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority, SlotState, Ticket
 from mer.io.reader import Reader
 from mer.testing.simdisk import SimDisk, content, open_sim_disk
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mer.errors import ReadError
 from mer.io.chunks import Chunk, ChunkQueue, Work
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation
 
 PAGE = 4096

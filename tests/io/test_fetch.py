@@ -17,8 +17,7 @@ from mer.io.arena import Arena
 from mer.io.extents import aligned_hull
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
-from mer.io.pool import BufferPool
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority
 from mer.io.thread_reader import ThreadReader
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.simdisk import DiskProfile, content, open_sim_disk

@@ -13,8 +13,8 @@ from mer.errors import EngineClosed, FileSuspended, ReadError, ReadTimeout
 from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart
 from mer.io.fetch import Fetch
 from mer.io.ggml import GGMLType
+from mer.io.patient import DELAYS_S, TRANSIENT
 from mer.io.reader import read_extent, start_extent
-from mer.io.retry import DELAYS_S, TRANSIENT
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.simdisk import DiskProfile, SimDisk, content, open_sim_disk
 from tests._lib.landing import gate_up_landed, landed

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.testing.simdisk import DiskProfile
 from tests._lib.landing import landed
 from tests.io.rig import DEMAND, EXPERTS, PREFETCH, READ_AHEAD, big_experts, open_rig

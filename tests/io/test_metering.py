@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.io.metering import LatencyHistogram, ReaderStatistics, ReadMeter
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from mer.io import patient
 from mer.io.files import ModelFile
 from mer.io.gguf import read_gguf
 from mer.io.mirror import verify_mirror
-from mer.io.retry import TRANSIENT
+from mer.io.patient import TRANSIENT
 from mer.sched.fingerprint import model_fingerprint
 from tests._lib import gguf_bytes as gb
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mer.errors import ConfigError
-from mer.io.pool import BufferPool, SlotState, Ticket, demand_reserve
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority, SlotState, Ticket, demand_reserve
 
 FREE, FILLING, READY, PINNED, QUARANTINED = SlotState
 DEMAND, READ_AHEAD, PREFETCH = Priority

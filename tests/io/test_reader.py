@@ -13,7 +13,7 @@ import trio
 
 from mer.errors import ConfigError, EngineClosed, ReadError
 from mer.io.arena import map_anonymous
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation, read_extent
 from mer.testing.simdisk import content
 from tests.io.lab import (

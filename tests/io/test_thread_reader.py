@@ -22,7 +22,7 @@ import trio
 
 from mer.errors import ConfigError, EngineClosed, FileChanged, ReadError
 from mer.io.identity import FileIdentity
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation, read_extent
 from mer.io.thread_reader import ThreadReader
 from mer.testing.simdisk import content

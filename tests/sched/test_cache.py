@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.sched.cache import ExpertCache, Resident
 from mer.sched.policy import LayerLRU
 

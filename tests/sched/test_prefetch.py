@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.sched.governor import Guess, PrefetchMode
 from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.speculation import SpeculationStatistics

@@ -17,8 +17,7 @@ from mer.errors import ReadError
 from mer.io.arena import Arena
 from mer.io.extents import ExpertMap
 from mer.io.fetcher import Fetcher
-from mer.io.pool import BufferPool, SlotState
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority, SlotState
 from mer.sched.batch import share_rows
 from mer.sched.cache import ExpertCache
 from mer.sched.policies.layer_lru import LayerLRU

@@ -16,8 +16,7 @@ import mer.sched.predictors.markov
 from mer.compute.messages import LoadedExpert
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
-from mer.io.pool import BufferPool, SlotState, Ticket
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority, SlotState, Ticket
 from mer.sched.admission import AdmissionQueue
 from mer.sched.cache import ExpertCache, Resident
 from mer.sched.claims import Claims

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.sched.cache import ExpertCache, Resident
 from mer.sched.heat import HeatProfile
 from mer.sched.keys import ExpertKey

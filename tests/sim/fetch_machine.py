@@ -15,8 +15,7 @@ from mer.errors import FileSuspended, ReadError
 from mer.io.arena import Arena
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
-from mer.io.pool import BufferPool, SlotState, Ticket
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority, SlotState, Ticket
 from mer.testing.machines import TrioStateMachine
 from mer.testing.simdisk import DiskProfile, open_sim_disk
 from mer.testing.simengine import make_experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.sched.governor import PrefetchMode
 from mer.testing.deterministic import run_seeded
 from mer.testing.simengine import open_sim_engine

@@ -9,8 +9,7 @@ import attrs
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mer.io.pool import BufferPool, SlotState, Ticket
-from mer.io.priority import Priority
+from mer.io.pool import BufferPool, Priority, SlotState, Ticket
 
 FREE, FILLING, READY, PINNED, QUARANTINED = SlotState
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.sched.events import TokenEvent
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.invariants import check_now, watch

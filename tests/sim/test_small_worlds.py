@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation
 from mer.testing import DiskProfile, SimDisk, open_sim_disk
 from tests.sim.worlds import READ_S, Read, World, ahead, demand, guess, open_world
@@ -103,7 +103,6 @@ async def test_a_shared_network_takes_no_job_of_its_own_where_nothing_is_missing
     async with open_world(**FOUR_EXPERTS, shared=frozenset({0}), worth_bytes=MUCH) as world:
         await world.ask(8)  # two batches
         assert world.jobs == ["shared", "0 1 2 3", "0 1 2 3"]
-
 
 
 # --- guesses ---

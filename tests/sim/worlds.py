@@ -14,7 +14,7 @@ import attrs
 
 from mer.compute.messages import LoadedExpert, Operation, RunExperts, RunShared, Stage
 from mer.io.fetch import Fetch, FetchListener
-from mer.io.priority import Priority
+from mer.io.pool import Priority
 from mer.io.reader import ReadOperation
 from mer.testing import DiskProfile, JobCost, SimEngine, SimModel, open_sim_engine
 

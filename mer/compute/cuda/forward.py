@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 
@@ -16,7 +17,6 @@ from mer.compute.cuda.device import Device
 from mer.compute.cuda.inputs import Group, Inputs, blocks_needed, padded_tables
 from mer.compute.cuda.kv import KVCache
 from mer.compute.cuda.products import TorchKernels
-from mer.compute.cuda.routed import Routed
 from mer.compute.cuda.sizes import kv_layout
 from mer.compute.cuda.weights import DeviceWeights
 from mer.compute.kernels.kv_layout import KV_TILE
@@ -25,6 +25,15 @@ from mer.model.operators import Attention, Experts
 from mer.model.spec import ModelSpec
 
 Tensor = torch.Tensor
+
+
+@attrs.frozen(eq=False)
+class Routed:
+    """What comes back of a layer's router, in one transfer."""
+
+    expert_ids: Int32Array  # [T, K]
+    predicted_ids: Int32Array | None  # [T, K] in the next layer
+    damaged: Int32Array  # rows whose router logits were not finite so far
 
 
 class DeviceForward:

@@ -16,7 +16,7 @@ from mer.compute.cpu.scratch import Limits, Scratch
 from mer.compute.cpu.team import Team
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import Pairs
-from mer.compute.cuda.routed import Routed
+from mer.compute.cuda.forward import Routed
 from mer.compute.messages import Batch, Float32Array, Int32Array, LoadedExpert, Uint8Array
 from mer.io.extents import ExpertMap
 from mer.model.spec import ModelSpec

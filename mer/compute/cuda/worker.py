@@ -15,11 +15,10 @@ import trio
 from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import Device, as_error
 from mer.compute.cuda.experts import DeviceExperts, Pairs
-from mer.compute.cuda.forward import DeviceForward
+from mer.compute.cuda.forward import DeviceForward, Routed
 from mer.compute.cuda.host import HostExperts, HostForward
 from mer.compute.cuda.passes import TokenPasses
 from mer.compute.cuda.products import TorchKernels
-from mer.compute.cuda.routed import Routed
 from mer.compute.cuda.split import Split, work_bytes
 from mer.compute.cuda.thread import CallThread
 from mer.compute.cuda.vram import Place, VRAMTier
