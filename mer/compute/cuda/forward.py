@@ -49,8 +49,6 @@ class DeviceForward:
         kernels: multiply.
     """
 
-    place = "device"
-
     def __init__(
         self, spec: ModelSpec, limits: Limits, weights: DeviceWeights, device: Device, kernels: TorchKernels
     ) -> None:

@@ -108,8 +108,6 @@ class HostForward:
         device: where h goes to and y comes from.
     """
 
-    place = "cpu"
-
     def __init__(self, spec: ModelSpec, forward: Forward, host: HostExperts, device: Device) -> None:
         self._spec, self._forward, self._host, self._device = spec, forward, host, device
         self.h = device.zeros(0)
