@@ -197,14 +197,3 @@ def start_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> Pendin
         untouched=True,
     )
     return PendingExtent(reader, operation, lead)
-
-
-async def read_extent(reader: Reader, file: int, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-    """Read any byte range of a file, as `start_extent` and `PendingExtent.wait` do; it may be empty.
-
-    If cancelled, the memory goes back to the system as soon as the read has landed.
-    """
-    if n_bytes == 0:
-        await trio.lowlevel.checkpoint()
-        return np.empty(0, dtype=np.uint8)
-    return await start_extent(reader, file, offset, n_bytes).wait()

@@ -14,9 +14,10 @@ from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart
 from mer.io.fetch import Fetch
 from mer.io.ggml import GGMLType
 from mer.io.patient import DELAYS_S, TRANSIENT
-from mer.io.reader import read_extent, start_extent
+from mer.io.reader import start_extent
 from mer.testing.cancel import Subject, cancel_at_every_step
 from mer.testing.simdisk import DiskProfile, SimDisk, content, open_sim_disk
+from tests._lib.extents import read_extent
 from tests._lib.landing import gate_up_landed, landed
 from tests.io.rig import (
     DEMAND,

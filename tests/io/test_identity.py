@@ -10,8 +10,8 @@ import pytest
 from mer.errors import FileChanged
 from mer.io.gguf import read_gguf
 from mer.io.identity import FileIdentity
-from mer.io.reader import read_extent
 from mer.io.thread_reader import ThreadReader
+from tests._lib.extents import read_extent
 from tests.io.test_gguf_split import part, part_name
 
 

@@ -16,9 +16,10 @@ from trio.testing import MockClock
 from mer.errors import ConfigError, MirrorMismatch, ReadError
 from mer.io.files import ModelFile
 from mer.io.mirror import BLOCK_BYTES, HEADER_BYTES, N_BLOCKS, sample, verify_mirror
-from mer.io.reader import ReadOperation, read_extent
+from mer.io.reader import ReadOperation
 from mer.io.thread_reader import ThreadReader
 from mer.testing.simdisk import DiskProfile, SimDisk, content, open_sim_disk
+from tests._lib.extents import read_extent
 from tests.io.lab import Landings, assert_right
 
 MIB = 1 << 20

@@ -14,8 +14,9 @@ import trio
 from mer.errors import ConfigError, EngineClosed, ReadError
 from mer.io.arena import map_anonymous
 from mer.io.pool import Priority
-from mer.io.reader import ReadOperation, read_extent
+from mer.io.reader import ReadOperation
 from mer.testing.simdisk import content
+from tests._lib.extents import read_extent
 from tests.io.lab import (
     CHUNK,
     ClosableReader,

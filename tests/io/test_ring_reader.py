@@ -18,10 +18,11 @@ from mer.errors import EngineClosed, ReadError
 from mer.io import ring as ring_module
 from mer.io.arena import map_anonymous
 from mer.io.open_reader import open_reader
-from mer.io.reader import ReadOperation, read_extent
+from mer.io.reader import ReadOperation
 from mer.io.ring import Ring
 from mer.io.ring_reader import RingReader, RingUnavailable
 from mer.testing.simdisk import content
+from tests._lib.extents import read_extent
 from tests.io.lab import Landings, assert_right, operation, refuse_direct, ring_lab, write_files
 
 SIZE = 300_000

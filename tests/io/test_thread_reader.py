@@ -23,9 +23,10 @@ import trio
 from mer.errors import ConfigError, EngineClosed, FileChanged, ReadError
 from mer.io.identity import FileIdentity
 from mer.io.pool import Priority
-from mer.io.reader import ReadOperation, read_extent
+from mer.io.reader import ReadOperation
 from mer.io.thread_reader import ThreadReader
 from mer.testing.simdisk import content
+from tests._lib.extents import read_extent
 from tests.io.lab import Landings, assert_right, operation, refuse_direct, thread_lab, write_files
 
 SIZE = 300_000
