@@ -117,6 +117,7 @@ class FencedArena(Arena):
 
     def __init__(self, slot_counts: Sequence[int], slot_bytes: Sequence[int]) -> None:
         self.n_slots = sum(slot_counts)
+        self.slot_counts = tuple(slot_counts)
         self._kinds = [kind for kind, count in enumerate(slot_counts) for _ in range(count)]
         self.class_bytes = tuple(round_up(n_bytes, PAGE_BYTES) for n_bytes in slot_bytes)
         strides = [self.class_bytes[kind] + PAGE_BYTES for kind in self._kinds]

@@ -337,7 +337,7 @@ def hf_model(shape: TinyShape, weights: Mapping[str, Array]) -> Any:
             num_experts=shape.n_experts,
             norm_topk_prob=False,
             use_sliding_window=shape.sliding_window is not None,
-            max_window_layers=0,
+            layer_types=None if shape.sliding_window is None else ["sliding_attention"] * shape.n_layers,
             **common,
         )
         model = transformers.Qwen2MoeForCausalLM(qwen2)
