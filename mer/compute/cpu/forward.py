@@ -83,6 +83,9 @@ class Forward:
         s = self.scratch
         self._damaged, self._positions, self._sequences = map(s.ints, ("damaged", "positions", "sequences"))
         self._table, self._outputs = s.ints("table"), s.ints("outputs")
+        if spec.routed:  # views that every token looks at: making one takes as long as copying what is in it
+            self._ids, self._predicted_ids, self._routes = map(s.ints, ("expert_ids", "predicted_ids", "routes"))
+            self._stop = s.words("stop")
         self._angles = [(rope, _frequencies(rope), s.floats(area)) for rope, area in self._ropes.items()]
         self._x = s.floats("x").reshape(limits.batch_tokens, -1)
         self._logits = s.floats("logits").reshape(limits.outputs, -1)
@@ -235,7 +238,7 @@ class Forward:
         """Return the router's choice [T, K] once `advance` has run, and sort the (token, choice) pairs by expert."""
         assert self._routed_experts is not None
         n, k = len(self.batch.tokens), self._spec.top_k
-        ids = self.scratch.ints("expert_ids")[: n * k]
+        ids = self._ids[: n * k]
         self._routed_experts.assign(ids)
         return ids.reshape(n, k).copy()
 
@@ -244,7 +247,7 @@ class Forward:
         if not self._predicts:
             return None
         n, k = len(self.batch.tokens), self._spec.top_k
-        return self.scratch.ints("predicted_ids")[: n * k].reshape(n, k).copy()
+        return self._predicted_ids[: n * k].reshape(n, k).copy()
 
     def run_experts(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None:
         """Add the feed-forward networks of loaded experts of a routed layer, or stages of them.
@@ -290,7 +293,7 @@ class Forward:
         self._shared_ran = False  # a program that ends early has not come to it
         _, _, starts, rows = kept
         program.extend(rows[starts[layer] :])
-        self.scratch.words("stop")[:] = 0
+        self._stop[:] = 0
         self._routed_from = layer
 
     def _dispatch(self, program: Program, layer: int, addresses: int, reads: int) -> None:
@@ -322,8 +325,8 @@ class Forward:
         If it is not, the batch's next step is the experts of the last of these layers.
         """
         n, k, n_layers = len(self.batch.tokens), self._spec.top_k, len(self._routers)
-        every = self.scratch.ints("routes")[: n_layers * n * k].reshape(-1, n, k)
-        stop = int(self.scratch.words("stop")[0])
+        every = self._routes[: n_layers * n * k].reshape(-1, n, k)
+        stop = int(self._stop[0])
         return every[self._routed_from : stop or n_layers].copy(), not stop
 
     def combine(self, program: Program, layer: int) -> None:
