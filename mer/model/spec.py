@@ -55,6 +55,11 @@ class ModelSpec:
         return len(self.routed)
 
     @property
+    def shared_layers(self) -> frozenset[int]:
+        """Routed layers whose experts share a network."""
+        return frozenset(number for number, it in enumerate(self.routed.values()) if it.shared is not None)
+
+    @property
     def n_experts(self) -> int:
         """Experts of a routed layer, E; 0 if there is none."""
         return next((experts.n for experts in self.routed.values()), 0)

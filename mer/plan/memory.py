@@ -58,10 +58,10 @@ def kv_type_in_force(model: Model, config: EngineConfig) -> KVType:
     """
     if config.kv_type is None:
         return default_kv_type(model.dense.values(), model.experts)
-    head_dim = model.spec.attention.head_dim
-    if config.kv_type == "q8_0" and head_dim % BLOCK:
+    odd = [layer.mixer.head_dim for layer in model.spec.layers if layer.mixer.head_dim % BLOCK]
+    if config.kv_type == "q8_0" and odd:
         raise ConfigError(
-            f"kv_type is q8_0, which rounds blocks of {BLOCK} values, and the model's heads have {head_dim}; "
+            f"kv_type is q8_0, which rounds blocks of {BLOCK} values, and the model's heads have {odd[0]}; "
             "f16 and f32 work"
         )
     return config.kv_type

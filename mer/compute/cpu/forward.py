@@ -118,7 +118,7 @@ class Forward:
     @property
     def shared_layers(self) -> frozenset[int]:
         """See `ComputeWorker`."""
-        return frozenset(number for number, shared in enumerate(self._shared) if shared is not None)
+        return self._spec.shared_layers
 
     @property
     def n_routed(self) -> int:

@@ -123,8 +123,7 @@ class CUDAWorker:
         self.tier = tier
         self._host, self._hybrid, self._split = host, hybrid, Split()
         self.resident_rows = limits.resident_rows(spec.top_k) if experts.alike else 0  # see `ComputeWorker`
-        routed = enumerate(spec.routed.values())
-        self.shared_layers = frozenset(number for number, it in routed if it.shared is not None)  # see `ComputeWorker`
+        self.shared_layers = spec.shared_layers  # see `ComputeWorker`
         self._y = device.zeros(limits.batch_tokens * spec.top_k, spec.d_model)
         self._passes = None
         self._failure = ""

@@ -87,7 +87,7 @@ class AttentionBlock:
             space.seed(program, linear, n, out)
         program.barrier()
         for linear, out in inputs:
-            space.multiply(program, linear, h, out)
+            space.multiply(program, linear, h, out, seeded=True)
         q_stride, kv_stride = float_stride(q.rows), float_stride(k.rows)
         program.barrier()
         norms = [0 if it is None else space.weights.vector(it.weight.name) for it in (record.q_norm, record.k_norm)]

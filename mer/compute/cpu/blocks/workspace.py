@@ -43,11 +43,15 @@ class Workspace:
             bias = self.weights.vector(linear.bias.name)
             program.add(fill_rows, out, float_stride(linear.rows), n, bias)
 
-    def multiply(self, program: Program, linear: Linear, x: Activations, out: int, *, add: bool = False) -> None:
-        """Add the step out[t] = linear(x[t]) for all rows of x, or out[t] += x[t] @ weight.T with `add`.
+    def multiply(
+        self, program: Program, linear: Linear, x: Activations, out: int, *, add: bool = False, seeded: bool = False
+    ) -> None:
+        """Add the step out[t] = linear(x[t]) for all rows of x, or out[t] += linear(x[t]) with `add`.
 
-        A bias must have been put there with `seed`, which a sum has no place for.
+        With `seeded`, a bias has been put there with `seed`. Without it a bias is an error, and not left out.
         """
+        if linear.bias is not None and not seeded:
+            raise RuntimeError(f"the CPU worker has no step for {linear.bias.name} yet: seed it before its product")
         add = add or linear.bias is not None
         multiply(program, self.matrix(linear), x, out, float_stride(linear.rows), self.limits.threads, add=add)
 
