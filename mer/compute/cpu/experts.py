@@ -73,6 +73,8 @@ class RoutedExperts:
                 if key not in made:
                     made[key] = self._make(expert.parts, one=True), self._make(expert.parts, one=False)
                 self._steps[-1].append(made[key])
+        # whether all experts of a layer have matrices of the same types and shapes
+        self.alike = all(steps == layer[0] for layer in self._steps for steps in layer)
         self._n_tokens = 0
         self._spans: dict[int, tuple[int, int]] = {}  # {expert: (first of its pairs in `order`, number of them)}
         self._inner: set[int] = set()  # experts whose INNER has run, and not their OUTER
@@ -193,11 +195,6 @@ class RoutedExperts:
             entries += (*loaded.addresses, count, pair if staged else filled, pair, fresh, 0)
             filled += count
         self._add(program, group)
-
-    @property
-    def alike(self) -> bool:
-        """Whether all experts of a layer have matrices of the same types and shapes."""
-        return all(steps == layer[0] for layer in self._steps for steps in layer)
 
     def run_table(self, program: Program, layer: int) -> None:
         """Add the feed-forward networks of the experts in a table, for a layer whose experts are alike.

@@ -58,6 +58,7 @@ class Forward:
 
     def __init__(self, spec: ModelSpec, limits: Limits, weights: DenseWeights, experts: ExpertMap) -> None:
         self._spec, self._limits, self._weights = spec, limits, weights
+        self._top_k = spec.top_k
         kinds = weights.types | matrix_types((), experts)
         self.scratch = Scratch(scratch_areas(spec, limits, experts), kinds, limits.planes)
         self._layout = kv_layout(spec, limits.kv_type)
@@ -134,7 +135,7 @@ class Forward:
     def resident_rows(self) -> int:
         """See `ComputeWorker`."""
         experts = self._routed_experts
-        return self._limits.resident_rows(self._spec.top_k) if experts is not None and experts.alike else 0
+        return self._limits.resident_rows(self._top_k) if experts is not None and experts.alike else 0
 
     @property
     def threads(self) -> int:
@@ -237,7 +238,7 @@ class Forward:
     def routed(self) -> Int32Array:
         """Return the router's choice [T, K] once `advance` has run, and sort the (token, choice) pairs by expert."""
         assert self._routed_experts is not None
-        n, k = len(self.batch.tokens), self._spec.top_k
+        n, k = len(self.batch.tokens), self._top_k
         ids = self._ids[: n * k]
         self._routed_experts.assign(ids)
         return ids.reshape(n, k).copy()
@@ -246,7 +247,7 @@ class Forward:
         """Return the next router's predicted choice [T, K] after `advance` with `predict`; None without."""
         if not self._predicts:
             return None
-        n, k = len(self.batch.tokens), self._spec.top_k
+        n, k = len(self.batch.tokens), self._top_k
         return self._predicted_ids[: n * k].reshape(n, k).copy()
 
     def run_experts(self, program: Program, layer: int, experts: Sequence[LoadedExpert]) -> None:
@@ -324,7 +325,7 @@ class Forward:
 
         If it is not, the batch's next step is the experts of the last of these layers.
         """
-        n, k, n_layers = len(self.batch.tokens), self._spec.top_k, len(self._routers)
+        n, k, n_layers = len(self.batch.tokens), self._top_k, len(self._routers)
         every = self._routes[: n_layers * n * k].reshape(-1, n, k)
         stop = int(self._stop[0])
         return every[self._routed_from : stop or n_layers].copy(), not stop
@@ -335,7 +336,7 @@ class Forward:
         a, d = self.scratch.address, float_stride(self._spec.d_model)
         program.add(
             combine, a["x"], d, len(self.batch.tokens), d // FLOAT_BYTES, a["y"], a["expert_weights"], a["places"],
-            self._spec.top_k,
+            self._top_k,
         )  # fmt: skip
         program.barrier()
 

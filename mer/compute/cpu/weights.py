@@ -23,6 +23,7 @@ from mer.io.reader import PendingExtent, Reader, start_extent
 
 READ_BYTES = 8 << 20  # a tensor is read in pieces of about this size
 READS_AHEAD = 2
+_FEW_ROWS = 16
 
 
 def _bytes_of(tensor: TensorInfo) -> int:
@@ -95,8 +96,7 @@ class DenseWeights:
             raw = rows_of_tiles(int(matrix.type), tiles, matrix.type.block_bytes, numbers.astype(np.int64))
         else:
             raw = stored.reshape(matrix.rows, matrix.row_bytes)[numbers]
-        floats = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(matrix.type)))
-        return np.asarray(floats, np.float32).reshape(len(numbers), matrix.cols)
+        return _floats(matrix.type, raw).reshape(len(numbers), matrix.cols)
 
     async def load(self, reader: Reader, on_progress: Callable[[int, int], None]) -> None:
         """Read every tensor and bring it into the kernels' layout; see `load_pieces`."""
@@ -115,6 +115,15 @@ class DenseWeights:
             tensor.shape[1] // tensor.type.block_size, tensor.type.block_bytes, self._scratch.address,
         )  # fmt: skip
         run_alone(program.address, program.length)
+
+
+def _floats(kind: GGMLType, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return the weights in rows of blocks."""
+    quant = getattr(gguf.quants, kind.name, None)
+    if quant is not None and len(raw) <= _FEW_ROWS:
+        # `dequantize` cuts what it is given into groups, which takes longer than a row
+        return np.asarray(quant.dequantize_rows(raw), np.float32)
+    return np.asarray(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(kind))), np.float32)
 
 
 async def load_pieces(

@@ -9,6 +9,7 @@ move one by one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,17 +69,27 @@ def rows_of_tiles(
 
     `tiles` is uint8 [n_tiles, n_blocks * 16 * block_bytes].
     """
-    blocks = tiles[rows // ROWS].reshape(len(rows), -1, ROWS * block_bytes)
-    out = np.empty((len(rows), blocks.shape[1], block_bytes), np.uint8)
-    lane = (rows % ROWS)[:, None, None, None, None]
+    places, flips = _places(kind, tiles.shape[1] // (ROWS * block_bytes), block_bytes)
+    if len(rows) == 1:  # decoding: one gather less
+        row = int(rows[0])
+        return (tiles[row // ROWS].take(places[row % ROWS]) ^ flips)[None]
+    return np.take_along_axis(tiles[rows // ROWS], places[rows % ROWS], 1) ^ flips
+
+
+@lru_cache(maxsize=8)
+def _places(kind: int, n_blocks: int, block_bytes: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint8]]:
+    """Return where in a tile each byte of its 16 rows is, [16, row bytes], and what is to be flipped in it."""
+    places = np.empty((ROWS, n_blocks, block_bytes), np.intp)
+    flips = np.empty((n_blocks, block_bytes), np.uint8)
+    begins = np.arange(n_blocks)[:, None] * (ROWS * block_bytes)
     position = 0
     for offset, unit, count, flip in FIELDS[kind]:
         size = unit * count
-        area = blocks[:, :, position : position + ROWS * size].reshape(len(rows), -1, count, ROWS, unit)
-        part = np.take_along_axis(area, lane, 3)[:, :, :, 0].reshape(len(rows), -1, size)
-        out[:, :, offset : offset + size] = part ^ np.uint8(flip & 0xFF)
+        lanes = np.arange(ROWS * size).reshape(count, ROWS, unit).swapaxes(0, 1).reshape(ROWS, 1, size)
+        places[:, :, offset : offset + size] = begins + position + lanes
+        flips[:, offset : offset + size] = flip & 0xFF
         position += ROWS * size
-    return out.reshape(len(rows), -1)
+    return places.reshape(ROWS, -1), flips.reshape(-1)
 
 
 def _lanes(numbers: Iterable[int]) -> Any:

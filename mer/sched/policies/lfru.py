@@ -56,8 +56,8 @@ class LFRU:
         self._averages = np.zeros((n_layers, n_experts, n_spans + 1))
         self._likelihoods = np.zeros((n_layers, n_experts))  # [L, E], at the next visit of their layers
         self._ranking = Ranking(self._likelihoods, kinds=kinds, weights=costs, impatient=True)
-        self._rates = 1.0 / np.array((*SPANS, SPANS[-1]))
         self._visits = [0] * n_layers
+        self._set_rates(1)
         self._lessons = 0
         self._weights = np.append(np.full(n_spans, 1.0 / n_spans), 0.0)
         # Normal equations of the fit; one observation of the first weights keeps them solvable.
@@ -75,12 +75,19 @@ class LFRU:
         if visits and (visits + layer) % LESSON_VISITS == 0:
             self._learn(averages, used)
         self._visits[layer] = visits = visits + 1
-        rates = self._rates if visits >= SPANS[-1] else np.maximum(self._rates, 1.0 / visits)
-        averages *= 1.0 - rates
-        averages[used, :-1] += rates[:-1]
-        averages[:, -1] += rates[-1] * len(used) / len(averages)
+        if self._rates_of != min(visits, SPANS[-1]):  # else they are those of the layer before
+            self._set_rates(visits)
+        averages *= self._kept
+        averages[used, :-1] += self._gained
+        averages[:, -1] += self._gained_by_all * len(used) / len(averages)
         np.matmul(averages, self._weights, out=self._likelihoods[layer])
         self._ranking.visited(layer)
+
+    def _set_rates(self, visits: int) -> None:
+        """Set what a visit leaves of the averages and adds to them, at the visit of a layer with this number."""
+        self._rates_of = min(visits, SPANS[-1])
+        rates = np.maximum(1.0 / np.array((*SPANS, SPANS[-1])), 1.0 / visits)
+        self._kept, self._gained, self._gained_by_all = 1.0 - rates, rates[:-1], float(rates[-1])
 
     def _learn(self, averages: FloatArray, used: npt.NDArray[np.int64]) -> None:
         """Add what the averages of a layer, [E, spans + 1], said about this event, and fit the weights now and then."""
