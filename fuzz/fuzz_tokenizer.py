@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mer.errors import GGUFError, RequestError, TokenizerError
+from mer.errors import GGUFError, RequestError, TokenizerError, UnsupportedModel
 from mer.io.gguf_file import GGUFFile, MetadataValue
 from mer.quoting import one_line
 from mer.text.bpe import byte_characters
@@ -58,7 +58,7 @@ def check_vocabulary(metadata: Mapping[str, MetadataValue], texts: list[str]) ->
     )  # fmt: skip
     try:
         tokenizer = Tokenizer.from_gguf(header)
-    except (GGUFError, TokenizerError) as error:
+    except (GGUFError, TokenizerError, UnsupportedModel) as error:
         text = str(error)
         if not text.startswith(str(PATH)) or text != one_line(text) or len(text) > 1000:
             raise AssertionError(f"an error that is not one line about {PATH}: {text!r}") from error

@@ -9,25 +9,33 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
+from mer.errors import UnsupportedModel
 from mer.io.gguf_file import GGUFFile
 from mer.quoting import quoted
 from mer.text.cutting import cut
 from mer.text.joining import join
-from mer.text.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
+from mer.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer, pre_tokenizer
 from mer.text.spellings import Spellings
 from mer.text.vocabulary import MAX_TOKEN_CHARS, TokenType, Vocabulary, refusal
 from mer.text.words import WordCache
 
 _LONGEST_WORD = 1 << 16
 
-# Here every pattern has the end of a word: a space after letters, digits and punctuation; punctuation after letters
-# and digits, but for the apostrophe; between letters and digits.
-CUTS = re.compile(
-    r"(?<=[A-Za-z0-9!\"#%&'()*,\-./:;?@\[\\\]_{}])(?= )"
+# Here every pattern has the end of a word: a space after digits and punctuation; punctuation after letters and digits,
+# but for the apostrophe; between letters and digits.
+_ENDS = (
+    r"(?<=[0-9!\"#%&'()*,\-./:;?@\[\\\]_{}])(?= )"
     r"|(?<=[A-Za-z0-9])(?=[\n!\"#$%&()*+,\-./:;<=>?@\[\\\]^_`{|}~])"
     r"|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
-    r"|(?<=[\u4e00-\u9fa5\u3041-\u3096\u30a1-\u30fa])(?=[ \n\uff0c\uff01\uff1f\uff1a\uff1b\u3001\u3002])"
+    r"|(?<=[\u4e00-\u9fa5\u3041-\u3096\u30a1-\u30fa])(?=[\n\uff0c\uff01\uff1f\uff1a\uff1b\u3001\u3002])"
 )
+_SPACES = r"|(?<=[A-Za-z\u4e00-\u9fa5\u3041-\u3096\u30a1-\u30fa])(?= )"
+_CUTS = {True: re.compile(_ENDS), False: re.compile(_ENDS + _SPACES)}
+
+
+def cuts(cutter: PreTokenizer) -> re.Pattern[str]:
+    """Return what matches nothing, at places where words of this pre-tokenizer end whatever stands around them."""
+    return _CUTS[cutter.words_hold_spaces]
 
 
 def byte_characters() -> list[str]:
@@ -52,7 +60,8 @@ class BpeCodec:
         vocabulary: the same file's checked vocabulary.
 
     Raises:
-        TokenizerError: the merges are missing or malformed, or the pre-tokenizer is not known.
+        UnsupportedModel: the pre-tokenizer is not known.
+        TokenizerError: the merges are missing or malformed.
         GGUFError: a metadata value has the wrong type.
     """
 
@@ -65,8 +74,8 @@ class BpeCodec:
             cutter = pre_tokenizer(name or None)
         except KeyError:
             known = ", ".join(sorted(PRE_TOKENIZERS))
-            raise refusal(
-                gguf, f"tokenizer.ggml.pre is {quoted(name or '')}, which is not known; known: {known}"
+            raise UnsupportedModel(
+                f"tokenizer.ggml.pre is {quoted(name or '')}, which is not known; known: {known}", gguf.paths[0]
             ) from None
         self.add_bos = cutter.add_bos
         self._raw = frozenset(vocabulary.ids_of(TokenType.USER_DEFINED))
@@ -81,6 +90,7 @@ class BpeCodec:
                 self._ids.setdefault(vocabulary.tokens[i], i)
         self._unspeakable = frozenset(b for b, character in enumerate(_CHARACTERS) if character not in self._ids)
         self._ranks = _read_merges(gguf)
+        self._cuts = cuts(cutter)
         self._splitter = cutter.splitter()
         self._normalizer = cutter.normalizer()
         self._whole_words = cutter.ignore_merges
@@ -103,7 +113,7 @@ class BpeCodec:
             if isinstance(part, int):
                 yield [part]
                 continue
-            for piece in cut(part, CUTS, _LONGEST_WORD):
+            for piece in cut(part, self._cuts, _LONGEST_WORD):
                 if self._normalizer is not None:
                     piece = self._normalizer.normalize_str(piece)
                 ids: list[int] = []

@@ -20,6 +20,12 @@ _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
 _TEKKEN = _CASED.replace("{0}", "") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
 _GPT4O = _CASED.replace("{0}", _SUFFIXES + "?") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
+# Kimi K2: words of the letters of other scripts, and no slash after punctuation; \p{Han} runs are words of their own.
+_KIMI = r"\p{Han}+|" + _GPT4O.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]").replace(r"[\r\n/]*", r"[\r\n]*")
+_EXAONE_MOE = (
+    _SUFFIXES + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
@@ -51,12 +57,14 @@ class PreTokenizer:
         nfc: whether text is brought to Unicode normalization form C first.
         ignore_merges: whether a word that is a token is taken whole, even where no merges lead to it.
         add_bos: whether prompts begin with the beginning-of-sequence token where the file does not say.
+        words_hold_spaces: whether letters on both sides of a space may be one word.
     """
 
     patterns: tuple[str, ...]
     nfc: bool = False
     ignore_merges: bool = False
     add_bos: bool = False
+    words_hold_spaces: bool = False
 
     def splitter(self) -> pre_tokenizers.PreTokenizer:
         """Return the pre-tokenizer: the patterns in order, then the byte-to-character map of GPT-2."""
@@ -79,26 +87,31 @@ _QWEN_AS_IS = PreTokenizer((_QWEN2,))
 _O200K = PreTokenizer((_GPT4O,))
 _DEEPSEEK = PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3))
 _GLM = PreTokenizer((_LLAMA3,), ignore_merges=True)
-_BAILING = PreTokenizer((_QWEN2.replace(r"|\s*[\r\n]+|", r"|\s*[\r\n]|"),))
 DEFAULT = PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
 PRE_TOKENIZERS = {
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "gigachat", "a.x-4.0", "mellum"), _PLAIN),
+    **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "gigachat", "a.x-4.0", "mellum"), _PLAIN),
     **dict.fromkeys(("exaone4", "granite-docling"), _PLAIN),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("olmo", "mpt"), PreTokenizer((_GPT2,), nfc=True)),
+    "command-r": PreTokenizer((r"\p{N}", _GPT2), nfc=True),
     "mellum2": _DIGITS,
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _META),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
     **dict.fromkeys(("glm4", "glm5", "chatglm-bpe"), _GLM),
     **dict.fromkeys(("qwen2", "hunyuan", "solar-open", "megrez"), _QWEN),
     **dict.fromkeys(("deepseek-r1-qwen", "kormo", "stablelm2", "grok-2"), _QWEN_AS_IS),
+    # Their `\s*[\r\n]` for `\s*[\r\n]+` cuts alike, because white space is taken up to the last line break.
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _QWEN_AS_IS),
     "qwen35": PreTokenizer((_QWEN35,), nfc=True),
     **dict.fromkeys(("gpt-4o", "llama4", "minimax-m2", "kanana2"), _O200K),
-    **dict.fromkeys(("deepseek-v3", "joyai-llm", "hunyuan-dense"), _DEEPSEEK),
+    **dict.fromkeys(("deepseek-v3", "joyai-llm", "hunyuan-dense", "hy_v4"), _DEEPSEEK),
     "deepseek-llm": PreTokenizer((r"[\r\n]", _CASED_SCRIPTS, _WIDE_PUNCTUATION, r"\s+$", _EAST_ASIAN, r"\p{N}+")),
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}")),
     "falcon": PreTokenizer((r"[\p{P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING),
+    "kimi-k2": PreTokenizer((_KIMI,)),
+    "laguna": PreTokenizer((r"[^\n]+|\n+", _QWEN2)),
+    "exaone-moe": PreTokenizer((_EXAONE_MOE,), words_hold_spaces=True),
     "seed-coder": PreTokenizer((_QWEN2.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+"),)),
     "default": DEFAULT,
 }

@@ -63,7 +63,8 @@ class Tokenizer:
         """Return the tokenizer that a GGUF file's metadata describes.
 
         Raises:
-            TokenizerError: the description is missing, malformed or of an unknown kind.
+            UnsupportedModel: the vocabulary, or its pre-tokenizer, is of an unknown kind.
+            TokenizerError: the description is missing or malformed.
             GGUFError: a metadata value has the wrong type.
         """
         with naming(gguf.paths[0]):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from mer.errors import TokenizerError
+from mer.errors import TokenizerError, UnsupportedModel
 from mer.io.gguf_file import GGUFFile
 from mer.quoting import quoted
 from mer.text.ends import end_ids
@@ -68,6 +68,7 @@ def read_vocabulary(gguf: GGUFFile) -> Vocabulary:
     """Return the vocabulary that a GGUF file describes.
 
     Raises:
+        UnsupportedModel: the vocabulary is of another kind.
         TokenizerError: the metadata is missing, contradicts itself or names ids outside the vocabulary.
         GGUFError: a value has the wrong type.
     """
@@ -75,7 +76,7 @@ def read_vocabulary(gguf: GGUFFile) -> Vocabulary:
     model = gguf.get_str("tokenizer.ggml.model")
     if model not in ("llama", "gpt2"):
         supported = "supported are 'llama' (SentencePiece BPE) and 'gpt2' (byte-level BPE)"
-        raise refusal(gguf, f"tokenizer.ggml.model is {quoted(model)}; {supported}")
+        raise UnsupportedModel(f"tokenizer.ggml.model is {quoted(model)}; {supported}", gguf.paths[0])
     _require(gguf, "tokenizer.ggml.tokens", "the file carries no tokens; convert the model with its vocabulary")
     tokens = gguf.get_strings("tokenizer.ggml.tokens")
     _check_texts(gguf, tokens)
