@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import attrs
 import numpy as np
@@ -66,8 +66,8 @@ class Stage(enum.Enum):
     """Which part of an expert's feed-forward network to compute. Results do not depend on how it is divided."""
 
     WHOLE = "whole"
-    INNER = "inner"  # gate and up products and SwiGLU; the down matrix need not be in memory
-    OUTER = "outer"  # the down product, after this layer's INNER; gate and up need not be in memory any more
+    INNER = "inner"  # all matrices but the last, and the activation; the last one need not be in memory
+    OUTER = "outer"  # the last matrix, after this layer's INNER; the others need not be in memory any more
 
 
 @attrs.frozen
@@ -80,12 +80,12 @@ class LoadedExpert:
     """
 
     expert: int
-    addresses: tuple[int, int, int]  # gate, up, down
-    fresh: tuple[bool, bool]  # gate and up; down
+    addresses: tuple[int, ...]  # of its matrices, in the order of `ExpertExtents.parts`
+    fresh: tuple[bool, bool]  # those of the inner stage; that of the outer one
     stage: Stage = Stage.WHOLE
 
 
-AWAY = (0, 0, 0)
+AWAY: Final[tuple[int, ...]] = ()
 """The addresses of an expert that is in the worker's own memory."""
 
 
@@ -115,7 +115,7 @@ class RunResident:
     """
 
     layer: int
-    addresses: Int64Array  # [L, E, 3] of gate, up and down of every expert; 0 if it is not there, -1 if it is fresh
+    addresses: Int64Array  # [L, E, MAX_MATRICES] of every expert's matrices; 0 if it is not there, -1 if it is fresh
     reads: JobReads | None = None
 
 

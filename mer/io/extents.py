@@ -1,4 +1,4 @@
-"""Map of a model's experts: the extents of their three matrices in the files, and their places in a slot."""
+"""Map of a model's experts: the extents of their matrices in the files, and their places in a slot."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Projection: TypeAlias = Literal["gate", "up", "down"]
 
 PROJECTIONS: Final[tuple[Projection, ...]] = ("gate", "up", "down")
+"""The matrices of a gated expert, in the order in which they are needed."""
+
+MAX_MATRICES: Final = 3
+"""Most matrices of an expert."""
 
 MATRIX_TYPES: Final = frozenset(
     {
@@ -49,7 +53,7 @@ WASTE_DIVISOR: Final = 20
 """Slots of one size for experts of several may waste 1 / 20 of what these need."""
 
 
-class ExpertPart(NamedTuple):  # a tuple, as there are three for each of up to 65,536 experts
+class ExpertPart(NamedTuple):  # a tuple, as there are up to three for each of up to 65,536 experts
     """One matrix of one expert: `n_bytes` at `offset` of file number `file`, holding `rows` x `cols` weights."""
 
     projection: Projection
@@ -68,7 +72,7 @@ class ExpertPart(NamedTuple):  # a tuple, as there are three for each of up to 6
 
 @attrs.frozen
 class SlotLayout:
-    """Places of the three parts of one expert in a slot: side by side, each in its own area of whole pages.
+    """Places of the parts of one expert in a slot: side by side, each in its own area of whole pages.
 
     A part whose aligned hull has `lead` bytes before its first byte starts at `part_offsets[i] + lead` of the slot. Its
     area holds the hull, and has room for the matrix with its rows rounded up to `ROW_GROUP`, so that kernels may
@@ -76,26 +80,29 @@ class SlotLayout:
     """
 
     n_bytes: int  # of the slot that are needed: a multiple of the alignment
-    part_offsets: tuple[int, int, int]  # gate, up, down: multiples of the alignment
+    part_offsets: tuple[int, ...]  # multiples of the alignment
 
 
 class ExpertExtents(NamedTuple):
-    """The gate, up and down matrices of one expert, in this order."""
+    """The matrices of one expert, in the order in which they are needed.
+
+    The last one is the outer stage's, which multiplies what the others have given; these are the inner stage's. There
+    are two to `MAX_MATRICES` of them, as many in all experts of a model.
+    """
 
     layer: int
     expert: int
-    parts: tuple[ExpertPart, ExpertPart, ExpertPart]
+    parts: tuple[ExpertPart, ...]
 
     @property
     def n_bytes(self) -> int:
         """Bytes of weights, without any alignment padding."""
-        gate, up, down = self.parts
-        return gate.n_bytes + up.n_bytes + down.n_bytes
+        return sum(part.n_bytes for part in self.parts)
 
     def layout(self, alignment: int) -> SlotLayout:
         """Return where the parts go in a slot, for reads at multiples of `alignment` bytes, a power of two."""
-        gate, up, down = self._areas(alignment)
-        return SlotLayout(gate + up + down, (0, gate, gate + up))
+        *begins, n_bytes = itertools.accumulate(self._areas(alignment), initial=0)
+        return SlotLayout(n_bytes, tuple(begins))
 
     def slot_bytes(self, alignment: int) -> int:
         """Return how much of a slot the layout needs, in bytes."""
@@ -144,6 +151,16 @@ class ExpertMap:
     def shape(self) -> tuple[int, int]:
         """Layers with experts, and experts of each: L, E."""
         return len(self.experts), max(map(len, self.experts), default=0)
+
+    @property
+    def n_matrices(self) -> int:
+        """Matrices of an expert; 0 without experts."""
+        return len(self.experts[0][0].parts) if self.experts else 0
+
+    def __attrs_post_init__(self) -> None:
+        counts = {len(extents.parts) for layer in self.experts for extents in layer}
+        if len(counts) > 1 or not counts <= set(range(2, MAX_MATRICES + 1)):
+            raise ValueError(f"experts have {sorted(counts)} matrices; all must have as many, 2 to {MAX_MATRICES}")
 
     @total_bytes.default
     def _sum(self) -> int:

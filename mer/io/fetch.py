@@ -1,9 +1,9 @@
-"""State of one fetch: its three reads, their tries, and its end."""
+"""State of one fetch: its reads, their tries, and its end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import attrs
 import trio
@@ -15,15 +15,12 @@ from mer.io.reader import ReadOperation
 ExpertKey: TypeAlias = tuple[int, int]
 """(layer, expert)"""
 
-_PARTS: Final = range(3)  # gate, up, down
-_DOWN: Final = 2  # gate and up come before it
-
 
 class FetchListener(Protocol):
     """The part that asked for a fetch; neither call may raise."""
 
     def inner_landed(self, fetch: Fetch) -> None:
-        """Take note that gate and up matrices have landed while the down matrix has not."""
+        """Take note that the matrices of the inner stage have landed while the last one has not."""
 
     def landed(self, fetch: Fetch) -> None:
         """Take note that a fetch has landed or failed.
@@ -36,16 +33,16 @@ class FetchListener(Protocol):
 class Fetch:
     """The state of one fetch; its methods are the transitions, which the `Fetcher` drives.
 
-    A fetch is in flight, with 3 parts missing at first, until it lands, fails or is abandoned. After that it keeps its
+    A fetch is in flight, all its parts missing at first, until it lands, fails or is abandoned. After that it keeps its
     slot while its reads are in flight or a job holds it; see `needs_slot`.
 
     Attributes:
         layer: of the expert.
         expert: its number in the layer.
         slot: where it goes; the fetch's own until it is done.
-        addresses: where the bytes of gate, up and down begin in memory; those of a part are valid once it has landed.
+        addresses: where the bytes of each part begin in memory, one matrix each; valid once the part has landed.
         priority: of its reads.
-        inner_landed: whether gate and up are in memory.
+        inner_landed: whether all parts but the last, which is the outer stage's, are in memory.
         done: whether it is over: landed, failed or abandoned.
         begun_s: when it was started.
         error: why it failed, or None.
@@ -54,19 +51,23 @@ class Fetch:
     layer: int
     expert: int
     slot: int
-    addresses: tuple[int, int, int]
+    addresses: tuple[int, ...]
     priority: Priority
     _listener: FetchListener | None
     begun_s: float = attrs.field(factory=trio.current_time, init=False)
     inner_landed: bool = attrs.field(default=False, init=False)
     done: bool = attrs.field(default=False, init=False)
     error: ReadError | None = attrs.field(default=None, init=False)
-    _reads: list[ReadOperation] = attrs.field(factory=list, init=False)  # latest of gate, up, down, while it needs them
-    _tries: list[int] = attrs.field(factory=lambda: [0] * len(_PARTS), init=False)
-    _missing: set[int] = attrs.field(factory=lambda: set(_PARTS), init=False)  # parts that have not landed
+    _reads: list[ReadOperation] = attrs.field(factory=list, init=False)  # latest of each part, while it needs them
+    _tries: list[int] = attrs.field(init=False)  # of each part
+    _missing: set[int] = attrs.field(init=False)  # parts that have not landed
     _reading: set[int] = attrs.field(factory=set, init=False)  # parts whose latest read is in flight
     _probes: set[int] = attrs.field(factory=set, init=False)  # files that this fetch finds out about
     _holds: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._tries = [0] * len(self.addresses)
+        self._missing = set(range(len(self.addresses)))
 
     @property
     def key(self) -> ExpertKey:
@@ -75,13 +76,13 @@ class Fetch:
 
     @property
     def missing(self) -> frozenset[int]:
-        """The parts (gate 0, up 1, down 2) that have not landed."""
+        """The numbers of the parts that have not landed."""
         return frozenset(self._missing)
 
     # --- reads ---
 
     def plan(self, reads: Iterable[ReadOperation]) -> None:
-        """Take the reads of gate, up and down, none of them started."""
+        """Take the reads of the parts in their order, none of them started."""
         self._reads[:] = reads
 
     def read(self, part: int) -> ReadOperation:
@@ -155,10 +156,10 @@ class Fetch:
         """Keep its slot for a job until `let_go`, however the fetch ends; holds are counted.
 
         Raises:
-            RuntimeError: gate and up have not landed.
+            RuntimeError: the matrices of the inner stage have not landed.
         """
         if not self.inner_landed:
-            raise RuntimeError(f"gate and up of expert {self.expert} of layer {self.layer} have not landed")
+            raise RuntimeError(f"the inner matrices of expert {self.expert} of layer {self.layer} have not landed")
         self._holds += 1
 
     def let_go(self) -> None:
@@ -174,7 +175,7 @@ class Fetch:
     # --- its end ---
 
     def part_landed(self, part: int) -> bool:
-        """Note that a part is in memory, tell the listener if gate and up are before down, and return whether all are.
+        """Note that a part is in memory, tell the listener if only the last is missing; return whether none is.
 
         The fetch is done then. `tell_end` tells the listener.
         """
@@ -182,7 +183,7 @@ class Fetch:
         if not self._missing:
             self.inner_landed = self.done = True
             self._reads.clear()  # they refer to the slot's memory, and back to the fetch
-        elif not self.inner_landed and self._missing == {_DOWN}:
+        elif not self.inner_landed and self._missing == {len(self.addresses) - 1}:
             self.inner_landed = True
             if self._listener is not None:
                 self._listener.inner_landed(self)

@@ -32,10 +32,10 @@ _LOANS_TO_SKIP: Final = 64  # after reads that a job has not waited for: the dis
 class Fetcher:
     """Brings experts from their files into slots.
 
-    A fetch is three reads and no task: everything happens in synchronous calls and in the reader's callbacks, so
-    cancelling a task that waits for a fetch never disturbs it. Any number of fetches started one after another are
-    all in flight at once. `run` keeps the timers: without it, no read is tried again and none is given up. To be used
-    from the trio thread alone.
+    A fetch is one read for each matrix and no task: everything happens in synchronous calls and in the reader's
+    callbacks, so cancelling a task that waits for a fetch never disturbs it. Any number of fetches started one after
+    another are all in flight at once. `run` keeps the timers: without it, no read is tried again and none is given up.
+    To be used from the trio thread alone.
 
     A read that fails with a transient error is tried again after 5, 10 and 50 ms, the failed matrix alone; see
     `mer.io.patient`. A fetch fails with the first of its reads that fails for good, at once: reads of it that have not
@@ -149,7 +149,7 @@ class Fetcher:
         priority: Priority = Priority.DEMAND,
         listener: FetchListener | None = None,
     ) -> Fetch:
-        """Start the reads of an expert into a leased slot (FILLING), gate and up before down.
+        """Start the reads of an expert into a leased slot (FILLING), the matrix of the outer stage last.
 
         The slot is the fetcher's from here on; it stays with the caller if this raises.
 
@@ -174,7 +174,7 @@ class Fetcher:
             self._counts.refused += 1
             raise refusal
         fetch = self._prepare(layer, expert, slot, priority, listener)
-        self._start_reads(fetch, range(3))
+        self._start_reads(fetch, range(len(fetch.addresses)))
         self._note_fetch(fetch)
         return fetch
 
@@ -256,7 +256,7 @@ class Fetcher:
             self._loans_to_skip = _LOANS_TO_SKIP
         fetches = [self._prepare(read.layer, read.expert, read.slot, Priority.DEMAND, listener) for read in open_reads]
         for read, fetch in zip(open_reads, fetches, strict=True):
-            given = [part for part in range(3) if read.tokens[part] is not None]
+            given = [part for part, token in enumerate(read.tokens) if token is not None]
             for part in given:
                 token = read.tokens[part]
                 assert token is not None
@@ -264,7 +264,7 @@ class Fetcher:
                 fetch.replace_read(part, lender.adopt(operation, token, read.results[part], read.begun_s))
             self._note_started(fetch, given)
         for read, fetch in zip(open_reads, fetches, strict=True):
-            self._start_reads(fetch, [part for part in range(3) if read.tokens[part] is None])
+            self._start_reads(fetch, [part for part, token in enumerate(read.tokens) if token is None])
             self._note_fetch(fetch)
         return begun
 
@@ -274,7 +274,7 @@ class Fetcher:
         lengths: list[int] = []
         ended_s: list[float] = []
         for read in sorted(landed, key=lambda read: read.ended_s):
-            ended_s += [read.ended_s] * 3
+            ended_s += [read.ended_s] * len(read.lengths)
             lengths += read.lengths
             for part in self._experts[read.layer][read.expert].parts:
                 self._breakers[part.file].succeeded()
@@ -290,10 +290,10 @@ class Fetcher:
     def hold(self, fetch: Fetch) -> None:
         """Keep the slot of a fetch from being released, should it fail or be abandoned, until `let_go`.
 
-        For a job that works on the gate and up matrices while down is on its way. Holds are counted.
+        For a job of the inner stage while the last matrix is on its way. Holds are counted.
 
         Raises:
-            RuntimeError: gate and up have not landed, or the fetch is over.
+            RuntimeError: the matrices of the inner stage have not landed, or the fetch is over.
         """
         self._check_in_flight(fetch)
         fetch.hold()
@@ -339,7 +339,7 @@ class Fetcher:
         )
 
     def _prepare(self, layer: int, expert: int, slot: int, priority: Priority, listener: FetchListener | None) -> Fetch:
-        """Return the fetch with its reads of gate, up and down, none of them started."""
+        """Return the fetch with its reads, none of them started."""
         extents = self._experts[layer][expert]
         layout = extents.layout(self._alignment)
         memory = self._arena.view(slot)
@@ -350,8 +350,8 @@ class Fetcher:
         parts, offsets = extents.parts, layout.part_offsets
         hulls = [aligned_hull(part.offset, part.n_bytes, self._alignment) for part in parts]
         base = self._arena.address(slot)
-        gate, up, down = (base + begin + lead for begin, (_, _, lead) in zip(offsets, hulls, strict=True))
-        fetch = Fetch(layer, expert, slot, (gate, up, down), priority, listener)
+        addresses = tuple(base + begin + lead for begin, (_, _, lead) in zip(offsets, hulls, strict=True))
+        fetch = Fetch(layer, expert, slot, addresses, priority, listener)
         fetch.plan(
             ReadOperation(
                 file=part.file,

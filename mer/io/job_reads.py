@@ -34,6 +34,7 @@ from mer.io.job_words import (
     N_EXPERTS,
     N_LAYERS,
     N_LOGGED,
+    N_PARTS,
     NEEDED,
     NEXT,
     PART,
@@ -65,11 +66,11 @@ class JobRead:
         expert: its number.
         victim: layer and number of the expert that was evicted from the slot.
         slot: where to.
-        addresses: where gate, up and down begin in memory.
-        lengths: bytes of the reads of gate, up and down.
+        addresses: where its matrices begin in memory.
+        lengths: bytes of the reads, one for each matrix.
         begun_s: when, on the clock of `time.monotonic`.
         ended_s: when the last matrix was there; 0 if one is not.
-        results: of gate, up and down: bytes read or a negative error number, None if that is not known yet.
+        results: of the reads: bytes read or a negative error number, None if that is not known yet.
         tokens: of the reads in the ring; None for those that the kernel does not have yet.
         landed: whether all of the expert is in memory.
         late: whether it has begun and the job has not waited for it, though none of its reads has failed.
@@ -80,7 +81,7 @@ class JobRead:
     expert: int
     victim: tuple[int, int]
     slot: int
-    addresses: tuple[int, int, int]
+    addresses: tuple[int, ...]
     lengths: tuple[int, ...]
     begun_s: float
     ended_s: float
@@ -144,7 +145,7 @@ class JobReads:
         address: of the control block.
         control: the control block, [CONTROL_WORDS]; and the tables that it names:
         experts: [L, E, EXPERT_WORDS].
-        addresses: [L, E, 3].
+        addresses: [L, E, MAX_MATRICES].
         free: [classes].
         used: [L, E].
         ranks: what residents are worth.
@@ -191,7 +192,13 @@ class JobReads:
             assert table.flags.c_contiguous
             assert table.itemsize == 8
             self.control[word] = table.ctypes.data
-        self.control[[N_LAYERS, N_EXPERTS, SERIAL, GIVE_UP_NS]] = *self.used.shape, 1, _GIVE_UP_NS
+        self._n_parts = experts.n_matrices
+        self.control[[N_LAYERS, N_EXPERTS, SERIAL, GIVE_UP_NS, N_PARTS]] = (
+            *self.used.shape,
+            1,
+            _GIVE_UP_NS,
+            self._n_parts,
+        )
         ring = lender.ring_addresses()
         self.control[RING : CQES + 1] = (
             ring.fileno, ring.sq_tail, ring.sq_mask, ring.sqes, ring.cq_head, ring.cq_tail, ring.cq_mask, ring.cqes,
@@ -238,22 +245,23 @@ class JobReads:
     def _read(self, number: int, words: list[int], serial: int, n_given: int) -> JobRead:
         """Return the read that an entry of the log records."""
         layer, expert, base, victim, arranged, begun_ns, ended_ns, *results = words
-        parts = self.experts[layer, expert, PART:].reshape(3, PART_WORDS)
-        token, first_read = TOKEN_BIT + 4 * (serial + number), 3 * number
+        n_parts = self._n_parts
+        del results[n_parts:]
+        parts = self.experts[layer, expert, PART:].reshape(-1, PART_WORDS)[:n_parts]
+        token, first_read = TOKEN_BIT + 4 * (serial + number), n_parts * number
         whole = [result >= least for result, least in zip(results, parts[:, NEEDED].tolist(), strict=True)]
         failed = any(result != PENDING and not one for result, one in zip(results, whole, strict=True))
-        gate, up, down = (base + parts[:, BEGIN] + parts[:, LEAD]).tolist()
         return JobRead(
             layer=layer,
             expert=expert,
             victim=divmod(victim, len(self.used[0])),
             slot=self._arena.slot_at(base),
-            addresses=(gate, up, down),
+            addresses=tuple((base + parts[:, BEGIN] + parts[:, LEAD]).tolist()),
             lengths=tuple(parts[:, LENGTH].tolist()),
             begun_s=begun_ns / 1e9,
             ended_s=ended_ns / 1e9,
             results=tuple(None if result == PENDING else result for result in results),
-            tokens=tuple(token + part if first_read + part < n_given else None for part in range(3)),
+            tokens=tuple(token + part if first_read + part < n_given else None for part in range(n_parts)),
             landed=all(whole),
             late=first_read < n_given and not all(whole) and not failed,
             arranged=bool(arranged),
@@ -269,7 +277,7 @@ def _expert_table(experts: ExpertMap, classes: SlotClasses, filenos: Sequence[in
             for part, begin in zip(extents.parts, extents.layout(classes.alignment).part_offsets, strict=True):
                 start, length, lead = aligned_hull(part.offset, part.n_bytes, classes.alignment)
                 words += [filenos[part.file], start, length, lead + part.n_bytes, begin, lead]
-            table[extents.layer, extents.expert] = words
+            table[extents.layer, extents.expert, : len(words)] = words
     return table
 
 

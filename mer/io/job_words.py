@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from mer.io.extents import MAX_MATRICES
+
 MAX_LOGGED: Final = 1024
 """Most experts that one job reads."""
 
@@ -33,24 +35,25 @@ PATIENCE: Final = 18
 LOG: Final = 19  # address of the log
 N_LOGGED: Final = 20
 SERIAL: Final = 21  # of the log's first entry; serials are never used twice
-NEXT: Final = 22  # the first read, 3 * entry + part, that the kernel does not have yet
+NEXT: Final = 22  # the first read, N_PARTS * entry + part, that the kernel does not have yet
 IN_FLIGHT: Final = 23  # reads that it has
 WAITED_NS: Final = 24  # time that the job had nothing to do but to wait
 GIVE_UP_NS: Final = 25  # how long after its reads of a layer began a job waits for them
 SCRATCH: Final = 26  # three words for system calls
-CONTROL_WORDS: Final = 29
+N_PARTS: Final = 29  # matrices of an expert
+CONTROL_WORDS: Final = 30
 # an expert: the class of its slot, and for each matrix what is read and where to
 KIND: Final = 0
-PART: Final = 1  # the first matrix's words begin here
+PART: Final = 1  # the first matrix's words begin here; there is room for those of `MAX_MATRICES`
 FILE, START, LENGTH, NEEDED, BEGIN, LEAD = range(6)  # descriptor; bytes of the file; in the slot; before the matrix
 PART_WORDS: Final = 6
-EXPERT_WORDS: Final = PART + 3 * PART_WORDS
+EXPERT_WORDS: Final = PART + MAX_MATRICES * PART_WORDS
 
 # an entry of the log
 LAYER, EXPERT, BASE, VICTIM, ARRANGED, BEGUN_NS, ENDED_NS, RESULT = range(8)
 # BASE: address of the slot; VICTIM: layer * E + expert of whose slot it was; ARRANGED: whether the job has computed
-# with it, so that it is not fresh any more; RESULT: three words
-LOG_WORDS: Final = 10
+# with it, so that it is not fresh any more; RESULT: a word for each matrix
+LOG_WORDS: Final = RESULT + MAX_MATRICES
 PENDING: Final = -(1 << 40)  # a result that is not known yet
 
 TOKEN_BIT: Final = 1 << 62

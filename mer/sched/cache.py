@@ -8,6 +8,7 @@ import attrs
 import numpy as np
 
 from mer.compute.messages import Int64Array, LoadedExpert
+from mer.io.extents import MAX_MATRICES
 from mer.io.pool import Priority
 from mer.io.ranks import Ranks
 from mer.sched.policy import ExpertKey, Policy
@@ -18,10 +19,10 @@ class Resident:
     """A resident expert."""
 
     slot: int
-    addresses: tuple[int, int, int]  # gate, up, down
-    fresh: tuple[bool, bool]  # whether gate and up, and down, are still as the file has them
+    addresses: tuple[int, ...]  # of its matrices
+    fresh: tuple[bool, bool]  # whether those of the inner stage, and that of the outer, are still as the file has them
     speculation: Priority | None  # the class it was read in, until it is used for the first time; None if on demand
-    arranged: LoadedExpert | None = None  # for the worker, once all three matrices are re-arranged
+    arranged: LoadedExpert | None = None  # for the worker, once all matrices are re-arranged
 
 
 @attrs.frozen(kw_only=True)
@@ -43,8 +44,8 @@ class ExpertCache:
     layer that waits for its experts.
 
     Attributes:
-        addresses: where gate, up and down of every expert lie that is resident and arranged, [L, E, 3]; -1 for those
-            that are resident and fresh, 0 for the others; None without `shape`.
+        addresses: where the matrices of every expert lie that is resident and arranged, [L, E, MAX_MATRICES]; -1 for
+            those that are resident and fresh, 0 for the others; None without `shape`.
 
     Args:
         policy: ranks the residents.
@@ -53,7 +54,7 @@ class ExpertCache:
 
     def __init__(self, policy: Policy, shape: tuple[int, int] | None = None) -> None:
         self._policy = policy
-        self.addresses: Int64Array | None = None if shape is None else np.zeros((*shape, 3), np.int64)
+        self.addresses: Int64Array | None = None if shape is None else np.zeros((*shape, MAX_MATRICES), np.int64)
         self._unsettled: list[tuple[int, Sequence[int]]] = []  # lookups that the policy has not learnt of
         self._resident: dict[ExpertKey, Resident] = {}
         self._told: frozenset[ExpertKey] = frozenset()  # misses that the next lookup is not to count again
@@ -124,12 +125,12 @@ class ExpertCache:
         self._misses += len(self._told)
 
     def arranged(self, key: ExpertKey) -> None:
-        """Note that all three matrices of a resident expert are re-arranged."""
+        """Note that all matrices of a resident expert are re-arranged."""
         resident = self._resident[key]
         resident.fresh = (False, False)
         resident.arranged = LoadedExpert(key[1], resident.addresses, resident.fresh)
         if self.addresses is not None:
-            self.addresses[key] = resident.addresses
+            self.addresses[key][: len(resident.addresses)] = resident.addresses
 
     def settle(self) -> None:
         """Report the lookups so far to the policy."""

@@ -77,6 +77,7 @@ def draw_model(source: Source, features: Collection[Feature] = ()) -> SimModel:
         seed=source.integer(0, 3),
         habit=source.choice([12, 15, 0]) if guess else 0,
         shared=frozenset(layer for layer in range(3) if source.choice([False, False, True])),
+        n_matrices=source.choice([3, 2]),
     )
 
 
@@ -141,7 +142,7 @@ def draw_read_faults(
             ReadFault(
                 layer=source.integer(0, model.n_layers - 1),
                 expert=source.integer(0, model.n_experts - 1),
-                part=source.integer(0, 2),
+                part=source.integer(0, model.n_matrices - 1),
                 errno=source.choice(numbers),
                 times=source.choice(times),
                 copy=source.choice([None, *range(n_copies)]) if n_copies > 1 else None,

@@ -18,7 +18,7 @@ from mer.errors import TemplateError
 from mer.home import Home
 from mer.io.arena import Arena
 from mer.io.chunks import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS
-from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
+from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart
 from mer.io.fetcher import DEFAULT_READ_DEADLINE_S, Fetcher
 from mer.io.ggml import GGMLType
 from mer.io.pool import BufferPool, Priority
@@ -55,11 +55,11 @@ def make_experts(model: SimModel, seed: int = 0) -> tuple[ExpertMap, list[int]]:
         row = []
         for expert in range(model.n_experts):
             parts = []
-            for projection in ("gate", "up", "down"):
+            for projection in PROJECTIONS[-model.n_matrices :]:
                 file, n_bytes = rng.randrange(2), rng.randrange(1, 6000)
                 parts.append(ExpertPart(projection, GGMLType.Q4_0, 16, 1, file, ends[file], n_bytes))
                 ends[file] += n_bytes + rng.choice([0, 0, 1, 4096])
-            row.append(ExpertExtents(layer, expert, (parts[0], parts[1], parts[2])))
+            row.append(ExpertExtents(layer, expert, tuple(parts)))
         layers.append(tuple(row))
     return ExpertMap(tuple(layers)), ends
 
@@ -160,7 +160,7 @@ class SimEngine:
         Args:
             layer: of the expert.
             expert: its number.
-            part: 0 gate, 1 up, 2 down.
+            part: number of the matrix.
             number: of the error; with None such reads never return.
             times: how often; by default for ever.
             copy: of the files that is concerned; by default all.
@@ -233,7 +233,7 @@ class SimEngine:
         if self.store.loans.lent:  # a job was left alone when the engine was closed, and its reads with it
             assert self.engine._closed
             return
-        assert fetcher.reads_started == 3 * fetcher.started + fetcher.retried == len(self.disk.log)
+        assert fetcher.reads_started == self.model.n_matrices * fetcher.started + fetcher.retried == len(self.disk.log)
         assert fetcher.bytes_read == self.disk.statistics().bytes_read
 
 

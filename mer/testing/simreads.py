@@ -11,6 +11,7 @@ import trio
 
 from mer.compute.messages import LoadedExpert
 from mer.io.arena import Arena
+from mer.io.extents import MAX_MATRICES
 from mer.io.job_reads import JobReads
 from mer.io.job_words import (
     ARRANGED,
@@ -27,6 +28,7 @@ from mer.io.job_words import (
     LENGTH,
     MAX_LOGGED,
     N_LOGGED,
+    N_PARTS,
     NEEDED,
     NEXT,
     PART,
@@ -54,6 +56,7 @@ class SimReads:
 
     def __init__(self, reads: JobReads, disk: SimDisk, arena: Arena) -> None:
         self._reads, self._control, self._disk, self._arena = reads, reads.control, disk, arena
+        self._n_parts = int(self._control[N_PARTS])
         self._changed = trio.Event()
         self._failed = False
 
@@ -71,8 +74,8 @@ class SimReads:
             base = self._log(layer, expert, begun_ns)
             if base is None:
                 return None
-            gate, up, down = (base + begin + lead for _, _, _, _, begin, lead in self._parts(layer, expert))
-            found.append(LoadedExpert(expert, (gate, up, down), (True, True)))
+            addresses = tuple(base + begin + lead for _, _, _, _, begin, lead in self._parts(layer, expert))
+            found.append(LoadedExpert(expert, addresses, (True, True)))
         self._submit()
         return found
 
@@ -99,9 +102,9 @@ class SimReads:
             await self._changed.wait()
 
     def _parts(self, layer: int, expert: int) -> list[list[int]]:
-        """Return the words of an expert's matrices, [3][PART_WORDS]."""
-        words: list[list[int]] = self._reads.experts[layer, expert, PART:].reshape(3, PART_WORDS).tolist()
-        return words
+        """Return the words of an expert's matrices, [matrices][PART_WORDS]."""
+        words: list[list[int]] = self._reads.experts[layer, expert, PART:].reshape(-1, PART_WORDS).tolist()
+        return words[: self._n_parts]
 
     def _log(self, layer: int, expert: int, begun_ns: int) -> int | None:
         """Find a slot for an expert and note that it is to be read there; return where it begins."""
@@ -117,7 +120,7 @@ class SimReads:
         base = int(reads.addresses[(*found, 0)]) - int(reads.experts[(*found, PART + LEAD)])
         reads.addresses[found] = 0
         victim = found[0] * len(reads.used[0]) + found[1]
-        reads.log[number] = layer, expert, base, victim, 0, begun_ns, 0, PENDING, PENDING, PENDING
+        reads.log[number] = layer, expert, base, victim, 0, begun_ns, 0, *[PENDING] * MAX_MATRICES
         control[N_LOGGED] = number + 1
         return base
 
@@ -140,8 +143,8 @@ class SimReads:
     def _submit(self) -> None:
         """Hand reads to the disk until as many are in flight as it may have."""
         control = self._control
-        while control[NEXT] < 3 * control[N_LOGGED] and control[IN_FLIGHT] < self._disk.depth:
-            number, part = divmod(int(control[NEXT]), 3)
+        while control[NEXT] < self._n_parts * control[N_LOGGED] and control[IN_FLIGHT] < self._disk.depth:
+            number, part = divmod(int(control[NEXT]), self._n_parts)
             layer, expert, base = self._reads.log[number, [LAYER, EXPERT, BASE]].tolist()
             words = self._parts(layer, expert)[part]
             begin = words[BEGIN]
@@ -160,7 +163,7 @@ class SimReads:
         entry = self._reads.log[number]
         self._control[IN_FLIGHT] -= 1
         entry[RESULT + part] = operation.needed if operation.error is None else -errno.EIO
-        if PENDING not in entry[RESULT:]:
+        if PENDING not in entry[RESULT : RESULT + self._n_parts]:
             entry[ENDED_NS] = round(trio.current_time() * 1e9)
         self._failed |= operation.error is not None
         self._submit()

@@ -40,13 +40,12 @@ from mer.compute.messages import (
 )
 from mer.errors import ComputeError
 from mer.io.arena import Arena
-from mer.io.extents import ExpertMap
+from mer.io.extents import MAX_MATRICES, ExpertMap
 from mer.testing.simdisk import SimDisk, content
 from mer.testing.simreads import SimReads
 
 _MASK = (1 << 64) - 1
 _ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it
-_MATRICES = {Stage.WHOLE: (0, 1, 2), Stage.INNER: (0, 1), Stage.OUTER: (2,)}  # of gate, up, down, those a stage uses
 _SHARED = 0x5A4ED  # what a shared network makes of a hidden state
 _GARBAGE = 0xBAD  # the hidden state of a row whose experts were not all computed
 
@@ -79,6 +78,7 @@ class SimModel:
     seed: int = 0
     habit: int = 0  # of 16 rows of a layer as many use the experts that it prefers, the others any
     shared: frozenset[int] = frozenset()  # layers whose experts share a network
+    n_matrices: int = 3  # of an expert
     nan_hidden: frozenset[int] = frozenset()  # tokens that make the hidden state NaN from the first layer on
     nan_router: frozenset[int] = frozenset()  # tokens whose router logits are NaN, and nothing else
     nan_logits: frozenset[int] = frozenset()  # tokens whose logits are infinite, with a finite hidden state
@@ -136,7 +136,7 @@ def _crc(disk_seed: int, file: int, offset: int, n_bytes: int) -> int:
 
 
 def matrix_crcs(disk_seed: int, experts: ExpertMap, layer: int, expert: int) -> tuple[int, ...]:
-    """Return the checksums of an expert's gate, up and down matrices as the simulated files have them."""
+    """Return the checksums of an expert's matrices as the simulated files have them."""
     parts = experts.experts[layer][expert].parts
     return tuple(_crc(disk_seed, part.file, part.offset, part.n_bytes) for part in parts)
 
@@ -284,7 +284,7 @@ class SimWorker:
 
     async def _run_resident(self, operation: RunResident, done: Done, *, fails: bool) -> Done:
         assert len(self._x) <= self.resident_rows
-        assert operation.addresses.shape == (self._model.n_layers, self._model.n_experts, 3)
+        assert operation.addresses.shape == (self._model.n_layers, self._model.n_experts, MAX_MATRICES)
         layer, routes, reads = operation.layer, [self._routes], None
         if operation.reads is not None:
             assert self._disk is not None
@@ -309,11 +309,15 @@ class SimWorker:
         found: list[LoadedExpert] | None = []
         if reads is not None:
             reads.keep(layer, chosen)
-            if missing and min(gate for gate, _, _ in there.values()) >= 0:
+            if missing and min(first for first, *_ in there.values()) >= 0:
                 found = reads.begin(layer, missing)
-        if found is None or len(found) < sum(gate <= 0 for gate, _, _ in there.values()) or fails:
+        if found is None or len(found) < sum(first <= 0 for first, *_ in there.values()) or fails:
             return False  # if it fails half-way through, no byte has changed of experts that are arranged
-        loaded = [LoadedExpert(expert, tuple(there[expert]), (False, False)) for expert in chosen if there[expert][0]]
+        loaded = [
+            LoadedExpert(expert, tuple(there[expert][: self._model.n_matrices]), (False, False))
+            for expert in chosen
+            if there[expert][0]
+        ]
         await self._run_experts(layer, loaded, fails=fails)
         while found:
             assert reads is not None
@@ -388,12 +392,12 @@ class SimWorker:
         assert len({loaded.expert for loaded in experts}) == len(experts), "an expert twice in a job"
         if fails:  # half-way through: some bytes are re-arranged, and some are not
             for loaded in experts[: len(experts) // 2 + 1]:
-                for matrix in _MATRICES[loaded.stage][:2]:
+                for matrix in self._matrices(loaded.stage)[:2]:
                     self._arrange(layer, loaded, matrix)
             return
         for loaded in experts:
-            for matrix in _MATRICES[loaded.stage]:
-                if loaded.fresh[matrix // 2]:
+            for matrix in self._matrices(loaded.stage):
+                if loaded.fresh[matrix == self._model.n_matrices - 1]:
                     self._arrange(layer, loaded, matrix)
         crcs = [self._crcs(layer, loaded) for loaded in experts]
         halves = sum(1 if loaded.stage is not Stage.WHOLE else 2 for loaded in experts)
@@ -401,7 +405,7 @@ class SimWorker:
         assert crcs == [self._crcs(layer, loaded) for loaded in experts], "an expert's bytes changed during a job"
         for loaded, crc in zip(experts, crcs, strict=True):
             want = matrix_crcs(self._disk_seed, self._experts, layer, loaded.expert)
-            assert crc == [want[matrix] for matrix in _MATRICES[loaded.stage]], (
+            assert crc == [want[matrix] for matrix in self._matrices(loaded.stage)], (
                 f"the bytes of expert {loaded.expert} of layer {layer} are wrong, or arranged twice or not at all"
             )
             self._account(layer, loaded)
@@ -458,8 +462,13 @@ class SimWorker:
         router = [token in self._model.nan_router for token in self.batches[-1].tokens.tolist()]
         return np.flatnonzero(np.logical_or(self._nan, router)).astype(np.int32)
 
+    def _matrices(self, stage: Stage) -> Sequence[int]:
+        """Return the numbers of the matrices that a stage uses."""
+        n = self._model.n_matrices
+        return {Stage.WHOLE: range(n), Stage.INNER: range(n - 1), Stage.OUTER: range(n - 1, n)}[stage]
+
     def _view(self, layer: int, loaded: LoadedExpert, matrix: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of an expert's gate (0), up (1) or down (2) where the scheduler says they lie."""
+        """Return the bytes of one of an expert's matrices where the scheduler says they lie."""
         part, address = self._experts.experts[layer][loaded.expert].parts[matrix], loaded.addresses[matrix]
         slot = bisect.bisect(self._slot_addresses, address) - 1
         begin = address - self._slot_addresses[slot]
@@ -473,5 +482,5 @@ class SimWorker:
 
     def _crcs(self, layer: int, loaded: LoadedExpert) -> list[int]:
         """Return the checksums of the matrices that an expert's stage uses, as they were before they were arranged."""
-        views = [self._view(layer, loaded, matrix) for matrix in _MATRICES[loaded.stage]]
+        views = [self._view(layer, loaded, matrix) for matrix in self._matrices(loaded.stage)]
         return [zlib.crc32((view ^ np.uint8(_ARRANGED)).data) for view in views]

@@ -24,7 +24,7 @@ FREE, FILLING, READY, PINNED, QUARANTINED = SlotState
 DEMAND, READ_AHEAD, PREFETCH = Priority
 
 
-def make_experts(seed: int = 0) -> tuple[ExpertMap, list[int]]:
+def make_experts(seed: int = 0, n_matrices: int = 3) -> tuple[ExpertMap, list[int]]:
     """Return experts of uneven sizes at odd offsets of two files, and the files' sizes: they end with the last part."""
     rng = random.Random(seed)
     ends = [rng.randrange(5000), rng.randrange(5000)]
@@ -33,11 +33,11 @@ def make_experts(seed: int = 0) -> tuple[ExpertMap, list[int]]:
         experts = []
         for expert in range(EXPERTS):
             parts = []
-            for projection in ("gate", "up", "down"):
+            for projection in PROJECTIONS[-n_matrices:]:
                 file, n_bytes = rng.randrange(2), rng.randrange(1, 20_000)
                 parts.append(ExpertPart(projection, GGMLType.Q4_0, 16, 1, file, ends[file], n_bytes))
                 ends[file] += n_bytes + rng.choice([0, 0, 1, 4096])
-            experts.append(ExpertExtents(layer, expert, (parts[0], parts[1], parts[2])))
+            experts.append(ExpertExtents(layer, expert, tuple(parts)))
         layers.append(tuple(experts))
     used = [0, 0]
     for extents in (extents for row in layers for extents in row):
@@ -127,9 +127,9 @@ class Rig:
     def part(self, layer: int, expert: int, index: int) -> ExpertPart:
         return self.experts.experts[layer][expert].parts[index]
 
-    def check_bytes(self, fetch: Fetch, parts: Sequence[int] = (0, 1, 2)) -> None:
+    def check_bytes(self, fetch: Fetch, parts: Sequence[int] | None = None) -> None:
         base, view = self.arena.address(fetch.slot), self.arena.view(fetch.slot)
-        for index in parts:
+        for index in range(self.experts.n_matrices) if parts is None else parts:
             part = self.part(fetch.layer, fetch.expert, index)
             begin = fetch.addresses[index] - base
             assert 0 <= begin <= len(view) - part.n_bytes
@@ -139,7 +139,7 @@ class Rig:
         s, r = self.fetcher.statistics(), self.pool.statistics()
         assert s.started == s.landed + s.failed + s.abandoned + s.in_flight
         assert s.reads_started == s.reads_landed + s.reads_failed + s.reads_cancelled + s.reads_in_flight
-        assert s.reads_started == 3 * s.started + s.retried
+        assert s.reads_started == self.experts.n_matrices * s.started + s.retried
         for each in s.by_priority:
             assert min(attrs.astuple(each)) >= 0
             arrived, left = each.started + each.promoted_in, each.promoted_out + each.landed + each.failed

@@ -106,6 +106,25 @@ async def test_gate_and_up_can_be_used_before_down_has_landed(autojump_clock: Mo
         assert (rig.inner, rig.done) == ([fetch], [fetch])
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+async def test_inner_is_told_after_the_first_of_two_matrices(autojump_clock: MockClock, order: tuple[int, int]) -> None:
+    async with open_rig(n_threads=2, experts=make_experts(3, n_matrices=2)) as (rig, disk):
+        for index in order:
+            part = rig.part(0, 0, index)
+            disk.hang(part.file, part.offset, part.offset + part.n_bytes)
+        fetch = rig.start(0, 0)
+        hanging = list(disk._hanging)
+        told = []
+        for index in order:
+            disk._hanging[:] = [hanging[index]]
+            disk.let_return()
+            await trio.sleep(1e-3)
+            told.append((rig.inner == [fetch], fetch.inner_landed, fetch.done))
+        first = order == (0, 1)
+        assert told == [(first, first, False), (first, True, True)]
+        rig.check_bytes(fetch)
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1), (2, 1, 0), (1, 2, 0)], ids=str)
 async def test_inner_is_told_once_gate_and_up_are_there_and_down_is_not(
     autojump_clock: MockClock, order: tuple[int, int, int]

@@ -314,7 +314,7 @@ async def test_letting_go_before_the_last_read_is_back_leaves_the_slot_to_it(aut
 async def test_holding_changes_nothing_for_a_fetch_that_lands(autojump_clock: MockClock) -> None:
     async with open_rig(profile=DiskProfile(jitter=0, bytes_per_s=1e6)) as (rig, _):
         fetch = rig.start(0, 0)
-        with pytest.raises(RuntimeError, match="gate and up of expert 0 of layer 0 have not landed"):
+        with pytest.raises(RuntimeError, match="the inner matrices of expert 0 of layer 0 have not landed"):
             rig.fetcher.hold(fetch)
         await gate_up_landed(fetch)
         rig.fetcher.hold(fetch)
@@ -545,7 +545,7 @@ async def test_a_file_that_keeps_failing_is_left_alone_and_then_probed(autojump_
 async def test_any_file_of_an_expert_can_be_left_alone(autojump_clock: MockClock) -> None:
     """In a split model each matrix may lie in a file of its own."""
     parts = [ExpertPart(name, GGMLType.Q4_0, 16, 1, file, 0, N_BYTES) for file, name in enumerate(PROJECTIONS)]
-    experts = ExpertMap(((ExpertExtents(0, 0, (parts[0], parts[1], parts[2])),),))
+    experts = ExpertMap(((ExpertExtents(0, 0, tuple(parts)),),))
     for bad in range(3):
         async with open_rig(1, experts=(experts, [N_BYTES] * 3), profile=INSTANT) as (rig, disk):
             disk.fail(bad, 0, N_BYTES, number=errno.ENODEV)

@@ -63,7 +63,7 @@ def test_a_layout_has_room_for_reads_and_for_whole_groups_of_rows(
         ExpertPart(name, GGMLType.Q8_0, rows, 1, 0, offset, n_bytes * rows)
         for name, offset, n_bytes in zip(PROJECTIONS, offsets, sizes, strict=True)
     ]
-    layout = ExpertExtents(0, 0, (parts[0], parts[1], parts[2])).layout(alignment)
+    layout = ExpertExtents(0, 0, tuple(parts)).layout(alignment)
     ends = (*layout.part_offsets[1:], layout.n_bytes)
     for part, begin, end, row_bytes in zip(parts, layout.part_offsets, ends, sizes, strict=True):
         assert begin % alignment == end % alignment == 0

@@ -29,7 +29,7 @@ from mer.compute.messages import Batch, Float32Array, Int32Array, Int64Array, Lo
 from mer.compute.state import StateLayout, state_layout
 from mer.config import KVType
 from mer.errors import ComputeError
-from mer.io.extents import ExpertMap
+from mer.io.extents import MAX_MATRICES, ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
 from mer.io.job_reads import JobReads
@@ -305,8 +305,9 @@ class Forward:
         log = a["routes"] + FLOAT_BYTES * pairs * layer
         stop, end, skip, again = (a["stop"] + 8 * word for word in range(4))
         steps, missing = experts.table_steps(layer), a["table_missing"]
+        addresses += 8 * MAX_MATRICES * spec.n_experts * layer
         program.add(
-            dispatch, a["expert_ids"], pairs, spec.top_k, spec.n_experts, addresses + 24 * spec.n_experts * layer,
+            dispatch, a["expert_ids"], pairs, spec.top_k, spec.n_experts, addresses,
             a["expert_ends"], a["table_entries"], missing, steps, a["places"], a["order"], log, stop, layer, end, skip,
             reads,
         )  # fmt: skip

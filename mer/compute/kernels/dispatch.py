@@ -20,17 +20,15 @@ from mer.compute.kernels.job_reads import (
 )
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, ROW_WORDS, step
-from mer.io.job_words import BEGIN, LEAD, N_LOGGED, PART, PART_WORDS, STOP
+from mer.io.extents import MAX_MATRICES
+from mer.io.job_words import BEGIN, LEAD, N_LOGGED, N_PARTS, PART, PART_WORDS, STOP
 
 _WORD = 8
 _ENTRY_BYTES = _WORD * ENTRY_WORDS
 
 
 @njit
-def _write_entry(entry, gate, up, down, count, place, fresh):  # type: ignore[no-untyped-def]
-    store_i64(entry, gate)
-    store_i64(entry + _WORD, up)
-    store_i64(entry + 2 * _WORD, down)
+def _write_entry(entry, count, place, fresh):  # type: ignore[no-untyped-def]
     store_i64(entry + _WORD * COUNT, count)
     store_i64(entry + _WORD * ROW, place)
     store_i64(entry + _WORD * PAIR, place)
@@ -40,7 +38,7 @@ def _write_entry(entry, gate, up, down, count, place, fresh):  # type: ignore[no
 
 @njit
 def _read_missing(reads, layer, table, n):  # type: ignore[no-untyped-def]
-    """Find slots for a table's experts, whose numbers are where gates' addresses belong; return whether all got one."""
+    """Find slots for a table's experts, whose numbers are where addresses belong; return whether all got one."""
     if load_i64(reads, STOP) != 0:
         return False
     begun_ns = now_ns(reads)
@@ -50,7 +48,7 @@ def _read_missing(reads, layer, table, n):  # type: ignore[no-untyped-def]
         slot = log_read(reads, layer, expert, begun_ns)
         if slot == 0:
             return False
-        for matrix in range(3):
+        for matrix in range(load_i64(reads, N_PARTS)):
             part = expert_words(reads, layer, expert) + _WORD * (PART + PART_WORDS * matrix)
             store_i64(entry + _WORD * matrix, slot + load_i64(part, BEGIN) + load_i64(part, LEAD))
     return True
@@ -64,7 +62,7 @@ def dispatch(row: int, _thread: int, _n_threads: int) -> None:
     steps that work on them follow: `begin_reads`, so many for the first table, `await_reads`, `next_turn`, and as many
     for the second table. Whoever comes first does it all.
 
-    Arguments: ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, 3] of gate, up and down,
+    Arguments: ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, MAX_MATRICES],
     see `RunResident`), ends (int32 [n_experts], for its own use), table, table of missing experts, steps for a table,
     places (int32 [n_pairs], of each pair among the sorted ones), order (int32 [n_pairs], the token of each sorted
     pair), log (int32 [n_pairs], a copy of the ids), stop (int64, set to the layer's number plus 1 if an expert is
@@ -94,16 +92,19 @@ def dispatch(row: int, _thread: int, _n_threads: int) -> None:
         if count > 0:
             if reads != 0:
                 keep(reads, layer, expert)
-            gate, up = load_i64(addresses, 3 * expert), load_i64(addresses, 3 * expert + 1)
-            down = load_i64(addresses, 3 * expert + 2)
-            if gate > 0:
-                _write_entry(table + _ENTRY_BYTES * n_there, gate, up, down, count, place, 0)
+            first = load_i64(addresses, MAX_MATRICES * expert)
+            if first > 0:
+                entry = table + _ENTRY_BYTES * n_there
+                for matrix in range(MAX_MATRICES):
+                    store_i64(entry + _WORD * matrix, load_i64(addresses, MAX_MATRICES * expert + matrix))
+                _write_entry(entry, count, place, 0)
                 n_there += 1
             else:
                 entry = missing + _ENTRY_BYTES * n_missing
-                _write_entry(entry, expert, 0, 0, count, place, FRESH_INNER | FRESH_OUTER)
+                store_i64(entry, expert)
+                _write_entry(entry, count, place, FRESH_INNER | FRESH_OUTER)
                 n_missing += 1
-                readable = readable and gate == 0
+                readable = readable and first == 0
             place += count
     if n_missing > 0 and not (readable and _read_missing(reads, layer, missing, n_missing)):
         store_i64(load_i64(row, ARG0 + 12), layer + 1)

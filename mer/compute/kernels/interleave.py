@@ -72,8 +72,10 @@ def rows_of_tiles(
     places, flips = _places(kind, tiles.shape[1] // (ROWS * block_bytes), block_bytes)
     if len(rows) == 1:  # decoding: one gather less
         row = int(rows[0])
-        return (tiles[row // ROWS].take(places[row % ROWS]) ^ flips)[None]
-    return np.take_along_axis(tiles[rows // ROWS], places[rows % ROWS], 1) ^ flips
+        one: npt.NDArray[np.uint8] = tiles[row // ROWS].take(places[row % ROWS]) ^ flips
+        return one[None]
+    found: npt.NDArray[np.uint8] = np.take_along_axis(tiles[rows // ROWS], places[rows % ROWS], 1)
+    return found ^ flips
 
 
 @lru_cache(maxsize=8)

@@ -23,6 +23,7 @@ from mer.compute.kernels.ir import (
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, ROW_WORDS, step
 from mer.compute.kernels.system_calls import CLOCK_GETTIME, IO_URING_ENTER, PPOLL, SCHED_YIELD
+from mer.io.extents import MAX_MATRICES
 from mer.io.job_words import (
     ADDRESSES,
     ARRANGED,
@@ -52,6 +53,7 @@ from mer.io.job_words import (
     N_EXPERTS,
     N_LAYERS,
     N_LOGGED,
+    N_PARTS,
     NEEDED,
     NEXT,
     PART,
@@ -120,7 +122,7 @@ def _victim(control, layer, kind):  # type: ignore[no-untyped-def]
         weight, wait = load_f64(weights, at), load_f64(patience, place)
         for expert in range(n_experts):
             number = at * n_experts + expert
-            if load_i64(addresses, 3 * number) > 0 and load_i64(used, number) != serial:
+            if load_i64(addresses, MAX_MATRICES * number) > 0 and load_i64(used, number) != serial:
                 worth = load_f64(values, number) * weight * wait
                 if worth < least and load_i64(experts, EXPERT_WORDS * number + KIND) == kind:
                     victim, least = number, worth
@@ -140,9 +142,9 @@ def log_read(control, layer, expert, begun_ns):  # type: ignore[no-untyped-def]
     if victim < 0:
         return 0
     words = load_i64(control, EXPERTS) + 8 * EXPERT_WORDS * victim
-    address = load_i64(control, ADDRESSES) + 24 * victim
+    address = load_i64(control, ADDRESSES) + 8 * MAX_MATRICES * victim
     base = load_i64(address, 0) - load_i64(words, PART + BEGIN) - load_i64(words, PART + LEAD)
-    for matrix in range(3):
+    for matrix in range(MAX_MATRICES):
         store_i64(address + 8 * matrix, 0)
     entry = load_i64(control, LOG) + 8 * LOG_WORDS * number
     store_i64(entry + 8 * LAYER, layer)
@@ -152,7 +154,7 @@ def log_read(control, layer, expert, begun_ns):  # type: ignore[no-untyped-def]
     store_i64(entry + 8 * ARRANGED, 0)
     store_i64(entry + 8 * BEGUN_NS, begun_ns)
     store_i64(entry + 8 * ENDED_NS, 0)
-    for part in range(3):
+    for part in range(load_i64(control, N_PARTS)):
         store_i64(entry + 8 * (RESULT + part), PENDING)
     store_i64(control + 8 * N_LOGGED, number + 1)
     return base
@@ -160,17 +162,18 @@ def log_read(control, layer, expert, begun_ns):  # type: ignore[no-untyped-def]
 
 @njit
 def _prepare(control, read, tail):  # type: ignore[no-untyped-def]
-    """Write the submission of a read, 3 * entry + part, at the ring's tail."""
-    entry = load_i64(control, LOG) + 8 * LOG_WORDS * (read // 3)
+    """Write the submission of a read, N_PARTS * entry + part, at the ring's tail."""
+    number, matrix = read // load_i64(control, N_PARTS), read % load_i64(control, N_PARTS)
+    entry = load_i64(control, LOG) + 8 * LOG_WORDS * number
     words = expert_words(control, load_i64(entry, LAYER), load_i64(entry, EXPERT))
-    part = words + 8 * (PART + PART_WORDS * (read % 3))
+    part = words + 8 * (PART + PART_WORDS * matrix)
     sqe = load_i64(control, SQES) + _SQE_BYTES * (tail & load_i64(control, SQ_MASK))
     store_i32(sqe, 0, np.int32(_OP_READ))
     store_i32(sqe, 1, np.int32(load_i64(part, FILE)))
     store_i64(sqe + 8, load_i64(part, START))
     store_i64(sqe + 16, load_i64(entry, BASE) + load_i64(part, BEGIN))
     store_i64(sqe + 24, load_i64(part, LENGTH))  # and no flags
-    store_i64(sqe + 32, TOKEN_BIT + 4 * (load_i64(control, SERIAL) + read // 3) + read % 3)
+    store_i64(sqe + 32, TOKEN_BIT + 4 * (load_i64(control, SERIAL) + number) + matrix)
     for word in range(5, 8):
         store_i64(sqe + 8 * word, 0)
 
@@ -180,7 +183,7 @@ def submit(control):  # type: ignore[no-untyped-def]
     """Let the kernel begin as many of the logged reads as may be under way."""
     ring, tail_address = load_i64(control, RING), load_i64(control, SQ_TAIL)
     read, in_flight = load_i64(control, NEXT), load_i64(control, IN_FLIGHT)
-    last = min(3 * load_i64(control, N_LOGGED), read + load_i64(control, DEPTH) - in_flight)
+    last = min(load_i64(control, N_PARTS) * load_i64(control, N_LOGGED), read + load_i64(control, DEPTH) - in_flight)
     if read >= last:
         return
     tail = atomic_load(tail_address)
@@ -218,7 +221,7 @@ def _reap(control):  # type: ignore[no-untyped-def]
         if result < load_i64(words, PART + PART_WORDS * (number % 4) + NEEDED):
             whole = False
         missing = False
-        for part in range(3):
+        for part in range(load_i64(control, N_PARTS)):
             missing = missing or load_i64(entry, RESULT + part) == PENDING
         if not missing:
             store_i64(entry + 8 * ENDED_NS, now_ns(control))

@@ -20,7 +20,7 @@ from mer.compute.kernels.dispatch import dispatch
 from mer.compute.kernels.job_reads import END, FIRST, await_reads, begin_reads, next_turn
 from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, nogil_function
 from mer.io.arena import Arena
-from mer.io.extents import ExpertExtents, ExpertMap, ExpertPart
+from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart
 from mer.io.ggml import GGMLType
 from mer.io.job_reads import JobReads
 from mer.io.job_words import (
@@ -29,6 +29,7 @@ from mer.io.job_words import (
     IN_FLIGHT,
     MAX_LOGGED,
     N_LOGGED,
+    N_PARTS,
     NEXT,
     PENDING,
     RESULT,
@@ -48,18 +49,18 @@ log_read = nogil_function(types.int64(*[types.int64] * 4))(job_reads.log_read.py
 submit = nogil_function(types.void(types.int64))(job_reads.submit.py_func)
 
 
-def experts(kinds: npt.NDArray[np.int64]) -> ExpertMap:
+def experts(kinds: npt.NDArray[np.int64], n_matrices: int = 3) -> ExpertMap:
     """Return experts of which those of kind 0 are larger than those of kind 1, with gates at odd offsets."""
     layers, offset = [], 0
     for layer in range(N_LAYERS):
         row = []
         for expert in range(N_EXPERTS):
             parts = []
-            for projection in ("gate", "up", "down"):
+            for projection in PROJECTIONS[-n_matrices:]:
                 n_bytes = 16 * (4000 if kinds[layer, expert] == 0 else 40)
-                parts.append(ExpertPart(cast(Any, projection), GGMLType.Q8_0, 16, 1, 0, offset + 300, n_bytes))
+                parts.append(ExpertPart(projection, GGMLType.Q8_0, 16, 1, 0, offset + 300, n_bytes))
                 offset += 131072
-            row.append(ExpertExtents(layer, expert, (parts[0], parts[1], parts[2])))
+            row.append(ExpertExtents(layer, expert, tuple(parts)))
         layers.append(tuple(row))
     return ExpertMap(tuple(layers))
 
@@ -148,10 +149,10 @@ class Wait:
         return end, stop, again, [(table, n) for table, n in tables]
 
 
-def rig(ranks: Ranks | None = None, kinds: npt.NDArray[np.int64] | None = None) -> Rig:
+def rig(ranks: Ranks | None = None, kinds: npt.NDArray[np.int64] | None = None, n_matrices: int = 3) -> Rig:
     """Return a rig with 40 slots of each of two classes; all experts are of the first one unless `kinds` says else."""
     kinds = np.zeros((N_LAYERS, N_EXPERTS), np.int64) if kinds is None else kinds
-    where = experts(kinds)
+    where = experts(kinds, n_matrices)
     classes = where.slot_classes(4096)
     arena = Arena([40, 40], [262144, 16384])
     if ranks is None:
@@ -271,7 +272,8 @@ def test_what_the_kernel_does_not_take_is_left_to_the_reader() -> None:
 
 
 def complete(it: Rig, read: int, result: int) -> None:
-    it.ring.complete(TOKEN_BIT + 4 * (int(it.reads.control[SERIAL]) + read // 3) + read % 3, result)
+    number, part = divmod(read, int(it.reads.control[N_PARTS]))
+    it.ring.complete(TOKEN_BIT + 4 * (int(it.reads.control[SERIAL]) + number) + part, result)
     it.reads.control[IN_FLIGHT] += 1
 
 
@@ -328,6 +330,32 @@ def test_experts_have_their_turn_as_they_land_and_in_order() -> None:
     complete(it, 16, needed - 1)
     assert wait.run()[:2] == (END, 4)
     assert [read.arranged for read in it.reads.take_back()] == [False, True, True, True, True, False]
+
+
+def test_an_expert_of_two_matrices_has_its_turn_after_two_reads() -> None:
+    it = rig(n_matrices=2)
+    it.lend_slots(0, 3)
+    serial = int(it.reads.control[SERIAL])
+    for expert in (5, 6, 2):
+        assert log_read(it.reads.address, 3, expert, 1)
+    submit(it.reads.address)  # the kernel takes none; but all are prepared
+    assert [int(sqe[32:40].view(np.int64)[0]) for sqe in it.ring.sqes[:6]] == [
+        TOKEN_BIT + 4 * (serial + number) + part for number in range(3) for part in range(2)
+    ]
+    it.reads.control[NEXT] = 6
+    needed, wait = int(it.reads.experts[3, 5, 4]), Wait(it, 3)
+    for read in (0, 1, 2):
+        complete(it, read, needed)
+    assert wait.run() == (0, 0, -4, [(1000, 1), (1000, 1), (7, 7)])
+    for read in (3, 4, 5):
+        complete(it, read, needed)
+    assert wait.run() == (0, 0, 0, [(1000 + 64, 2), (1000 + 64, 2), (7, 7)])
+    for number, taken in enumerate(it.reads.take_back()):
+        assert taken.landed
+        assert taken.results == (needed, needed)
+        assert taken.lengths == tuple(it.reads.experts[3, taken.expert, 1:].reshape(3, 6)[:2, 2].tolist())
+        assert taken.tokens == tuple(TOKEN_BIT + 4 * (serial + number) + part for part in range(2))
+        assert len(taken.addresses) == 2
 
 
 @pytest.mark.parametrize("obstacle", ["fresh", "stop", "no loan", None])
