@@ -33,3 +33,6 @@ MAX_NAME_BYTES: Final = 64
 """Of a tensor's name."""
 MAX_DIMS: Final = 4
 MAX_ALIGNMENT: Final = 1 << 20
+
+MAX_MATRICES: Final = 3
+"""Most matrices of an expert: tables have room for as many."""

@@ -11,8 +11,8 @@ import pytest
 import trio
 
 import mer
-from mer.io.fetcher import Fetcher
-from mer.io.job_words import GIVE_UP_NS
+from mer.io.loan.desk import LoanDesk
+from mer.io.loan.words import GIVE_UP_NS
 from mer.io.ring import Ring
 from tests._lib.tiny_models import Type, tiny_model
 
@@ -143,16 +143,16 @@ def test_a_file_that_ends_early_is_an_error_of_those_that_need_it(tmp_path: Path
 
 def impatient(monkeypatch: pytest.MonkeyPatch, share: float = 1.0) -> None:
     """Let a share of the jobs wait for no read that has not ended when they come to it."""
-    real, rng = Fetcher.lend, np.random.default_rng(0)
+    real, rng = LoanDesk.lend, np.random.default_rng(0)
 
-    def lend(self: Fetcher, *arguments: Any) -> Any:
+    def lend(self: LoanDesk, *arguments: Any) -> Any:
         reads = real(self, *arguments)
         if reads is not None:
             reads.control[GIVE_UP_NS] = 0 if rng.random() < share else 1 << 40
         return reads
 
-    monkeypatch.setattr(Fetcher, "lend", lend)
-    monkeypatch.setattr("mer.io.fetcher._LOANS_TO_SKIP", 0)
+    monkeypatch.setattr(LoanDesk, "lend", lend)
+    monkeypatch.setattr("mer.io.loan.desk._LOANS_TO_SKIP", 0)
 
 
 @pytest.mark.parametrize("io_threads", [1, 2, 8])
@@ -182,7 +182,7 @@ def test_reads_that_a_job_does_not_wait_for_are_handed_over(
 def test_after_a_slow_read_jobs_read_nothing_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         impatient(monkeypatch)
-        monkeypatch.setattr("mer.io.fetcher._LOANS_TO_SKIP", 10**9)
+        monkeypatch.setattr("mer.io.loan.desk._LOANS_TO_SKIP", 10**9)
         _, statistics = await generate(model(tmp_path), PROMPTS, slots=12, io_engine="io_uring")
         fetcher = statistics.fetcher  # a read may have landed before its job looked; that one was not slow
         assert 0 < fetcher.handed_over <= fetcher.by_jobs < 0.1 * fetcher.started

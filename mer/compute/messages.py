@@ -17,7 +17,7 @@ import numpy.typing as npt
 import trio
 
 from mer.errors import MerError
-from mer.io.job_reads import JobReads
+from mer.io.loan.loan import Loan
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -116,7 +116,7 @@ class RunResident:
 
     layer: int
     addresses: Int64Array  # [L, E, MAX_MATRICES] of every expert's matrices; 0 if it is not there, -1 if it is fresh
-    reads: JobReads | None = None
+    reads: Loan | None = None
 
 
 @attrs.frozen

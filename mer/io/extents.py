@@ -11,6 +11,7 @@ import attrs
 
 from mer.errors import UnsupportedModel
 from mer.io.ggml import GGMLType
+from mer.limits import MAX_MATRICES
 from mer.quoting import quoted
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ Projection: TypeAlias = Literal["gate", "up", "down"]
 
 PROJECTIONS: Final[tuple[Projection, ...]] = ("gate", "up", "down")
 """The matrices of a gated expert, in the order in which they are needed."""
-
-MAX_MATRICES: Final = 3
-"""Most matrices of an expert."""
 
 MATRIX_TYPES: Final = frozenset(
     {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import heapq
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Final
@@ -18,7 +17,6 @@ from mer.io.breaker import CircuitBreaker
 from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
 from mer.io.fetch import ExpertKey, Fetch, FetchListener
 from mer.io.fetch_counts import ClassCounts, FetcherStatistics, ReadCounts
-from mer.io.job_reads import JobRead, JobReads
 from mer.io.patient import delay_s
 from mer.io.pool import BufferPool, Priority, SlotState
 from mer.io.reader import Reader, ReadOperation
@@ -26,7 +24,6 @@ from mer.io.stalls import StallWatch
 from mer.units import format_duration
 
 DEFAULT_READ_DEADLINE_S: Final = 30.0
-_LOANS_TO_SKIP: Final = 64  # after reads that a job has not waited for: the disk is slow, and the way to it no matter
 
 
 class Fetcher:
@@ -55,7 +52,6 @@ class Fetcher:
         expert_map: where every expert lies in the files.
         reader: reads them.
         read_deadline_s: see above.
-        job_reads: what jobs that read by themselves are lent; by default none does.
 
     Raises:
         ConfigError: the slots have other sizes, the pool and the arena disagree, a file needs a coarser alignment, or
@@ -71,7 +67,6 @@ class Fetcher:
         reader: Reader,
         *,
         read_deadline_s: float = DEFAULT_READ_DEADLINE_S,
-        job_reads: JobReads | None = None,
     ) -> None:
         if pool.n_slots != arena.n_slots:
             raise ConfigError(f"the pool has {pool.n_slots} slots and the arena {arena.n_slots}")
@@ -97,8 +92,6 @@ class Fetcher:
         self._alignment = classes.alignment
         self._experts = expert_map.experts
         self._reader = reader
-        self._job_reads = job_reads
-        self._loans_to_skip = 0
         self._in_flight: dict[ExpertKey, Fetch] = {}
         self._stalls = StallWatch(reader, read_deadline_s)
         self._retries: list[tuple[float, int, Fetch, int]] = []  # a heap: when, in which order, which part
@@ -216,76 +209,61 @@ class Fetcher:
         self._classes[fetch.priority].abandoned += 1
         self._give_up(fetch, None)
 
-    def lend(self, kept: Sequence[ExpertKey]) -> JobReads | None:
-        """Lend a job what it needs to read into slots of residents, until `take_back`.
+    @property
+    def quiet(self) -> bool:
+        """Whether no fetch is in flight and every file can be read: the reader may be lent to a job."""
+        return not self._in_flight and all(breaker.closed for breaker in self._breakers)
+
+    def landed_elsewhere(self, layer: int, expert: int, slot: int, lengths: Sequence[int]) -> None:
+        """Count an expert that a job has read into a leased slot, which is READY from here on.
 
         Args:
-            kept: residents whose slots it must not take.
-
-        Returns:
-            What the job needs; None if the reader or a file does not allow it just now.
+            layer: of the expert.
+            expert: its number.
+            slot: where it is.
+            lengths: bytes of its reads.
         """
-        reads = self._job_reads
-        if reads is None or self._in_flight or not all(breaker.closed for breaker in self._breakers):
-            return None
-        if self._loans_to_skip:
-            self._loans_to_skip -= 1
-            return None
-        return reads if reads.lend([self._pool.has_free(kind) for kind in range(self._pool.n_kinds)], kept) else None
-
-    def take_back(self, on_evicted: Callable[[ExpertKey], None], listener: FetchListener) -> list[JobRead]:
-        """End the loan after the job; return the experts that it has begun to read, in order.
-
-        Slots of experts that have landed are READY. The others are fetches in flight now, as if they had been started
-        here.
-
-        Args:
-            on_evicted: called for every resident whose slot the job has taken; the slot must be FILLING afterwards.
-            listener: told of these fetches.
-        """
-        assert self._job_reads is not None
-        begun = self._job_reads.take_back()
-        for read in begun:
-            on_evicted(read.victim)
-        for begun_s, together in itertools.groupby((read for read in begun if read.landed), lambda read: read.begun_s):
-            self._account(begun_s, list(together))
-        open_reads = [read for read in begun if not read.landed]
-        self._counts.by_jobs += len(begun)
-        self._counts.handed_over += len(open_reads)
-        if any(read.late for read in open_reads):
-            self._loans_to_skip = _LOANS_TO_SKIP
-        fetches = [self._prepare(read.layer, read.expert, read.slot, Priority.DEMAND, listener) for read in open_reads]
-        for read, fetch in zip(open_reads, fetches, strict=True):
-            given = [part for part, token in enumerate(read.tokens) if token is not None]
-            for part in given:
-                token = read.tokens[part]
-                assert token is not None
-                operation, lender = fetch.read(part), self._job_reads.lender
-                fetch.replace_read(part, lender.adopt(operation, token, read.results[part], read.begun_s))
-            self._note_started(fetch, given)
-        for read, fetch in zip(open_reads, fetches, strict=True):
-            self._start_reads(fetch, [part for part, token in enumerate(read.tokens) if token is None])
-            self._note_fetch(fetch)
-        return begun
-
-    def _account(self, begun_s: float, landed: Sequence[JobRead]) -> None:
-        """Count what a job has read together."""
-        assert self._job_reads is not None
-        lengths: list[int] = []
-        ended_s: list[float] = []
-        for read in sorted(landed, key=lambda read: read.ended_s):
-            ended_s += [read.ended_s] * len(read.lengths)
-            lengths += read.lengths
-            for part in self._experts[read.layer][read.expert].parts:
-                self._breakers[part.file].succeeded()
-            self._touched[read.slot] = 1
-            self._pool.landed(read.slot)
-        self._classes[Priority.DEMAND].started += len(landed)
-        self._classes[Priority.DEMAND].landed += len(landed)
+        for part in self._experts[layer][expert].parts:
+            self._breakers[part.file].succeeded()
+        self._touched[slot] = 1
+        self._pool.landed(slot)
+        demand = self._classes[Priority.DEMAND]
+        demand.started += 1
+        demand.landed += 1
+        self._counts.by_jobs += 1
         self._counts.reads_started += len(lengths)
         self._counts.reads_landed += len(lengths)
         self._counts.bytes_read += sum(lengths)
-        self._job_reads.lender.account(lengths, begun_s, ended_s)
+
+    def adopt(
+        self,
+        layer: int,
+        expert: int,
+        slot: int,
+        listener: FetchListener,
+        begun: Mapping[int, Callable[[ReadOperation], ReadOperation]],
+    ) -> Fetch:
+        """Go on with an expert that a job has begun to read into a leased slot; `start_rest` follows.
+
+        Args:
+            layer: of the expert.
+            expert: its number.
+            slot: where to.
+            listener: called for what has landed.
+            begun: for each part that the kernel reads already, what returns the operation that will land.
+        """
+        fetch = self._prepare(layer, expert, slot, Priority.DEMAND, listener)
+        for part, adopted in begun.items():
+            fetch.replace_read(part, adopted(fetch.read(part)))
+        self._counts.by_jobs += 1
+        self._counts.handed_over += 1
+        self._note_started(fetch, list(begun))
+        return fetch
+
+    def start_rest(self, fetch: Fetch) -> None:
+        """Start the reads of an adopted fetch that have not begun."""
+        self._start_reads(fetch, [part for part in range(len(fetch.addresses)) if fetch.tries(part) == 0])
+        self._note_fetch(fetch)
 
     def hold(self, fetch: Fetch) -> None:
         """Keep the slot of a fetch from being released, should it fail or be abandoned, until `let_go`.

@@ -13,10 +13,11 @@ from mer.io.chunks import DEFAULT_CHUNK_BYTES
 from mer.io.extents import ExpertMap, SlotClasses
 from mer.io.fetch import Fetch
 from mer.io.fetcher import DEFAULT_READ_DEADLINE_S, Fetcher
-from mer.io.job_reads import Lender
+from mer.io.loan.desk import LoanDesk
+from mer.io.loan.lender import Lender
 from mer.io.pool import BufferPool, demand_reserve
 from mer.io.reader import Reader
-from mer.opening.job_reads import open_job_reads
+from mer.opening.loan import open_loan
 from mer.sched.cache import ExpertCache
 from mer.sched.draws import Draws
 from mer.sched.governor import PrefetchMode
@@ -122,8 +123,9 @@ def open_expert_actors(
     pool = BufferPool(counts, reserve=demand_reserve(counts, top_k))
     cache = ExpertCache(policy, shape)
     lending = lending or Lending()
-    job_reads, why = open_job_reads(experts, classes, arena, lending.lender, lending.reason, cache, tier)
-    fetcher = Fetcher(pool, arena, classes, experts, reader, read_deadline_s=read_deadline_s, job_reads=job_reads)
+    loan, why = open_loan(experts, classes, arena, lending.lender, lending.reason, cache, tier)
+    fetcher = Fetcher(pool, arena, classes, experts, reader, read_deadline_s=read_deadline_s)
+    desk = None if loan is None else LoanDesk(loan, fetcher, pool)
     prefetcher = None
     if guesses is not None:
         facts = DiskFacts(
@@ -134,7 +136,16 @@ def open_expert_actors(
         prefetcher = Prefetcher(
             guesses.mode, facts, n_layers=shape[0], n_experts=shape[1], top_k=top_k, markov=guesses.markov
         )
-    store = ExpertStore(cache, pool, fetcher, classes.kind_of, tier=tier, prefetcher=prefetcher, on_fetched=on_fetched)
+    store = ExpertStore(
+        cache,
+        pool,
+        fetcher,
+        classes.kind_of,
+        tier=tier,
+        desk=desk,
+        prefetcher=prefetcher,
+        on_fetched=on_fetched,
+    )
     return ExpertActors(
         experts=experts,
         top_k=top_k,

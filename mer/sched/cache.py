@@ -8,9 +8,9 @@ import attrs
 import numpy as np
 
 from mer.compute.messages import Int64Array, LoadedExpert
-from mer.io.extents import MAX_MATRICES
+from mer.io.loan.ranks import Ranks
 from mer.io.pool import Priority
-from mer.io.ranks import Ranks
+from mer.limits import MAX_MATRICES
 from mer.sched.policy import ExpertKey, Policy
 
 

@@ -1,13 +1,13 @@
-"""Reads within a job, as the scheduler sees them: a loan before the job, a log after it."""
+"""Reads within a job, as the scheduler sees them: a loan before the job, an account after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mer.compute.messages import LoadedExpert
 from mer.io.fetch import FetchListener
-from mer.io.fetcher import Fetcher
-from mer.io.job_reads import JobRead, JobReads
+from mer.io.loan.desk import LoanDesk
+from mer.io.loan.loan import JobRead, Loan
 from mer.sched.cache import Resident
 from mer.sched.residents import Residents
 from mer.sched.traffic import Traffic
@@ -15,27 +15,36 @@ from mer.sched.waiting import Waiting
 
 
 class Loans:
-    """Lends jobs the ring and the slots of residents, and takes the experts that they have read into the cache.
+    """Lends jobs the reader and the slots of residents, and takes the experts that they have read into the cache.
+
+    After a job come `take_back`, and then either `passed` for each layer that it has passed, in order, and `ended`, or
+    `failed`.
 
     Synchronous; to be used from the trio thread alone.
 
     Args:
         residents: what is in memory.
-        fetcher: reads, and lends.
+        desk: where there is something to be lent; None if there is nothing.
         traffic: what is on its way.
         waiting: of the scheduler.
         listener: called for the fetches that take over reads which a job has left in flight.
     """
 
     def __init__(
-        self, residents: Residents, fetcher: Fetcher, traffic: Traffic, waiting: Waiting, listener: FetchListener
+        self,
+        residents: Residents,
+        desk: LoanDesk | None,
+        traffic: Traffic,
+        waiting: Waiting,
+        listener: FetchListener,
     ) -> None:
-        self._residents, self._fetcher, self._traffic, self._waiting = residents, fetcher, traffic, waiting
+        self._residents, self._desk, self._traffic, self._waiting = residents, desk, traffic, waiting
         self._pool, self._cache = residents.pool, residents.cache
         self._listener = listener
-        self._lent: JobReads | None = None  # while a job has it
+        self._lent: Loan | None = None  # while a job has it
+        self._read: list[JobRead] = []  # by the last job, and not accounted for
 
-    def lend(self, layer: int, pinned: Iterable[LoadedExpert]) -> JobReads | None:
+    def lend(self, layer: int, pinned: Iterable[LoadedExpert]) -> Loan | None:
         """Lend the next job what it needs to read, until `take_back`; None if that cannot be.
 
         Meanwhile no expert is read ahead or on a guess.
@@ -44,9 +53,9 @@ class Loans:
             layer: of the experts that the job begins with.
             pinned: these experts.
         """
-        if self._traffic.ahead:
+        if self._desk is None or self._traffic.ahead:
             return None
-        self._lent = self._fetcher.lend([(layer, loaded.expert) for loaded in pinned])
+        self._lent = self._desk.lend([(layer, loaded.expert) for loaded in pinned])
         self._traffic.lent = self._lent is not None
         return self._lent
 
@@ -60,25 +69,40 @@ class Loans:
         if self._lent is not None:
             self._lent.stop()
 
-    def take_back(self) -> list[JobRead]:
-        """End the loan, if there is one, after the job; return the experts it has read, each for `keep` or `drop`."""
-        if self._lent is None:
-            return []
-        self._waiting.stalled_s += self._lent.waited_s
-        self._lent, self._traffic.lent = None, False
-        return self._fetcher.take_back(self._residents.replace, self._listener)
+    def take_back(self) -> None:
+        """End the loan, if there is one, after the job."""
+        if self._lent is not None:
+            assert self._desk is not None
+            self._waiting.stalled_s += self._lent.waited_s
+            self._lent, self._traffic.lent = None, False
+            self._read = self._desk.take_back(self._residents.replace, self._listener)
 
-    def drop(self, reads: Iterable[JobRead]) -> None:
-        """Drop the experts that a failed job has read."""
-        reads = list(reads)
-        self._cache.missed((read.layer, read.expert) for read in reads)
+    def passed(self, layer: int, experts: Sequence[int]) -> None:
+        """Count the experts of a layer that the job has passed, and keep those that it has read."""
+        read = [read for read in self._read if read.layer == layer]
+        self._cache.passed(layer, experts, len(read))
+        for each in read:
+            self._keep(each)
+
+    def ended(self, layer: int) -> None:
+        """Count and keep what the job has read for a layer that it has not passed: its last one, if there is any."""
+        unused = [read for read in self._read if read.layer == layer]
+        self._cache.missed((read.layer, read.expert) for read in unused)
+        for read in unused:
+            self._keep(read)
+        self._read = []
+
+    def failed(self) -> None:
+        """Drop all that a failed job has read."""
+        read, self._read = self._read, []
+        self._cache.missed((each.layer, each.expert) for each in read)
         self._cache.missed(())
-        for read in reads:
-            if read.landed:
-                self._pool.release(read.slot)
+        for each in read:
+            if each.landed:
+                self._pool.release(each.slot)
 
-    def keep(self, read: JobRead) -> None:
-        """Take an expert that a job has read into the cache, if it has landed."""
+    def _keep(self, read: JobRead) -> None:
+        """Take an expert into the cache, if it has landed."""
         if read.landed:
             key = read.layer, read.expert
             self._cache.insert(key, Resident(read.slot, read.addresses, (True, True), None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mer.io.ranks import Ranks
+from mer.io.loan.ranks import Ranks
 from mer.sched.keys import ExpertKey
 from mer.sched.policies.layer_lru import LayerLRU
 

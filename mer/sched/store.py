@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mer.compute.messages import Tier
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
+from mer.io.loan.desk import LoanDesk
 from mer.io.pool import BufferPool
 from mer.sched.cache import ExpertCache
 from mer.sched.claims import Claims
@@ -38,6 +39,7 @@ class ExpertStore:
         fetcher: see above.
         kind_of: returns the class of slots that an expert fits.
         tier: experts in the worker's own memory, which need no slot; None if it has none.
+        desk: lends jobs what they need to read missing experts; by default none does.
         prefetcher: chooses the experts to read on a guess; by default none is.
         on_fetched: called for every fetch that has landed or failed, before any listener; it may not raise.
     """
@@ -50,6 +52,7 @@ class ExpertStore:
         kind_of: Callable[[int, int], int],
         *,
         tier: Tier | None = None,
+        desk: LoanDesk | None = None,
         prefetcher: Prefetcher | None = None,
         on_fetched: Callable[[Fetch], None] | None = None,
     ) -> None:
@@ -59,4 +62,4 @@ class ExpertStore:
         self.residents = Residents(cache, pool, kind_of, tier)
         self.speculation = Speculation(self.residents, fetcher, traffic, self.waiting, prefetcher)
         self.claims = Claims(self.residents, fetcher, self.speculation, traffic, self.waiting)
-        self.loans = Loans(self.residents, fetcher, traffic, self.waiting, self.claims)
+        self.loans = Loans(self.residents, desk, traffic, self.waiting, self.claims)

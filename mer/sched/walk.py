@@ -21,7 +21,6 @@ from mer.compute.messages import (
     RunResident,
 )
 from mer.errors import EngineClosed, MerError
-from mer.io.job_reads import JobRead
 from mer.sched.batch import Member, union_of
 from mer.sched.layer import LayerRun, WorkerLink
 from mer.sched.prefetch import Prefetcher
@@ -109,13 +108,15 @@ class LayerWalk:
                 catch_up()
                 store.residents.discard(pinned_layer, pinned)
                 if isinstance(failure, MerError) and not isinstance(failure, EngineClosed):  # else the job goes on
-                    store.loans.drop(store.loans.take_back())
+                    store.loans.take_back()
+                    store.loans.failed()
                 raise
             finally:
                 store.residents.let_leave()
             used = partial(store.residents.unpin, pinned_layer, pinned, used=True, arranged=done.arranged)
             if done.routes is not None:
-                layer += self._note_passed(layer, done, store.loans.take_back())
+                store.loans.take_back()
+                layer += self._note_passed(layer, done)
             if done.logits is not None:
                 used()
                 if self._prefetcher is not None:
@@ -170,31 +171,19 @@ class LayerWalk:
         reads = self._store.loans.lend(*pinned)
         return Advance(layer), RunResident(layer, addresses, reads), Advance(self._n_layers)
 
-    def _note_passed(self, layer: int, done: Done, reads: list[JobRead]) -> int:
-        """Account for the layers from this one on that one job has passed; return how many.
-
-        Args:
-            layer: the first.
-            done: the worker's result.
-            reads: the experts that the job has read, in the order of the layers.
-        """
+    def _note_passed(self, layer: int, done: Done) -> int:
+        """Account for the layers from this one on that one job has passed; return how many."""
         assert done.routes is not None
         passed = done.routes if done.logits is not None else done.routes[:-1]
         for number, ids in enumerate(passed, layer):
             union = sorted(set(ids.ravel().tolist()))  # rows of sequences that have ended meanwhile included
-            used = [read for read in reads if read.layer == number]
-            self._store.residents.cache.passed(number, union, len(used))
+            self._store.loans.passed(number, union)
             self.used.append((number, union))
-            for read in used:
-                self._store.loans.keep(read)
             if self._on_routed is not None:
                 self._on_routed(number, len(ids), union)
             if self._prefetcher is not None:
                 self._prefetcher.passed(number, union)
-        unused = [read for read in reads if read.layer == layer + len(passed)]
-        self._store.residents.cache.missed((read.layer, read.expert) for read in unused)
-        for read in unused:
-            self._store.loans.keep(read)
+        self._store.loans.ended(layer + len(passed))
         return len(passed)
 
     def _routed(self, layer: int, union: list[int], done: Done, members: list[Member]) -> None:

@@ -11,9 +11,8 @@ import trio
 
 from mer.compute.messages import LoadedExpert
 from mer.io.arena import Arena
-from mer.io.extents import MAX_MATRICES
-from mer.io.job_reads import JobReads
-from mer.io.job_words import (
+from mer.io.loan.loan import Loan
+from mer.io.loan.words import (
     ARRANGED,
     BASE,
     BEGIN,
@@ -42,6 +41,7 @@ from mer.io.job_words import (
     WAITED_NS,
 )
 from mer.io.reader import ReadOperation
+from mer.limits import MAX_MATRICES
 from mer.testing.simdisk import SimDisk
 
 
@@ -54,7 +54,7 @@ class SimReads:
         arena: what it reads into.
     """
 
-    def __init__(self, reads: JobReads, disk: SimDisk, arena: Arena) -> None:
+    def __init__(self, reads: Loan, disk: SimDisk, arena: Arena) -> None:
         self._reads, self._control, self._disk, self._arena = reads, reads.control, disk, arena
         self._n_parts = int(self._control[N_PARTS])
         self._changed = trio.Event()

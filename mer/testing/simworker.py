@@ -40,7 +40,8 @@ from mer.compute.messages import (
 )
 from mer.errors import ComputeError
 from mer.io.arena import Arena
-from mer.io.extents import MAX_MATRICES, ExpertMap
+from mer.io.extents import ExpertMap
+from mer.limits import MAX_MATRICES
 from mer.testing.simdisk import SimDisk, content
 from mer.testing.simreads import SimReads
 

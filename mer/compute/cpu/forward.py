@@ -29,10 +29,11 @@ from mer.compute.messages import Batch, Float32Array, Int32Array, Int64Array, Lo
 from mer.compute.state import StateLayout, state_layout
 from mer.config import KVType
 from mer.errors import ComputeError
-from mer.io.extents import MAX_MATRICES, ExpertMap
+from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
 from mer.io.gguf import TensorInfo
-from mer.io.job_reads import JobReads
+from mer.io.loan.loan import Loan
+from mer.limits import MAX_MATRICES
 from mer.model.operators import Experts, Rope
 from mer.model.spec import ModelSpec
 
@@ -266,7 +267,7 @@ class Forward:
             shared.add(program, len(self.batch.tokens), 0)
             self._shared_ran = True
 
-    def run_resident(self, program: Program, layer: int, addresses: Int64Array, reads: JobReads | None = None) -> None:
+    def run_resident(self, program: Program, layer: int, addresses: Int64Array, reads: Loan | None = None) -> None:
         """Add all layers from the experts of this one on, to follow its `advance`; see `RunResident`.
 
         Raises:

@@ -20,8 +20,8 @@ from mer.compute.kernels.job_reads import (
 )
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, ROW_WORDS, step
-from mer.io.extents import MAX_MATRICES
-from mer.io.job_words import BEGIN, LEAD, N_LOGGED, N_PARTS, PART, PART_WORDS, STOP
+from mer.io.loan.words import BEGIN, LEAD, N_LOGGED, N_PARTS, PART, PART_WORDS, STOP
+from mer.limits import MAX_MATRICES
 
 _WORD = 8
 _ENTRY_BYTES = _WORD * ENTRY_WORDS

@@ -1,4 +1,4 @@
-"""Reads of experts from within a job, by the ring that it is lent; see `mer.io.job_words`.
+"""Reads of experts from within a job, by the ring that it is lent; see `mer.io.loan.words`.
 
 The layouts of the ring are those of <linux/io_uring.h>.
 """
@@ -23,8 +23,7 @@ from mer.compute.kernels.ir import (
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import ARG0, ROW_WORDS, step
 from mer.compute.kernels.system_calls import CLOCK_GETTIME, IO_URING_ENTER, PPOLL, SCHED_YIELD
-from mer.io.extents import MAX_MATRICES
-from mer.io.job_words import (
+from mer.io.loan.words import (
     ADDRESSES,
     ARRANGED,
     BASE,
@@ -75,6 +74,7 @@ from mer.io.job_words import (
     WAITED_NS,
     WEIGHTS,
 )
+from mer.limits import MAX_MATRICES
 
 FIRST, N_MISSING, N_HANDED = ARG0 + 6, ARG0 + 7, ARG0 + 8  # words of the row of `await_reads`
 END = 1 << 40  # for a barrier's word: the program's rows are left out, all that are left

@@ -22,8 +22,9 @@ from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, nogil_function
 from mer.io.arena import Arena
 from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart
 from mer.io.ggml import GGMLType
-from mer.io.job_reads import JobReads
-from mer.io.job_words import (
+from mer.io.loan.loan import Loan
+from mer.io.loan.ranks import Ranks
+from mer.io.loan.words import (
     BEGUN_NS,
     GIVE_UP_NS,
     IN_FLIGHT,
@@ -37,7 +38,6 @@ from mer.io.job_words import (
     TOKEN_BIT,
     VICTIM,
 )
-from mer.io.ranks import Ranks
 from mer.io.ring import RingAddresses
 from mer.sched.policies.lfru import LFRU
 from mer.testing.simreads import SimReads
@@ -109,7 +109,7 @@ class PlayedRing:
 class Rig:
     ring: PlayedRing
     arena: Arena
-    reads: JobReads
+    reads: Loan
 
     def make_resident(self, layer: int, expert: int, slot: int) -> None:
         self.reads.addresses[layer, expert] = self.arena.address(slot) + 300 + np.array([0, 4096, 9000])
@@ -158,7 +158,7 @@ def rig(ranks: Ranks | None = None, kinds: npt.NDArray[np.int64] | None = None, 
     if ranks is None:
         ranks = Ranks(np.ones((N_LAYERS, N_EXPERTS)), np.ones(N_LAYERS), np.ones(N_LAYERS))
     ring = PlayedRing()
-    reads = JobReads(where, classes, arena, cast(Any, ring), np.zeros((N_LAYERS, N_EXPERTS, 3), np.int64), ranks)
+    reads = Loan(where, classes, arena, cast(Any, ring), np.zeros((N_LAYERS, N_EXPERTS, 3), np.int64), ranks)
     return Rig(ring, arena, reads)
 
 

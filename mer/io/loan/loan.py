@@ -1,13 +1,9 @@
-"""Reads within a compute job, which borrows a ring to ask the kernel by, and the slots of residents.
-
-The loan is memory that compiled code works on, in the int64 words of `mer.io.job_words`. `Lender` is the reader's side
-of it.
-"""
+"""The loan: memory that compiled code works on, in the int64 words of `mer.io.loan.words`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import attrs
 import numpy as np
@@ -15,7 +11,9 @@ import numpy.typing as npt
 
 from mer.io.arena import Arena
 from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
-from mer.io.job_words import (
+from mer.io.loan.lender import Lender
+from mer.io.loan.ranks import Ranks
+from mer.io.loan.words import (
     ADDRESSES,
     BEGIN,
     CONTROL_WORDS,
@@ -50,9 +48,6 @@ from mer.io.job_words import (
     WAITED_NS,
     WEIGHTS,
 )
-from mer.io.ranks import Ranks
-from mer.io.reader import Reader, ReadOperation
-from mer.io.ring import RingAddresses
 
 _GIVE_UP_NS: Final = 50_000_000
 
@@ -92,49 +87,7 @@ class JobRead:
     arranged: bool
 
 
-class Lender(Reader, Protocol):
-    """A reader that can lend its ring to a job."""
-
-    depth: int
-    chunk_bytes: int
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether drives share the reading, so that nothing can be lent."""
-
-    def lend(self) -> bool:
-        """Leave the ring to a job until `take_back`, unless a read is in flight or queued; return whether it is lent.
-
-        Operations that are started meanwhile wait.
-        """
-
-    def ring_addresses(self) -> RingAddresses:
-        """Return where the ring is, as long as the reader is open."""
-
-    def filenos(self) -> tuple[int, ...]:
-        """Return the descriptors of the files."""
-
-    def take_back(self) -> None:
-        """Take over the ring again; `adopt` must follow for every read that the job has begun and not seen end."""
-
-    def adopt(self, operation: ReadOperation, token: int, result: int | None, begun_s: float) -> ReadOperation:
-        """Go on with a read that a job has begun, as if it had been started here.
-
-        Args:
-            operation: the read, of one chunk.
-            token: of the read in the ring.
-            result: bytes read or a negative error number; None if it is in flight.
-            begun_s: when the job began it.
-
-        Returns:
-            The operation that will land in its place, with its `on_landed`; as a rule itself.
-        """
-
-    def account(self, lengths: Sequence[int], begun_s: float, ended_s: Sequence[float]) -> None:
-        """Count reads of so many bytes that a job has begun together, and that have landed, in this order."""
-
-
-class JobReads:
+class Loan:
     """The memory by which jobs are lent slots and a ring; used again from job to job.
 
     A job reads a missing expert into the slot of the least valuable resident. As long as a class has free slots, the

@@ -5,12 +5,13 @@ from __future__ import annotations
 from mer.compute.messages import Tier
 from mer.io.arena import Arena
 from mer.io.extents import ExpertMap, SlotClasses
-from mer.io.job_reads import JobReads, Lender, small_enough
+from mer.io.loan.lender import Lender
+from mer.io.loan.loan import Loan, small_enough
 from mer.sched.cache import ExpertCache
 from mer.units import format_bytes
 
 
-def open_job_reads(
+def open_loan(
     experts: ExpertMap,
     classes: SlotClasses,
     arena: Arena,
@@ -18,7 +19,7 @@ def open_job_reads(
     reason: str,
     cache: ExpertCache,
     tier: Tier | None,
-) -> tuple[JobReads | None, str]:
+) -> tuple[Loan | None, str]:
     """Return the loan to jobs that read missing experts, and "on", or None and why there is none.
 
     Experts with a matrix of more than a chunk are left to the reader: compared with such reads, a way through the event
@@ -47,4 +48,4 @@ def open_job_reads(
     if lender.mirrored:
         return None, "off: mirrors share what there is to read"
     assert cache.addresses is not None
-    return JobReads(experts, classes, arena, lender, cache.addresses, ranks), "on"
+    return Loan(experts, classes, arena, lender, cache.addresses, ranks), "on"

@@ -1,4 +1,4 @@
-"""Words (int64) by which a compute job and a reader share reads; see `mer.io.job_reads`.
+"""Words (int64) by which a compute job and a reader share reads; see `mer.io.loan.loan`.
 
 The control block names all other tables. The numbers below are those of words in it, and in a row of each table.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mer.io.extents import MAX_MATRICES
+from mer.limits import MAX_MATRICES
 
 MAX_LOGGED: Final = 1024
 """Most experts that one job reads."""
