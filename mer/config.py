@@ -31,7 +31,7 @@ Activations: TypeAlias = Literal["auto", "int8", "int15"]
 times smaller and whose prefill takes about twice the arithmetic. auto: 15 bits for models with d_model below 2048."""
 
 IoEngine: TypeAlias = Literal["auto", "io_uring", "threads"]
-PrefetchSetting: TypeAlias = Literal["off", "markov", "gate", "auto"]
+PrefetchMode: TypeAlias = Literal["off", "markov", "gate", "auto"]
 """Which guesses are read: those of Markov chains, of the next layer's router, or of the better one where it pays."""
 
 KVType: TypeAlias = Literal["f32", "f16", "q8_0"]
@@ -216,9 +216,9 @@ class EngineConfig(_ModelFile):
             Option("Keep at most so many experts on the GPU. [default: what its memory holds]"),
         ),
     )
-    prefetch: PrefetchSetting = attrs.field(
+    prefetch: PrefetchMode = attrs.field(
         default="auto",
-        validator=checks.one_of(*get_args(PrefetchSetting)),
+        validator=checks.one_of(*get_args(PrefetchMode)),
         metadata=about(
             'which guesses at what the next layer needs are read while the disk is idle: "off", "markov", "gate" or '
             '"auto", which reads what is worth it and tries out whether it pays; see docs/prefetch.md.',

@@ -17,6 +17,9 @@ from mer.quoting import quoted
 if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile, TensorInfo
 
+ExpertKey: TypeAlias = tuple[int, int]
+"""(layer, expert), layers with experts being numbered from 0"""
+
 Projection: TypeAlias = Literal["gate", "up", "down"]
 
 PROJECTIONS: Final[tuple[Projection, ...]] = ("gate", "up", "down")

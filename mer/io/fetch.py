@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import attrs
 import trio
 
 from mer.errors import ReadError
+from mer.io.extents import ExpertKey
 from mer.io.pool import Priority
 from mer.io.reader import ReadOperation
-
-ExpertKey: TypeAlias = tuple[int, int]
-"""(layer, expert)"""
 
 
 class FetchListener(Protocol):

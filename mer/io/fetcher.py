@@ -14,8 +14,8 @@ import trio
 from mer.errors import ConfigError, EngineClosed, FileSuspended, ReadError, ReadTimeout
 from mer.io.arena import Arena
 from mer.io.breaker import CircuitBreaker
-from mer.io.extents import ExpertMap, SlotClasses, aligned_hull
-from mer.io.fetch import ExpertKey, Fetch, FetchListener
+from mer.io.extents import ExpertKey, ExpertMap, SlotClasses, aligned_hull
+from mer.io.fetch import Fetch, FetchListener
 from mer.io.fetch_counts import ClassCounts, FetcherStatistics, ReadCounts
 from mer.io.patient import delay_s
 from mer.io.pool import BufferPool, Priority, SlotState

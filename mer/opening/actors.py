@@ -20,7 +20,7 @@ from mer.io.reader import Reader
 from mer.opening.loan import open_loan
 from mer.sched.cache import ExpertCache
 from mer.sched.draws import Draws
-from mer.sched.governor import PrefetchMode
+from mer.sched.governor import GuessMode
 from mer.sched.kv import KVBlocks
 from mer.sched.kv_file import KVLayout
 from mer.sched.layer import WORTH_BYTES
@@ -50,13 +50,13 @@ class Guesses:
     """Settings of the guesses at the next layer's experts.
 
     Attributes:
-        mode: see `Prefetcher`; anything but "off".
+        mode: see `Prefetcher`.
         bytes_per_s: returns the disk's rate while something is read; 0 while it is unknown.
         chunk_bytes: the largest single read.
         markov: chains that go on learning; by default new ones.
     """
 
-    mode: PrefetchMode
+    mode: GuessMode
     bytes_per_s: Callable[[], float]
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     markov: MarkovPredictor | None = None

@@ -13,7 +13,7 @@ import trio
 
 from mer.address_space import check_address_space, naming_refusals
 from mer.compute.kernels.kv_layout import KV_TILE
-from mer.config import EngineConfig
+from mer.config import EngineConfig, PrefetchMode
 from mer.engine import Engine, Origin
 from mer.errors import EngineClosed
 from mer.home import Home, OwnProcessStack, apart_from_children
@@ -31,7 +31,6 @@ from mer.opening.settings import settings_in_force
 from mer.opening.worker import Computing, Worker, open_computing
 from mer.plan.plan import MemoryPlan, plan_memory
 from mer.sched.fingerprint import model_fingerprint
-from mer.sched.governor import PrefetchMode
 from mer.sched.kv import KVBlocks
 from mer.sched.kv_file import KVLayout
 from mer.setting import takes_settings_of

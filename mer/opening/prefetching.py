@@ -9,13 +9,12 @@ from pathlib import Path
 import attrs
 import trio
 
-from mer.config import EngineConfig
+from mer.config import EngineConfig, PrefetchMode
 from mer.errors import ConfigError
 from mer.io.file_reader import FileReader
 from mer.model.loading import Model
 from mer.paths import cache_folder, make_private_folder
 from mer.plan.plan import MemoryPlan
-from mer.sched.governor import PrefetchMode
 from mer.sched.predictor_file import PredictorFileError, load_predictor, save_predictor
 from mer.sched.predictors.markov import MarkovPredictor
 

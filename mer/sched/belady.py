@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from typing import Final
 
-from mer.sched.keys import ExpertKey
+from mer.io.extents import ExpertKey
 from mer.sched.simulate import Event, Simulation
 
 NAME: Final = "belady"

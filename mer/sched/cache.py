@@ -8,10 +8,11 @@ import attrs
 import numpy as np
 
 from mer.compute.messages import Int64Array, LoadedExpert
+from mer.io.extents import ExpertKey
 from mer.io.loan.ranks import Ranks
 from mer.io.pool import Priority
 from mer.limits import MAX_MATRICES
-from mer.sched.policy import ExpertKey, Policy
+from mer.sched.policy import Policy
 
 
 @attrs.define

@@ -7,10 +7,10 @@ from typing import Final, Literal, TypeAlias
 
 import attrs
 
-from mer.sched.keys import ExpertKey
+from mer.io.extents import ExpertKey
 from mer.sched.trial import Trial
 
-PrefetchMode: TypeAlias = Literal["off", "markov", "gate", "auto"]
+GuessMode: TypeAlias = Literal["markov", "gate", "auto"]
 
 _WINDOW: Final = 512.0  # prefetches after which the hit record is halved
 _FADING: Final = 256.0  # passes without a prefetch in which a bad record fades
@@ -33,7 +33,7 @@ class Guess:
 class GovernorStatistics:
     """A snapshot of a Governor."""
 
-    mode: PrefetchMode
+    mode: GuessMode
     allowed: bool  # in the running pass
     verdict: bool | None  # of the last trial; None before the first one has ended, and in other modes than auto
     trials: int
@@ -58,8 +58,8 @@ class Governor:
     take, as the owner reports them. So `auto` costs no more than `off` beyond its trials.
     """
 
-    def __init__(self, mode: PrefetchMode) -> None:
-        self.mode: PrefetchMode = mode
+    def __init__(self, mode: GuessMode) -> None:
+        self.mode: GuessMode = mode
         self._trial = Trial()
         self._open: dict[ExpertKey, float] = {}  # {prefetch whose layer has not come yet: expected probability}
         self._expected = self._useful = _FAITH
@@ -69,7 +69,7 @@ class Governor:
     @property
     def allowed(self) -> bool:
         """Whether `approves` can be true in the running pass; if not, predictions need not be asked for."""
-        return self.mode != "off" and (self.mode != "auto" or self._trial.allowed)
+        return self.mode != "auto" or self._trial.allowed
 
     @property
     def hit_ratio(self) -> float:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from mer.io.extents import ExpertKey
 from mer.io.loan.ranks import Ranks
-from mer.sched.keys import ExpertKey
-from mer.sched.policies.layer_lru import LayerLRU
-
-__all__ = ["ExpertKey", "LayerLRU", "Policy"]
 
 
 class Policy(Protocol):

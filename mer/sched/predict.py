@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mer.sched.keys import ExpertKey
+from mer.io.extents import ExpertKey
 
 MIN_VISITS: Final = 16
 """Visits of a layer before anything is predicted for it."""

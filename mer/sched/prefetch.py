@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from mer.sched.governor import Governor, GovernorStatistics, Guess, PrefetchMode
-from mer.sched.keys import ExpertKey
+from mer.io.extents import ExpertKey
+from mer.sched.governor import Governor, GovernorStatistics, Guess, GuessMode
 from mer.sched.predict import Prediction, Predictor
 from mer.sched.predictors.best import BestPredictor, PredictionScore
 from mer.sched.predictors.gate import GatePredictor
@@ -62,7 +62,7 @@ class Prefetcher:
     the rest is given up. Synchronous; used by the scheduler's task and by the callbacks of `Speculation`.
 
     Args:
-        mode: which predictions, and whether they must pay; anything but "off".
+        mode: which predictions, and whether they must pay.
         disk: what a guess costs.
         n_layers: L.
         n_experts: E, of a layer.
@@ -72,7 +72,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        mode: PrefetchMode,
+        mode: GuessMode,
         disk: DiskFacts,
         *,
         n_layers: int,

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from mer.compute.messages import AWAY, LoadedExpert, Tier
+from mer.io.extents import ExpertKey
 from mer.io.pool import BufferPool, Priority, SlotState, Ticket
 from mer.sched.cache import ExpertCache, Resident
-from mer.sched.keys import ExpertKey
 
 
 class Residents:

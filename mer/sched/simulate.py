@@ -10,7 +10,7 @@ from typing import TypeAlias, overload
 import attrs
 
 from mer.errors import ConfigError
-from mer.sched.keys import ExpertKey
+from mer.io.extents import ExpertKey
 from mer.sched.policy import Policy
 
 Event: TypeAlias = tuple[int, Sequence[int]]

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import attrs
 
 from mer.errors import MerError
+from mer.io.extents import ExpertKey
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
 from mer.io.pool import Priority, Ticket
 from mer.sched.cache import Resident
-from mer.sched.keys import ExpertKey
 from mer.sched.prefetch import Prefetcher
 from mer.sched.residents import Residents
 from mer.sched.traffic import Traffic

@@ -5,9 +5,9 @@ from __future__ import annotations
 import attrs
 
 from mer.errors import MerError
+from mer.io.extents import ExpertKey
 from mer.io.fetch import Fetch
 from mer.io.pool import Ticket
-from mer.sched.keys import ExpertKey
 
 
 @attrs.define(eq=False)

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import attrs
 
 from mer.config import Sampling
-from mer.sched.governor import PrefetchMode
+from mer.sched.governor import GuessMode
 from mer.sched.policies.registry import DEFAULT_POLICY, POLICIES
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simworker import JobCost, SimModel
@@ -21,7 +21,7 @@ T = TypeVar("T")
 DELAYS_S = (0.0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1)
 PAUSES_S = (0.0, 1e-4, 1e-3, 1e-2, 0.1)
 VOCAB_SIZE = 16
-PREFETCH_MODES: tuple[PrefetchMode, ...] = ("markov", "gate", "auto")
+PREFETCH_MODES: tuple[GuessMode, ...] = ("markov", "gate", "auto")
 BLOCK_TOKENS = 4  # positions in a KV block of the simulated worker
 TRANSIENT = (errno.EIO, errno.EAGAIN)
 LASTING = (errno.EIO, errno.ESTALE, errno.ENODEV)

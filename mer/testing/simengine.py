@@ -12,7 +12,7 @@ import attrs
 import trio
 
 from mer.compute.state import Paged, StateLayout
-from mer.config import Sampling
+from mer.config import PrefetchMode, Sampling
 from mer.engine import Engine
 from mer.errors import TemplateError
 from mer.home import Home
@@ -26,7 +26,6 @@ from mer.opening.actors import Guesses, Lending, open_actors, open_expert_actors
 from mer.sched.cache import ExpertCache
 from mer.sched.draws import INLINE_LOGITS, Draws
 from mer.sched.fingerprint import FINGERPRINT_BYTES
-from mer.sched.governor import PrefetchMode
 from mer.sched.heat import HeatCounter, HeatProfile
 from mer.sched.kv import KVBlocks
 from mer.sched.kv_file import KVLayout

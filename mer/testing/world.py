@@ -7,8 +7,7 @@ from functools import partial
 
 import attrs
 
-from mer.config import Sampling
-from mer.sched.governor import PrefetchMode
+from mer.config import PrefetchMode, Sampling
 from mer.sched.policies.registry import DEFAULT_POLICY
 from mer.testing.simdisk import DiskProfile
 from mer.testing.simworker import JobCost, SimModel

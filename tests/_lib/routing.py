@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import attrs
 from hypothesis import strategies as st
 
-from mer.sched.policy import ExpertKey, Policy
+from mer.io.extents import ExpertKey
+from mer.sched.policy import Policy
 from mer.sched.simulate import Event
 
 

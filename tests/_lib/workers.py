@@ -19,7 +19,7 @@ from mer.compute.cuda.worker import CUDAWorker
 from mer.compute.messages import AWAY, Batch, Done, LoadedExpert, Tier
 from mer.io.thread_reader import ThreadReader
 from mer.model.loading import load_model
-from mer.sched.policy import LayerLRU
+from mer.sched.policies.layer_lru import LayerLRU
 from tests._lib.resident import Experts, Resident, open_resident, together
 
 WORKERS = ("cpu", "torch-cpu")

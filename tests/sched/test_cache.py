@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mer.io.pool import Priority
 from mer.sched.cache import ExpertCache, Resident
-from mer.sched.policy import LayerLRU
+from mer.sched.policies.layer_lru import LayerLRU
 
 
 def resident(slot: int, speculation: Priority | None = None) -> Resident:

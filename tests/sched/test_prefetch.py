@@ -9,8 +9,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from mer.config import PrefetchMode
 from mer.io.pool import Priority
-from mer.sched.governor import Guess, PrefetchMode
+from mer.sched.governor import Guess
 from mer.sched.prefetch import DiskFacts, Prefetcher
 from mer.sched.speculation import SpeculationStatistics
 from mer.testing.simdisk import DiskProfile

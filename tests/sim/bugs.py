@@ -14,13 +14,13 @@ from unittest.mock import patch
 import mer.sched.predictors.gate
 import mer.sched.predictors.markov
 from mer.compute.messages import LoadedExpert
+from mer.io.extents import ExpertKey
 from mer.io.fetch import Fetch
 from mer.io.fetcher import Fetcher
 from mer.io.pool import BufferPool, Priority, SlotState, Ticket
 from mer.sched.admission import AdmissionQueue
 from mer.sched.cache import ExpertCache, Resident
 from mer.sched.claims import Claims
-from mer.sched.keys import ExpertKey
 from mer.sched.layer import LayerRun
 from mer.sched.residents import Residents
 from mer.sched.scheduler import Scheduler

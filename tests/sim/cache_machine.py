@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from mer.io.extents import ExpertKey
 from mer.io.pool import Priority
 from mer.sched.cache import ExpertCache, Resident
 from mer.sched.heat import HeatProfile
-from mer.sched.keys import ExpertKey
 from mer.sched.policies.registry import POLICIES, CacheShape, make_policy
 
 N_LAYERS, N_EXPERTS = 3, 5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 
+from mer.config import PrefetchMode
 from mer.io.pool import Priority
-from mer.sched.governor import PrefetchMode
 from mer.testing.deterministic import run_seeded
 from mer.testing.simengine import open_sim_engine
 from mer.testing.simworker import JobCost, SimModel

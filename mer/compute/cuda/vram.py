@@ -9,8 +9,8 @@ from typing import Protocol
 import attrs
 
 from mer.compute.cuda.sizes import STAGING_SLOTS, VRAMClasses
+from mer.io.extents import ExpertKey
 
-ExpertKey = tuple[int, int]  # (layer, expert)
 _UNSETTLED = 256  # lookups that the policy is not told of before they are so many, or it is asked
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from mer.io.fetch import ExpertKey, Fetch, FetchListener
+from mer.io.extents import ExpertKey
+from mer.io.fetch import Fetch, FetchListener
 from mer.io.fetcher import Fetcher
 from mer.io.loan.loan import JobRead, Loan
 from mer.io.pool import BufferPool

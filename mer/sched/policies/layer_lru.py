@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from mer.sched.keys import ExpertKey
+from mer.io.extents import ExpertKey
 
 
 class LayerLRU:

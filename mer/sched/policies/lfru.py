@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from mer.io.extents import ExpertKey
 from mer.io.loan.ranks import Ranks
-from mer.sched.keys import ExpertKey
 from mer.sched.policies.ranking import FloatArray, Ranking
 
 SPANS: Final = (1, 8, 64, 512, 4096)

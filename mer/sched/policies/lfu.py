@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.errors import ConfigError
+from mer.io.extents import ExpertKey
 from mer.io.loan.ranks import Ranks
-from mer.sched.keys import ExpertKey
 from mer.sched.policies.ranking import Ranking
 
 

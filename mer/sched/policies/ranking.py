@@ -8,8 +8,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mer.io.extents import ExpertKey
 from mer.io.loan.ranks import Ranks
-from mer.sched.keys import ExpertKey
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 

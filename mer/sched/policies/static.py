@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mer.io.extents import ExpertKey
 from mer.io.loan.ranks import Ranks
 from mer.sched.heat import HeatProfile
-from mer.sched.keys import ExpertKey
 from mer.sched.policies.ranking import Ranking
 
 

@@ -11,12 +11,13 @@ from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from mer.errors import ConfigError
+from mer.io.extents import ExpertKey
 from mer.sched.heat import HeatProfile
 from mer.sched.policies.layer_lru import LayerLRU
 from mer.sched.policies.lfru import LFRU
 from mer.sched.policies.ranking import Ranking
 from mer.sched.policies.registry import DEFAULT_POLICY, POLICIES, CacheShape, make_policy
-from mer.sched.policy import ExpertKey, Policy
+from mer.sched.policy import Policy
 from mer.sched.simulate import Event, simulate
 from tests._lib.routing import CheckedCache, routings
 
