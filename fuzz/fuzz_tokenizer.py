@@ -23,7 +23,7 @@ from mer.quoting import one_line
 from mer.text.bpe import byte_characters
 from mer.text.detokenizer import StreamDetokenizer
 from mer.text.pretokenizers import PRE_TOKENIZERS
-from mer.text.spm import SPACE
+from mer.text.spaced import SPACE
 from mer.text.tokenizer import Tokenizer
 from mer.text.vocabulary import TokenType
 
@@ -88,14 +88,14 @@ def check_text(metadata: Mapping[str, MetadataValue], tokenizer: Tokenizer, text
         raise AssertionError(f"{text!r} is {decoded!r} at once and {pieces!r} in pieces")
     types = metadata.get("tokenizer.ggml.token_type")
     kinds = [TokenType.NORMAL] * len(tokens) if types is None else [TokenType(int(t)) for t in types]  # type: ignore[union-attr]
-    llama = metadata["tokenizer.ggml.model"] == "llama"
+    spaced = metadata["tokenizer.ggml.model"] != "gpt2"
     composed = False
     plain = {
         token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if token and not tokenizer.is_control(i) and kind is not TokenType.UNUSED
-        and (llama or kind is not TokenType.USER_DEFINED or "!" <= token <= "~")  # such a one is no text of bytes
+        and (spaced or kind is not TokenType.USER_DEFINED or "!" <= token <= "~")  # such a one is no text of bytes
     }  # fmt: skip
-    if llama:
+    if spaced:
         text = text.replace(SPACE, " ")
         whole_bytes = {f"<0x{byte:02X}>" for byte in range(256)} <= plain
 
@@ -142,6 +142,10 @@ class Words:
         self._at += 1
         return byte % n
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return up to 31 pairs of texts."""
+        return [(self.text() or "a", self.text() or "b") for _ in range(self.number(32))]
+
     def text(self) -> str:
         """Return up to seven pieces."""
         return "".join(_PIECES[self.number(len(_PIECES))] for _ in range(self.number(8)))
@@ -172,8 +176,13 @@ def check(data: bytes) -> None:
         settings["scores"] = [float(words.number(7)) for _ in range(n)]
     else:
         settings["pre"] = ("gpt-2", "default", "llama-bpe", "qwen2", "smollm", "qwen35")[words.number(6)]
-        settings["merges"] = [f"{words.text() or 'a'} {words.text() or 'b'}" for _ in range(words.number(32))]
-    check_vocabulary(describe(model, tokens, **settings), [words.text() for _ in range(4)])
+        settings["merges"] = [" ".join(pair) for pair in words.pairs()]
+    texts = [words.text() for _ in range(4)]
+    if model == "llama" and words.number(2):  # behind the texts, so that inputs found before this keep their meaning
+        model = "gemma4"
+        settings["merges"] = [" ".join(part.replace(" ", SPACE) for part in pair) for pair in words.pairs()]
+        settings.setdefault("bos_token_id", 0)
+    check_vocabulary(describe(model, tokens, **settings), texts)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from mer.testing.loop import watch_loop
 from mer.text.bpe import BpeCodec
 from mer.text.chat import ChatTemplate
 from mer.text.renderer import Renderer
+from mer.text.spaced import SpacedCodec
 from mer.text.spellings import Spellings
-from mer.text.spm import SpmCodec
 from mer.text.tokenizer import Tokenizer
 from tests._lib.tiny_models import random_gguf
 
@@ -41,7 +41,7 @@ LONG = (
     (Tokenizer, "__init__"),
     (Tokenizer, "from_gguf"),
     (Tokenizer, "encode_parts"),
-    (SpmCodec, "__init__"),
+    (SpacedCodec, "__init__"),
     (BpeCodec, "__init__"),
     (Spellings, "__init__"),
     (ChatTemplate, "render_parts"),
@@ -95,7 +95,7 @@ async def test_under_load_all_that_takes_long_runs_elsewhere(path: Path, monkeyp
         "engine.model_fingerprint": 1,
         "Tokenizer.from_gguf": 1,
         "Tokenizer.__init__": 1,
-        "SpmCodec.__init__": 1,
+        "SpacedCodec.__init__": 1,
         "Spellings.__init__": 2,
     }
     assert watch.steps > 0

@@ -14,9 +14,10 @@ from mer.io.gguf_file import GGUFFile
 from mer.quoting import quoted
 from mer.text.cutting import cut
 from mer.text.joining import join
+from mer.text.merges import read_merges
 from mer.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer, pre_tokenizer
 from mer.text.spellings import Spellings
-from mer.text.vocabulary import MAX_TOKEN_CHARS, TokenType, Vocabulary, refusal
+from mer.text.vocabulary import TokenType, Vocabulary
 from mer.text.words import WordCache
 
 _LONGEST_WORD = 1 << 16
@@ -89,7 +90,7 @@ class BpeCodec:
             ):
                 self._ids.setdefault(vocabulary.tokens[i], i)
         self._unspeakable = frozenset(b for b, character in enumerate(_CHARACTERS) if character not in self._ids)
-        self._ranks = _read_merges(gguf)
+        self._ranks = read_merges(gguf)
         self._cuts = cuts(cutter)
         self._splitter = cutter.splitter()
         self._normalizer = cutter.normalizer()
@@ -155,20 +156,3 @@ class BpeCodec:
 
     def _rank(self, left: str, right: str) -> int | None:
         return self._ranks.get(f"{left} {right}")
-
-
-def _read_merges(gguf: GGUFFile) -> dict[str, int]:
-    """Return the file's merges as they are written, two tokens with a space between, with their ranks."""
-    key = "tokenizer.ggml.merges"
-    if key not in gguf.metadata:
-        raise refusal(gguf, f"{key} is missing: a 'gpt2' vocabulary needs it; convert the model again")
-    ranks: dict[str, int] = {}
-    for i, line in enumerate(gguf.get_strings(key)):
-        if line.count(" ") != 1 or line[0] == " " or line[-1] == " ":
-            raise refusal(gguf, f"{key}[{i}] is {quoted(line)}; expected two tokens and one space between")
-        if len(line) > 2 * MAX_TOKEN_CHARS + 1:
-            raise refusal(
-                gguf, f"{key}[{i}] has {len(line)} characters; at most {2 * MAX_TOKEN_CHARS + 1} are supported"
-            )
-        ranks.setdefault(line, i)
-    return ranks

@@ -8,19 +8,27 @@ from typing import Protocol
 from mer.errors import RequestError, naming
 from mer.io.gguf_file import GGUFFile
 from mer.text.bpe import BpeCodec
+from mer.text.gemma import GemmaCodec
 from mer.text.spellings import Spellings
 from mer.text.spm import SpmCodec
 from mer.text.vocabulary import TokenType, Vocabulary, read_vocabulary
 
 
 class Codec(Protocol):
-    """Interface of the two kinds of vocabulary: plain text to ids, and the bytes of one token."""
+    """Interface of the kinds of vocabulary: plain text to ids, and the bytes of one token."""
 
     add_bos: bool
     space_prefix: bool
 
     def encode(self, text: str, tick: Callable[[], None]) -> Iterator[list[int]]: ...
     def token_bytes(self, token_id: int) -> bytes: ...
+
+
+CODECS: dict[str, Callable[[GGUFFile, Vocabulary], Codec]] = {
+    "llama": SpmCodec,
+    "gpt2": BpeCodec,
+    "gemma4": GemmaCodec,
+}
 
 
 def unheard(n_ids: int) -> None:
@@ -34,8 +42,8 @@ class Tokenizer:
     with, so that no spelling of one in a user's text can become one.
 
     Building one takes work and memory that grow with the bytes of the metadata, and no more. Decoding what text was
-    encoded to gives the text again, except that a SentencePiece vocabulary writes a space for U+2581, some byte-level
-    ones compose characters (NFC), and what a vocabulary cannot spell is lost.
+    encoded to gives the text again, except that SentencePiece's and Gemma's vocabularies write a space for U+2581, some
+    byte-level ones compose characters (NFC), and what a vocabulary cannot spell is lost.
 
     Args:
         vocabulary: the checked vocabulary.
@@ -69,8 +77,7 @@ class Tokenizer:
         """
         with naming(gguf.paths[0]):
             vocabulary = read_vocabulary(gguf)
-            codec: Codec = SpmCodec(gguf, vocabulary) if vocabulary.model == "llama" else BpeCodec(gguf, vocabulary)
-            return cls(vocabulary, codec)
+            return cls(vocabulary, CODECS[vocabulary.model](gguf, vocabulary))
 
     @property
     def space_prefix(self) -> bool:

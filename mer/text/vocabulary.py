@@ -14,6 +14,7 @@ from mer.quoting import quoted
 from mer.text.ends import end_ids
 
 MAX_TOKEN_CHARS = 1024
+MODELS = {"llama": "SentencePiece BPE", "gpt2": "byte-level BPE", "gemma4": "BPE of plain characters"}
 _CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _SPM_SPECIAL = {"bos": "<s>", "eos": "</s>", "unknown": "<unk>"}
 
@@ -34,7 +35,7 @@ class Vocabulary:
     """The checked vocabulary: every id is in range, and every token is text.
 
     Attributes:
-        model: `tokenizer.ggml.model`, "llama" (SentencePiece BPE) or "gpt2" (byte-level BPE).
+        model: `tokenizer.ggml.model`, one of `MODELS`.
         tokens: [V] token texts as the file spells them; an empty one can neither be encoded nor decoded. Where several
             have the same text, text becomes the last of them, and each of them becomes the text.
         types: [V] a `TokenType` value each.
@@ -74,8 +75,8 @@ def read_vocabulary(gguf: GGUFFile) -> Vocabulary:
     """
     _require(gguf, "tokenizer.ggml.model", "the file carries no tokenizer; convert the model with its vocabulary")
     model = gguf.get_str("tokenizer.ggml.model")
-    if model not in ("llama", "gpt2"):
-        supported = "supported are 'llama' (SentencePiece BPE) and 'gpt2' (byte-level BPE)"
+    if model not in MODELS:
+        supported = "supported are " + ", ".join(f"{quoted(name)} ({kind})" for name, kind in MODELS.items())
         raise UnsupportedModel(f"tokenizer.ggml.model is {quoted(model)}; {supported}", gguf.paths[0])
     _require(gguf, "tokenizer.ggml.tokens", "the file carries no tokens; convert the model with its vocabulary")
     tokens = gguf.get_strings("tokenizer.ggml.tokens")
@@ -90,9 +91,12 @@ def read_vocabulary(gguf: GGUFFile) -> Vocabulary:
     for i in ends if bos_id is None else ends | {bos_id}:
         # Some converters mark these as text; a user's text must not be able to end a turn.
         types[i] = int(TokenType.CONTROL)
-    if model == "llama" and unknown_id is not None and types[unknown_id] != TokenType.CONTROL:
+    if model != "gpt2" and unknown_id is not None and types[unknown_id] != TokenType.CONTROL:
         types[unknown_id] = int(TokenType.UNKNOWN)
     add_bos = gguf.get_bool("tokenizer.ggml.add_bos_token", None)
+    if model == "gemma4":  # Early files say false, but the model needs the token.
+        _require(gguf, "tokenizer.ggml.bos_token_id", "a 'gemma4' vocabulary needs it; convert the model again")
+        add_bos = True
     add_eos = gguf.get_bool("tokenizer.ggml.add_eos_token", False)
     if add_bos and bos_id is None:
         raise refusal(gguf, "tokenizer.ggml.add_bos_token is true, but there is no tokenizer.ggml.bos_token_id")

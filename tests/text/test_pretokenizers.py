@@ -197,7 +197,7 @@ def original(family: Family) -> tokenizers.Tokenizer:
     return made
 
 
-def tokenizer_of(folder: Path, name: str) -> Tokenizer:
+def tokenizer_of(folder: Path, name: str, **more: Any) -> Tokenizer:
     vocabulary = trained()["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     metadata = {
@@ -208,7 +208,7 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
         "tokenizer.ggml.merges": [" ".join(pair) for pair in trained()["model"]["merges"]],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 2,
-    }
+    } | {f"tokenizer.ggml.{key}": value for key, value in more.items()}
     return Tokenizer.from_gguf(vocabularies.parsed(folder, metadata))
 
 
@@ -235,6 +235,14 @@ def test_tricky_texts_become_the_ids_of_the_model(tmp_path: Path, name: str) -> 
 def test_any_text_becomes_the_ids_of_the_model(made: dict[str, Tokenizer], family: Family, text: str) -> None:
     expected = original(family).encode(text, add_special_tokens=False).ids
     assert made[family.names].encode(text, add_bos=False) == expected
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "glm4", "gpt-4o"])
+@pytest.mark.parametrize("says", [True, False])
+def test_what_the_file_says_of_bos_counts_more_than_the_family(tmp_path: Path, name: str, says: bool) -> None:
+    tokenizer = tokenizer_of(tmp_path, name, add_bos_token=says)
+    assert tokenizer.add_bos is says
+    assert (tokenizer.encode("a")[0] == 0) is says
 
 
 def test_families_differ_on_the_tricky_texts() -> None:
