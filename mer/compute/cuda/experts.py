@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,38 +12,25 @@ from mer.compute.cuda.device import Device, Event
 from mer.compute.cuda.layout import file_layout, tile_layout
 from mer.compute.cuda.products import DeviceExpert, ExpertCut, TorchKernels, Work
 from mer.compute.cuda.sizes import STAGING_SLOTS, VRAMClasses
-from mer.compute.cuda.vram import Place, VRAMTier
-from mer.compute.messages import Int32Array, LoadedExpert
+from mer.compute.cuda.vram import DeviceSlot, VRAMTier
+from mer.compute.messages import LoadedExpert
+from mer.compute.places import Pairs
 from mer.io.extents import ExpertMap, ExpertPart
 
 Tensor = torch.Tensor
 
 
-class Pairs:
-    """The (token, choice) pairs of a batch in one layer, sorted by expert.
+class DevicePairs:
+    """The (token, choice) pairs of a batch in one layer, on the device too, in one transfer."""
 
-    Args:
-        ids: [T, K], the router's choice.
-        device: where the sorted pairs go, in one transfer.
-    """
-
-    def __init__(self, ids: Int32Array, device: Device) -> None:
-        top_k = ids.shape[1]
-        flat = ids.ravel()
-        self.order = np.argsort(flat, kind="stable")
-        numbers, firsts, counts = np.unique(flat[self.order], return_index=True, return_counts=True)
-        spans = zip(firsts.tolist(), counts.tolist(), strict=True)
-        self.spans: Mapping[int, tuple[int, int]] = dict(zip(numbers.tolist(), spans, strict=True))
-        self._numbers = np.stack([self.order, self.order // top_k])
+    def __init__(self, pairs: Pairs, device: Device) -> None:
+        self.pairs = pairs
+        self._numbers = np.stack([pairs.order, pairs.order // pairs.ids.shape[1]])
         self._sorted = device.to_device(self._numbers)
-
-    def sorted_pairs(self, first: int, n: int) -> Tensor:
-        """Return n of the sorted pairs, as int64 [n] of the device."""
-        return self._sorted[0, first : first + n]
 
     def work(self, number: int, expert: DeviceExpert) -> Work | None:
         """Return what an expert of this number has to do, or None if no row was routed to it."""
-        first, n = self.spans.get(number, (0, 0))
+        first, n = self.pairs.spans.get(number, (0, 0))
         if not n:
             return None
         pairs, rows = self._sorted[:, first : first + n].unbind()
@@ -90,25 +77,30 @@ class DeviceExperts:
         self.upload_bytes = 0
 
     def run(
-        self, layer: int, loaded: Sequence[LoadedExpert], places: Sequence[Place], pairs: Pairs, h: Tensor, y: Tensor
+        self,
+        layer: int,
+        loaded: Sequence[LoadedExpert],
+        slots: Sequence[DeviceSlot],
+        pairs: DevicePairs,
+        h: Tensor,
+        y: Tensor,
     ) -> None:
         """Compute experts of a layer for the rows of h that were routed to them, into their rows of y.
 
         Those that are there come first, while others are being copied; these follow in their order.
         """
-        there = [place for place in places if not place.arrives]
-        expert = {it.expert: it for it in loaded}
-        arriving = [(place, expert[place.expert]) for place in places if place.arrives]
-        staged = [(place, it) for place, it in arriving if not place.kept]
-        first = [(place, it) for place, it in arriving if place.kept] + staged[:STAGING_SLOTS]
-        coming = [(place, self._upload(layer, it, place, Event())) for place, it in first]
+        there = [slot for slot in slots if not slot.arrives]
+        arriving = [(slot, it) for slot, it in zip(slots, loaded, strict=True) if slot.arrives]
+        staged = [(slot, it) for slot, it in arriving if not slot.kept]
+        first = [(slot, it) for slot, it in arriving if slot.kept] + staged[:STAGING_SLOTS]
+        coming = [(slot, self._upload(layer, it, slot, Event())) for slot, it in first]
         waiting = staged[STAGING_SLOTS:]
         self._compute(layer, there, pairs, h, y)
         while coming:
-            place, arrival = coming.pop(0)
+            slot, arrival = coming.pop(0)
             self._device.wait(arrival)
-            self._compute(layer, [place], pairs, h, y)
-            if not place.kept and waiting:
+            self._compute(layer, [slot], pairs, h, y)
+            if not slot.kept and waiting:
                 following, it = waiting.pop(0)
                 coming.append((following, self._upload(layer, it, following, self._device.mark())))
 
@@ -124,18 +116,18 @@ class DeviceExperts:
         """Return the bytes of an expert's matrices."""
         return sum(self._cuts[layer][expert].sizes)
 
-    def expert(self, layer: int, place: Place) -> DeviceExpert:
+    def expert(self, layer: int, slot: DeviceSlot) -> DeviceExpert:
         """Return an expert's matrices in its slot."""
-        return self._cuts[layer][place.expert].expert(self._slabs[place.kind][place.slot])
+        return self._cuts[layer][slot.expert].expert(self._slabs[slot.kind][slot.slot])
 
-    def _compute(self, layer: int, places: Sequence[Place], pairs: Pairs, h: Tensor, y: Tensor) -> None:
-        works = [pairs.work(place.expert, self.expert(layer, place)) for place in places]
+    def _compute(self, layer: int, slots: Sequence[DeviceSlot], pairs: DevicePairs, h: Tensor, y: Tensor) -> None:
+        works = [pairs.work(slot.expert, self.expert(layer, slot)) for slot in slots]
         self._kernels.experts([work for work in works if work is not None], h, y)
 
-    def _upload(self, layer: int, loaded: LoadedExpert, place: Place, after: Event) -> Event:
+    def _upload(self, layer: int, loaded: LoadedExpert, slot: DeviceSlot, after: Event) -> Event:
         """Begin to copy an expert into its slot, once the device has come to `after`; return when it is there."""
         parts, cut = self._parts[layer][loaded.expert], self._cuts[layer][loaded.expert]
-        slot = self._slabs[place.kind][place.slot]
+        room = self._slabs[slot.kind][slot.slot]
         self.upload_bytes += sum(cut.sizes)
         fresh = (loaded.fresh[0], loaded.fresh[0], loaded.fresh[1])
         tiled = tile_layout(parts)
@@ -145,7 +137,7 @@ class DeviceExperts:
             self._tiles.reverse()
             self._tile_free.reverse()
         for number, part in enumerate(parts):
-            target = slot[cut.offsets[number] : cut.offsets[number] + cut.sizes[number]]
+            target = room[cut.offsets[number] : cut.offsets[number] + cut.sizes[number]]
             if fresh[number]:
                 arrival = self._device.upload(target, loaded.addresses[number], after=after)
                 continue

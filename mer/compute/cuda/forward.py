@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -21,6 +22,7 @@ from mer.compute.cuda.sizes import kv_layout
 from mer.compute.cuda.weights import DeviceWeights
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.messages import Batch, Float32Array, Int32Array, Uint8Array
+from mer.compute.places import Pairs
 from mer.model.operators import Attention, Experts
 from mer.model.spec import ModelSpec
 
@@ -66,6 +68,7 @@ class DeviceForward:
         self._masks: dict[int | None, tuple[Tensor, ...]] = {}
         self._x = self.h = self._shares = self.damaged = self.outputs = device.zeros(0)
         self.ids = device.zeros(0, dtype=torch.int64)  # [T, K], the router's choice
+        self.y = device.zeros(limits.batch_tokens * spec.top_k, spec.d_model)  # expert outputs, one row for each pair
         self._predicted: Tensor | None = None
         self._shared_ran = False  # in the routed layer under way
 
@@ -168,10 +171,14 @@ class DeviceForward:
             self._x = self._x + shared(self.h)
             self._shared_ran = True
 
-    def combine(self, layer: int, y: Tensor) -> None:
-        """Add the shared network, unless it has run, and then the weighted expert outputs y [T * K, D], in order."""
+    def take(self, pairs: Pairs, experts: Sequence[int], y: Tensor) -> None:
+        """Take over expert outputs y [n, D]; see `Division.compute`."""
+        self.y[self._device.to_device(pairs.of(experts))] = y
+
+    def combine(self, layer: int) -> None:
+        """Add the shared network, unless it has run, and then the weighted expert outputs, in router order."""
         self.run_shared(layer)
-        parts = y.view(*self._shares.shape, -1) * self._shares[:, :, None]
+        parts = self.y[: self.ids.numel()].view(*self._shares.shape, -1) * self._shares[:, :, None]
         for rank in range(parts.shape[1]):
             self._x = self._x + parts[:, rank]
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
 import trio
 
 from mer.compute.cpu.forward import Forward
+from mer.compute.cpu.place import CPUPlace
 from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import DeviceExperts
 from mer.compute.cuda.forward import DeviceForward
-from mer.compute.cuda.host import HostExperts, HostForward
+from mer.compute.cuda.host import HostForward
+from mer.compute.cuda.jobs import DeviceJobs
+from mer.compute.cuda.place import DevicePlace, ToDevice, ToHost
 from mer.compute.cuda.products import TorchKernels
 from mer.compute.cuda.sizes import VRAMClasses
 from mer.compute.cuda.vram import Ranking, VRAMTier
 from mer.compute.cuda.weights import DeviceMatrix, DeviceWeights
 from mer.compute.cuda.worker import CUDAWorker
+from mer.compute.division import Division
+from mer.compute.places import ExpertPlace
 from mer.errors import NotEnoughMemory
 from mer.io.extents import ExpertMap
 from mer.io.ggml import GGMLType
@@ -78,17 +84,26 @@ async def open_device(
     device = Device(name)
     kernels = choose_kernels(device)
     weights = None
-    host = HostExperts(spec, limits, experts, forward) if hybrid or forward is not None else None
+    host = CPUPlace(spec, limits, experts, forward) if hybrid or forward is not None else None
     try:
         if forward is None:
             weights = DeviceWeights(dense, device)
             part: DeviceForward | HostForward = DeviceForward(spec, limits, weights, device, kernels)
         else:
             assert host is not None
-            part = HostForward(spec, forward, host, device)
+            part = HostForward(spec, forward, host)
         slots = DeviceExperts(device, kernels, experts, classes, counts, hybrid=hybrid)
         tier = VRAMTier(policy, classes, counts)
-        worker = CUDAWorker(spec, limits, device, kernels, part, slots, tier, host=host, hybrid=hybrid)
+        places: list[ExpertPlace[Any]]  # of tensors or of arrays, as the dense part has its rows
+        if isinstance(part, DeviceForward):
+            place = DevicePlace(device, slots, tier, part.y, shared=True)
+            places = [place] if host is None else [place, ToHost(host, device)]
+        else:
+            y = device.zeros(limits.batch_tokens * spec.top_k, spec.d_model)
+            place = DevicePlace(device, slots, tier, y, shared=False)
+            places = [ToDevice(place, device), host] if hybrid and host is not None else [ToDevice(place, device)]
+        jobs = DeviceJobs(spec, device, part, place, Division(places))
+        worker = CUDAWorker(spec, limits, device, kernels, jobs, place, host=host)
     except torch.OutOfMemoryError as error:
         free = device.free_bytes
         there = f"; {free[0]} of its {free[1]} bytes were free" if free else ""

@@ -33,13 +33,13 @@ class Ranking(Protocol):
 
 
 @attrs.frozen
-class Place:
-    """Where an expert is computed in a job.
+class DeviceSlot:
+    """The slot that a job computes an expert in.
 
     Attributes:
         expert: its number.
-        kind: class of its slot.
-        slot: number of the slot in its class; from `VRAMTier.counts[kind]` on these are for experts that are not kept.
+        kind: class of the slot.
+        slot: its number in the class; from `VRAMTier.counts[kind]` on these are for experts that are not kept.
         arrives: whether its bytes must be copied there first.
         kept: whether it stays.
     """
@@ -115,14 +115,14 @@ class VRAMTier:
         if not self._holds[key]:
             del self._holds[key]
 
-    def there(self, layer: int, expert: int) -> Place:
-        """Return the place of an expert that is there.
+    def there(self, layer: int, expert: int) -> DeviceSlot:
+        """Return the slot of an expert that is there.
 
         Raises:
             KeyError: it is not.
         """
         kind = self._classes.kind_of(layer, expert)
-        return Place(expert, kind, self._slots[layer, expert], arrives=False, kept=True)
+        return DeviceSlot(expert, kind, self._slots[layer, expert], arrives=False, kept=True)
 
     def routed(self, layer: int, experts: Sequence[int]) -> None:
         """Let the policy hear of a layer's union of experts over a batch, in time for the next `place`."""
@@ -132,7 +132,7 @@ class VRAMTier:
         if len(self._unsettled) > _UNSETTLED:
             self._settle()
 
-    def place(self, layer: int, experts: Sequence[int]) -> list[Place]:
+    def place(self, layer: int, experts: Sequence[int]) -> list[DeviceSlot]:
         """Return where a job computes these experts of a layer, and take in those that come to stay.
 
         If the job fails, `forget` those that arrive.
@@ -141,18 +141,18 @@ class VRAMTier:
         busy = {(layer, expert) for expert in experts}
         return [self._place((layer, expert), busy) for expert in experts]
 
-    def forget(self, layer: int, places: Iterable[Place]) -> None:
+    def forget(self, layer: int, slots: Iterable[DeviceSlot]) -> None:
         """Drop experts whose bytes did not arrive."""
-        for place in places:
-            if place.arrives and place.kept:
-                self._drop((layer, place.expert))
+        for slot in slots:
+            if slot.arrives and slot.kept:
+                self._drop((layer, slot.expert))
 
-    def _place(self, key: ExpertKey, busy: set[ExpertKey]) -> Place:
+    def _place(self, key: ExpertKey, busy: set[ExpertKey]) -> DeviceSlot:
         layer, expert = key
         kind = self._classes.kind_of(layer, expert)
         slot = self._slots.get(key)
         if slot is not None:
-            return Place(expert, kind, slot, arrives=False, kept=True)
+            return DeviceSlot(expert, kind, slot, arrives=False, kept=True)
         if not self._free[kind]:
             classes, holds = self._classes, self._holds
 
@@ -163,12 +163,12 @@ class VRAMTier:
             if victim is None or victim == key:
                 number = self._next_staging[kind]
                 self._next_staging[kind] = (number + 1) % STAGING_SLOTS
-                return Place(expert, kind, self.counts[kind] + number, arrives=True, kept=False)
+                return DeviceSlot(expert, kind, self.counts[kind] + number, arrives=True, kept=False)
             self._drop(victim)
             self.evictions += 1
         slot = self._slots[key] = self._free[kind].pop()
         self._policy.insert(key)
-        return Place(expert, kind, slot, arrives=True, kept=True)
+        return DeviceSlot(expert, kind, slot, arrives=True, kept=True)
 
     def _drop(self, key: ExpertKey) -> None:
         self._free[self._classes.kind_of(*key)].append(self._slots.pop(key))
