@@ -159,6 +159,20 @@ async def test_an_end_token_ends_the_generation_unless_it_is_ignored(tmp_path: P
         assert len(ignored.tokens) == 8
 
 
+async def test_tokens_that_the_file_suppresses_are_never_drawn(tmp_path: Path, tiny: TinyModel) -> None:
+    hot = mer.Sampling(temperature=20.0, seed=3)
+    async with mer.open_engine(tiny.path, memory=MEMORY) as engine:
+        free = await engine.generate("the cat", max_tokens=8, ignore_eos=True)
+    few = sorted({1, *range(40, 44)} - set(free.tokens))
+    rest = [i for i in range(tiny.shape.vocab_size) if i not in few]
+    for suppressed in (sorted(set(free.tokens)), rest):
+        model = tiny_model(tmp_path / "m.gguf", metadata={"tokenizer.ggml.suppress_tokens": suppressed})
+        async with mer.open_engine(model.path, memory=MEMORY) as engine:
+            for sampling in (mer.Sampling(), hot):
+                done = await engine.generate("the cat", max_tokens=16, sampling=sampling)
+                assert not set(done.tokens) & set(suppressed)
+
+
 async def test_progress_through_the_prompt_comes_before_the_tokens(tiny: TinyModel) -> None:
     async with (
         mer.open_engine(tiny.path, memory=MEMORY, batch_tokens=4) as engine,
