@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 
+from mer.compute.cpu.dense_forward import Routed
 from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.blocks.attention import AttentionBlock
 from mer.compute.cuda.blocks.feed_forward import FeedForwardBlock
@@ -27,15 +27,6 @@ from mer.model.operators import Attention, Experts
 from mer.model.spec import ModelSpec
 
 Tensor = torch.Tensor
-
-
-@attrs.frozen(eq=False)
-class Routed:
-    """What comes back of a layer's router, in one transfer."""
-
-    expert_ids: Int32Array  # [T, K]
-    predicted_ids: Int32Array | None  # [T, K] in the next layer
-    damaged: Int32Array  # rows whose router logits were not finite so far
 
 
 class DeviceForward:
@@ -154,7 +145,7 @@ class DeviceForward:
             self._predicted, _ = following.choose(following.normalized(self._x))
 
     def routed(self) -> Routed:
-        """Return the last router's choice; waits for the device."""
+        """Return the last router's choice, in one transfer; waits for the device."""
         parts = [self.ids, self.damaged[:, None]]
         if self._predicted is not None:
             parts.append(self._predicted)

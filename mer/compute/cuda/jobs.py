@@ -11,9 +11,9 @@ import attrs
 import numpy as np
 import torch
 
+from mer.compute.cpu.dense_forward import DenseForward, Routed
 from mer.compute.cuda.device import Device
-from mer.compute.cuda.forward import DeviceForward, Routed
-from mer.compute.cuda.host import HostForward
+from mer.compute.cuda.forward import DeviceForward
 from mer.compute.cuda.passes import TokenPasses
 from mer.compute.cuda.place import DevicePlace
 from mer.compute.division import Division, Shares
@@ -65,7 +65,7 @@ class DeviceJobs:
         self,
         spec: ModelSpec,
         device: Device,
-        dense: DeviceForward | HostForward,
+        dense: DeviceForward | DenseForward,
         place: DevicePlace,
         division: Division[Any],
     ) -> None:

@@ -9,13 +9,13 @@ import attrs
 import torch
 import trio
 
+from mer.compute.cpu.dense_forward import DenseForward
 from mer.compute.cpu.forward import Forward
 from mer.compute.cpu.place import CPUPlace
 from mer.compute.cpu.scratch import Limits
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.experts import DeviceExperts
 from mer.compute.cuda.forward import DeviceForward
-from mer.compute.cuda.host import HostForward
 from mer.compute.cuda.jobs import DeviceJobs
 from mer.compute.cuda.place import DevicePlace, ToDevice, ToHost
 from mer.compute.cuda.products import TorchKernels
@@ -88,10 +88,10 @@ async def open_device(
     try:
         if forward is None:
             weights = DeviceWeights(dense, device)
-            part: DeviceForward | HostForward = DeviceForward(spec, limits, weights, device, kernels)
+            part: DeviceForward | DenseForward = DeviceForward(spec, limits, weights, device, kernels)
         else:
             assert host is not None
-            part = HostForward(spec, forward, host)
+            part = DenseForward(spec, forward, host)
         slots = DeviceExperts(device, kernels, experts, classes, counts, hybrid=hybrid)
         tier = VRAMTier(policy, classes, counts)
         places: list[ExpertPlace[Any]]  # of tensors or of arrays, as the dense part has its rows

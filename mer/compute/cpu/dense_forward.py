@@ -1,30 +1,43 @@
-"""The dense part of a model on the processor, where VRAM has no room for it."""
+"""The dense part of a model on the processor, for places that compute its experts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import attrs
+
 from mer.compute.cpu.forward import Forward
 from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride
 from mer.compute.cpu.place import CPUPlace
 from mer.compute.cpu.program import Program
-from mer.compute.cuda.forward import Routed
 from mer.compute.messages import Batch, Float32Array, Int32Array, Uint8Array
 from mer.compute.places import Pairs
 from mer.model.spec import ModelSpec
 
 
-class HostForward:
-    """The dense part of a model on the processor, beside experts on the device; the twin of `DeviceForward`.
+@attrs.frozen(eq=False)
+class Routed:
+    """What comes of a layer's router."""
+
+    expert_ids: Int32Array  # [T, K]
+    predicted_ids: Int32Array | None  # [T, K] in the next layer
+    damaged: Int32Array  # rows whose router logits were not finite so far
+
+
+class DenseForward:
+    """Runs the dense part step by step, hands out h, and takes in the rows y that any places have computed.
+
+    `CPUWorker` does not use it: where all experts are computed here, they are steps of the same program as what comes
+    behind them. Logits are the same to the bit.
 
     Args:
         spec: the model.
         forward: the CPU worker's arithmetic.
-        host: runs its programs, and shares its scratch memory.
+        here: runs its programs, and computes experts in the same scratch memory.
     """
 
-    def __init__(self, spec: ModelSpec, forward: Forward, host: CPUPlace) -> None:
-        self._spec, self._forward, self._host = spec, forward, host
+    def __init__(self, spec: ModelSpec, forward: Forward, here: CPUPlace) -> None:
+        self._spec, self._forward, self._here = spec, forward, here
         self._routed: Routed | None = None
 
     @property
@@ -56,7 +69,7 @@ class HostForward:
         at = 0
         for number in experts:
             first, n = pairs.spans.get(number, (0, 0))
-            self._host.outputs(first, n)[:] = y[at : at + n]
+            self._here.outputs(first, n)[:] = y[at : at + n]
             at += n
 
     def run_shared(self, layer: int) -> None:
@@ -82,4 +95,4 @@ class HostForward:
     def _do(self, add: Callable[[Program], None]) -> None:
         program = Program()
         add(program)
-        self._host.run(program)
+        self._here.run(program)
