@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Generic
 
 import attrs
@@ -117,20 +117,29 @@ def _time_of(cost: Cost, n_bound: int) -> _Time:
 def _cuts(times: Sequence[_Time], n: int) -> tuple[int, ...]:
     """Return where to cut n experts so that the last place ends as early as it can.
 
-    Place by place, from what is the best for the first i experts and the places before: all runs are looked at in
-    n ** 2 / 2 steps for each place but the first and the last, for which n do.
+    Place by place, from the best division of the first i experts among the places before, for every i.
     """
-    best: list[tuple[float, tuple[int, ...]]] = [(times[0](0, end), ()) for end in range(n + 1)]
+    ends_s = [times[0](0, end) for end in range(n + 1)]  # of the last of the places so far; it grows with i
+    chosen: list[dict[int, int]] = []  # of each place but the first: where its run begins if it ends at i
     for number, seconds in enumerate(times[1:], 2):
-        ends = range(n + 1) if number < len(times) else (n,)
-        best = [
-            min(
-                ((max(best[cut][0], seconds(cut, end)), (*best[cut][1], cut)) for cut in range(end, -1, -1)),
-                key=itemgetter(0),
-            )
-            for end in ends
-        ]
-    return best[-1][1]
+        ends = range(n + 1) if number < len(times) else (n,)  # the last place takes all that is left
+        chosen.append({end: _cut(ends_s, seconds, end) for end in ends})
+        ends_s = [max(ends_s[cut], seconds(cut, end)) for end, cut in chosen[-1].items()]
+    cuts = [n]
+    for begins in reversed(chosen):
+        cuts.append(begins[cuts[-1]])
+    return tuple(reversed(cuts[1:]))
+
+
+def _cut(before_s: Sequence[float], seconds: _Time, end: int) -> int:
+    """Return where a place's run up to `end` begins best, as late as possible.
+
+    The later it begins, the later the places before end, and the earlier this one does: it is where these times cross.
+    """
+    crossed = bisect_left(range(end + 1), True, key=lambda cut: before_s[cut] >= seconds(cut, end))
+    if crossed > end or (crossed and seconds(crossed - 1, end) < before_s[crossed]):
+        return crossed - 1
+    return bisect_right(before_s, before_s[crossed], hi=end + 1) - 1
 
 
 def _equal_cuts(measured: Sequence[bool], n: int) -> tuple[int, ...]:
