@@ -25,8 +25,8 @@ from mer.compute.cpu.program import Memory, Program
 from mer.compute.cpu.worker import Team
 from mer.compute.kernels.attention import ATTENTION, split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
-from mer.compute.kernels.step import COUNTER
 from mer.compute.kernels.target import FORM
+from mer.compute.kernels.words import COUNTER
 
 KV_BYTES = 512 << 20
 
@@ -85,10 +85,27 @@ class Case:
         self.program = Program()
         for copy in range(copies):
             self.program.add(
-                ATTENTION[kind], a["q"], n, h << 32 | g, c, a["scale"], kv.address, block_bytes, a["positions"],
-                a["sequences"], a["table"] + 4 * copy * blocks, blocks, a["out"], float_stride(h * c), a["scratch"],
-                thread_bytes(*heads), 0, split, a["parts"],
-            )  # fmt: skip
+                ATTENTION[kind].row(
+                    q=a["q"],
+                    n=n,
+                    heads=h << 32 | g,
+                    c=c,
+                    scale=a["scale"],
+                    kv=kv.address,
+                    block_bytes=block_bytes,
+                    positions=a["positions"],
+                    sequences=a["sequences"],
+                    table=a["table"] + 4 * copy * blocks,
+                    max_blocks=blocks,
+                    out=a["out"],
+                    out_stride=float_stride(h * c),
+                    scratch=a["scratch"],
+                    scratch_stride=thread_bytes(*heads),
+                    window=0,
+                    split=split,
+                    counters=a["parts"],
+                )
+            )
             self.program.barrier()
 
     def run_s(self, team: Team) -> float:

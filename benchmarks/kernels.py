@@ -22,9 +22,9 @@ from mer.compute.cpu.program import Memory, Program
 from mer.compute.cpu.worker import Team
 from mer.compute.kernels.matmul import STEPS
 from mer.compute.kernels.runtime import run_alone
-from mer.compute.kernels.step import COUNTER
 from mer.compute.kernels.target import FORM
 from mer.compute.kernels.tile import FORMATS
+from mer.compute.kernels.words import COUNTER
 from mer.io.ggml import GGMLType
 
 ROWS, COLS = 4096, 14336  # Mixtral's down projection

@@ -96,8 +96,17 @@ class StreamForward:
         """Add the step that adds the experts' outputs up, in the order in which the iteration names them."""
         a, d = self._scratch.address, float_stride(self._d_model)
         program.add(
-            combine, a["x"], d, 1, d // FLOAT_BYTES, a["y"], a["expert_weights"], a["places"], self._used
-        )  # fmt: skip
+            combine.row(
+                x=a["x"],  # [1, D]
+                stride=d,
+                n=1,
+                padded_d=d // FLOAT_BYTES,
+                y=a["y"],  # [K, D]
+                weights=a["expert_weights"],  # [1, K]
+                places=a["places"],  # [1, K]
+                k=self._used,
+            )
+        )
         program.barrier()
 
     def logits(self) -> Float32Array:

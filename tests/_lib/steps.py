@@ -24,9 +24,9 @@ from mer.compute.cpu.program import Program
 from mer.compute.kernels.entry import PAIR, ROW, ZERO, flags
 from mer.compute.kernels.interleave import ROWS
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS
-from mer.compute.kernels.pack import pack
-from mer.compute.kernels.step import COUNTER, Step
+from mer.compute.kernels.step import Row, Step
 from mer.compute.kernels.tile import FORMATS
+from mer.compute.kernels.words import COUNTER
 from mer.io.ggml import GGMLType
 
 MARGIN = 256  # canary bytes before and after every area
@@ -96,10 +96,15 @@ def run_program(program: Program, n_threads: int = 1) -> None:
             _ENTRY(int(row[0]))(row.ctypes.data, thread, n_threads)
 
 
+def row_of(step: Step, *values: int) -> Row:
+    """Return a step's row from the values of all its words, in the order of their declaration."""
+    return step.row(**dict(zip(step.words, values, strict=True)))
+
+
 def run_step(step: Step, *arguments: int, n_threads: int = 1) -> None:
     """Run one step for all thread numbers."""
     program = Program()
-    program.add(step, *arguments)
+    program.add(row_of(step, *arguments))
     run_program(program, n_threads)
 
 
@@ -210,7 +215,7 @@ def products(
         words.append((*at[:3], counts[number], own, int(firsts[number]), fresh[number], 0))
     pieces = [(1, 0, 0)] if shared else [(n, int(begin), 0) for n, begin in zip(counts, firsts, strict=False)]
     for area in packed.values():
-        program.add(pack, areas.put_entries(pieces), len(pieces), *area.arguments(cols, source, float_stride(cols)))
+        program.add_on(area.pack(cols, source, float_stride(cols)), areas.put_entries(pieces), len(pieces))
     results = areas.floats(2, max(sum(counts), 1), stride // 4)
     raw_room = RawRoom(address(areas.room(n_threads * raw_bytes(kind, cols))), raw_bytes(kind, cols))
     settings = flags(first, 2, x=ZERO if shared else ROW, out=PAIR)
@@ -218,7 +223,7 @@ def products(
         Matrix(kind, rows, cols, 0), Activations(1, source, float_stride(cols), packed), address(results), stride,
         n_threads, settings, out_step=results[0].nbytes, raw=raw_room,
     )  # fmt: skip
-    program.add(made.step, areas.put(np.array(words, np.int64)), len(words), *made.arguments)
+    program.add_on(made, areas.put(np.array(words, np.int64)), len(words))
     run_program(program, n_threads)
     areas.check()
     return [

@@ -11,19 +11,19 @@ from mer.compute.cpu.matrix import (
     FLOAT_BYTES,
     Activations,
     Matrix,
-    Product,
     RawRoom,
     block_sizes,
     float_stride,
     is_tiled,
     product,
     raw_bytes,
+    rows_entry,
 )
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.kernels.elementwise import gather, swiglu
 from mer.compute.kernels.entry import ENTRY_WORDS, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO, flags
-from mer.compute.kernels.pack import pack
+from mer.compute.kernels.step import Row
 from mer.compute.messages import Int32Array, LoadedExpert, Stage
 from mer.errors import ComputeError
 from mer.io.extents import ExpertMap, ExpertPart
@@ -38,10 +38,10 @@ _ENTRY_BYTES = 8 * ENTRY_WORDS
 class _Steps:
     """The steps of experts whose matrices have the same types and shapes."""
 
-    prepare: tuple[Product, ...]  # bring the tokens' activations into the form that gate and up read
-    inner: tuple[Product, ...]  # gate and up
-    activate: Product  # SwiGLU, and the packing for down
-    outer: Product  # down
+    prepare: tuple[Row, ...]  # bring the tokens' activations into the form that gate and up read
+    inner: tuple[Row, ...]  # gate and up
+    activate: Row  # SwiGLU, and the packing for down
+    outer: Row  # down
 
 
 class RoutedExperts:
@@ -106,25 +106,28 @@ class RoutedExperts:
         )
 
     def _make(self, parts: Sequence[ExpertPart], *, one: bool) -> _Steps:
-        """Return the steps for batches of one token, whose activations `prepare_token` has prepared, or of more."""
+        """Return the steps for batches of one token, whose activations `prepare_token` has prepared, or of more.
+
+        They are made once for each shape, and told their table when they are added. Made again for each job they would
+        be Python's work between two layers of every token.
+        """
         s, a, threads, raw = self._scratch, self._scratch.address, self._limits.threads, self._raw
         d, f = float_stride(self._d_model), float_stride(self._d_ff)
         gate, up, down = (Matrix(p.type, p.rows, p.cols, 0) for p in parts)
         kinds = {gate.type, up.type}
-        x = Activations(1, a["h"] if one else a["gathered"], d, s.packed["input"])
-        z = Activations(1, a["gate"], f, s.packed["inner"])
-        prepare = []
+        x = Activations(1, a["h"] if one else a["gathered"], d, s.packed["input"])  # [1, D] or [R, D]
+        z = Activations(1, a["gate"], f, s.packed["inner"])  # [R, F]
+        prepare: list[Row] = []
         if not one:
             if any(not is_tiled(kind) for kind in kinds):
-                prepare.append(Product(gather, (a["h"], d, a["order"], a["gathered"])))
+                prepare.append(gather.row(x=a["h"], stride=d, index=a["order"], out=a["gathered"]))  # [R, D]
             for size in block_sizes(kinds):
-                arguments = s.packed["input"][size].arguments(self._d_model, a["h"], d, index=a["order"])
-                prepare.append(Product(pack, arguments))
+                prepare.append(s.packed["input"][size].pack(self._d_model, a["h"], d, index=a["order"]))
         source = ZERO if one else ROW
         between = a["up"] - a["gate"]
         if gate.type == up.type:
             settings = flags(0, 2, x=source)
-            inner = [product(gate, x, a["gate"], f, threads, settings, out_step=between, raw=raw)]
+            inner = [product(gate, x, a["gate"], f, threads, settings, out_step=between, raw=raw)]  # [2, R, F]
         else:
             inner = [
                 product(matrix, x, a["gate"] + number * between, f, threads, flags(number, x=source), raw=raw)
@@ -132,10 +135,10 @@ class RoutedExperts:
             ]
         sizes = block_sizes([down.type])
         if sizes:
-            activate = Product(pack, s.packed["inner"][sizes[0]].arguments(self._d_ff, a["gate"], f, up=between))
+            activate = s.packed["inner"][sizes[0]].pack(self._d_ff, a["gate"], f, up=between)
         else:
-            activate = Product(swiglu, (a["gate"], a["up"], f))
-        outer = product(down, z, a["y"], d, threads, flags(2, out=PAIR), raw=raw)
+            activate = swiglu.row(gate=a["gate"], up=a["up"], stride=f)
+        outer = product(down, z, a["y"], d, threads, flags(2, out=PAIR), raw=raw)  # [T * K, D]
         return _Steps(tuple(prepare), tuple(inner), activate, outer)
 
     def prepare_token(self, program: Program, layer: int) -> None:
@@ -143,8 +146,7 @@ class RoutedExperts:
         if self._n_tokens == 1:
             h, d = self._scratch.address["h"], float_stride(self._d_model)
             for size in self._sizes[layer]:
-                arguments = self._scratch.packed["input"][size].arguments(self._d_model, h, d)
-                program.add_alone(pack, (0, 0, 0, 1, 0, 0, 0, 0), *arguments)
+                program.add_alone(self._scratch.packed["input"][size].pack(self._d_model, h, d), rows_entry(1))
 
     def begin(self, n_tokens: int) -> None:
         """Take over a batch of so many tokens."""
@@ -203,14 +205,14 @@ class RoutedExperts:
         """
         for stage in self._stages(layer):
             for made in stage:
-                program.add(made.step, 0, 0, *made.arguments)
+                program.add_on(made, 0, 0)
             program.barrier()
 
     def table_steps(self, layer: int) -> int:
         """Return how many steps `run_table` adds."""
         return sum(map(len, self._stages(layer)))
 
-    def _stages(self, layer: int) -> tuple[tuple[Product, ...], ...]:
+    def _stages(self, layer: int) -> tuple[tuple[Row, ...], ...]:
         steps = self._steps[layer][0][self._n_tokens > 1]
         return steps.prepare, steps.inner, (steps.activate,), (steps.outer,)
 
@@ -240,17 +242,17 @@ class RoutedExperts:
                 outer.append((steps, table, n_outer + n_whole))
         for steps, table, n in inner:
             for made in steps.prepare:
-                program.add(made.step, table, n, *made.arguments)
+                program.add_on(made, table, n)
         program.barrier()
         for steps, table, n in inner:
             for made in steps.inner:
-                program.add(made.step, table, n, *made.arguments)
+                program.add_on(made, table, n)
         program.barrier()
         for steps, table, n in inner:
-            program.add(steps.activate.step, table, n, *steps.activate.arguments)
+            program.add_on(steps.activate, table, n)
         program.barrier()
         for steps, table, n in outer:
-            program.add(steps.outer.step, table, n, *steps.outer.arguments)
+            program.add_on(steps.outer, table, n)
         program.barrier()
 
 

@@ -302,23 +302,41 @@ class Forward:
         """Add the experts of a layer that the router has chosen, or the end of the program if one cannot be had."""
         spec, a, experts = self._spec, self.scratch.address, self._routed_experts
         assert experts is not None
+        # Tables whose lengths the job finds out, and not steps for each expert of which most would do nothing: there
+        # would be E times as many rows, and every thread would claim from each.
         pairs = len(self.batch.tokens) * spec.top_k
         log = a["routes"] + FLOAT_BYTES * pairs * layer
         stop, end, skip, again = (a["stop"] + 8 * word for word in range(4))
         steps, missing = experts.table_steps(layer), a["table_missing"]
         addresses += 8 * MAX_MATRICES * spec.n_experts * layer
         program.add(
-            dispatch, a["expert_ids"], pairs, spec.top_k, spec.n_experts, addresses,
-            a["expert_ends"], a["table_entries"], missing, steps, a["places"], a["order"], log, stop, layer, end, skip,
-            reads,
-        )  # fmt: skip
+            dispatch.row(
+                ids=a["expert_ids"],  # [T, K]
+                n_pairs=pairs,
+                k=spec.top_k,
+                n_experts=spec.n_experts,
+                addresses=addresses,  # [E, MAX_MATRICES]
+                ends=a["expert_ends"],  # [E]
+                table=a["table_entries"],
+                missing=missing,
+                steps=steps,
+                places=a["places"],  # [T, K]
+                order=a["order"],  # [T * K]
+                log=log,  # [T, K]
+                stop=stop,
+                layer=layer,
+                end=end,
+                skip=skip,
+                reads=reads,
+            )
+        )
         program.barrier(end)
-        program.add(begin_reads, reads)
+        program.add(begin_reads.row(control=reads))
         experts.run_table(program, layer)
         program.barrier(skip)
-        program.add(await_reads, reads, end, stop, layer, missing, steps)
+        program.add(await_reads.row(control=reads, end=end, stop=stop, layer=layer, table=missing, steps=steps))
         program.barrier(end)
-        program.add(next_turn, again)
+        program.add(next_turn.row(again=again))
         experts.run_table(program, layer)
         program.barrier(again)
 
@@ -337,9 +355,17 @@ class Forward:
         self.run_shared(program, layer)
         a, d = self.scratch.address, float_stride(self._spec.d_model)
         program.add(
-            combine, a["x"], d, len(self.batch.tokens), d // FLOAT_BYTES, a["y"], a["expert_weights"], a["places"],
-            self._top_k,
-        )  # fmt: skip
+            combine.row(
+                x=a["x"],  # [T, D]
+                stride=d,
+                n=len(self.batch.tokens),
+                padded_d=d // FLOAT_BYTES,
+                y=a["y"],  # [T * K, D]
+                weights=a["expert_weights"],  # [T, K]
+                places=a["places"],  # [T, K]
+                k=self._top_k,
+            )
+        )
         program.barrier()
 
 

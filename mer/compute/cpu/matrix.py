@@ -11,7 +11,7 @@ from mer.compute.kernels.entry import flags
 from mer.compute.kernels.interleave import FIELDS, ROWS
 from mer.compute.kernels.matmul import block_format, matmul_step
 from mer.compute.kernels.pack import pack
-from mer.compute.kernels.step import Step
+from mer.compute.kernels.step import Row
 from mer.compute.kernels.tile import BlockFormat
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
@@ -78,12 +78,21 @@ class PackedArea:
         xq, xs, xsum = map(memory.cut, cls.sizes(fmt, rows, cols, planes))
         return cls(fmt.block_weights, fmt.sums_per_block, xq, xs, xsum, planes)
 
-    def arguments(self, cols: int, x: int, stride: int, *, index: int = 0, up: int = 0) -> tuple[int, ...]:
-        """Return the arguments of `pack` for rows of `cols` float32 at x, behind table and length."""
-        return (
-            x, stride, index, up, cols // self.block_weights, self.block_weights, self.sums_per_block, self.xq, self.xs,
-            self.xsum, self.planes,
-        )  # fmt: skip
+    def pack(self, cols: int, x: int, stride: int, *, index: int = 0, up: int = 0) -> Row:
+        """Return the step that packs rows of `cols` float32 at x."""
+        return pack.row(
+            x=x,
+            x_stride=stride,
+            index=index,
+            up=up,
+            n_blocks=cols // self.block_weights,
+            block_weights=self.block_weights,
+            sums_per_block=self.sums_per_block,
+            xq=self.xq,
+            xs=self.xs,
+            xsum=self.xsum,
+            planes=self.planes,
+        )
 
 
 @attrs.frozen
@@ -99,7 +108,7 @@ class Activations:
         """Add the steps that quantize these rows, of `cols` float32, for matrices of the given types."""
         for size in block_sizes(kinds):
             area = self.packed[size]
-            program.add_alone(pack, rows_entry(self.n), *area.arguments(cols, self.address, self.stride))
+            program.add_alone(area.pack(cols, self.address, self.stride), rows_entry(self.n))
 
 
 def block_sizes(kinds: Iterable[GGMLType]) -> list[int]:
@@ -123,14 +132,6 @@ class RawRoom:
 NO_RAW_ROOM = RawRoom(0, 0)
 
 
-@attrs.frozen
-class Product:
-    """The step that multiplies matrices of one shape with activations, and its arguments behind table and length."""
-
-    step: Step
-    arguments: tuple[int, ...]
-
-
 def product(
     matrix: Matrix,
     x: Activations,
@@ -141,7 +142,7 @@ def product(
     *,
     out_step: int = 0,
     raw: RawRoom = NO_RAW_ROOM,
-) -> Product:
+) -> Row:
     """Return the step out[t] = matrix @ x[t] for rows t of x and all matrices of one shape in a table of entries.
 
     Args:
@@ -154,19 +155,41 @@ def product(
         out_step: bytes from the results of an entry's first matrix to those of its second.
         raw: room to arrange fresh matrices in; needed only if there are any.
     """
-    kind, rows, cols = matrix.type, matrix.rows, matrix.cols
+    kind, rows = matrix.type, matrix.rows
+    # More pieces than threads, and not an even share for each: one that the kernel preempts would let all others wait.
     pieces = n_threads * _CHUNKS_PER_THREAD
     fmt = block_format(int(kind))
     if fmt is None:
-        chunk = round_up(max(1, rows // pieces), 4)
-        shape = (rows, cols, matrix.row_bytes)
-        arguments = (settings, chunk, *shape, x.address, x.stride, out, out_step, out_stride)
-        return Product(matmul_step(int(kind), 1), arguments)
+        return matmul_step(int(kind), 1).row(
+            flags=settings,
+            chunk=round_up(max(1, rows // pieces), 4),
+            n_rows=rows,
+            k=matrix.cols,
+            row_bytes=matrix.row_bytes,
+            x=x.address,  # [T, cols]
+            x_stride=x.stride,
+            out=out,  # [T, rows]
+            out_step=out_step,
+            out_stride=out_stride,
+        )
     area = x.packed[fmt.block_weights]
-    chunk = max(1, -(-rows // ROWS) // pieces)
-    blocks = (rows, matrix.n_blocks, kind.block_bytes, fmt.block_weights, fmt.sums_per_block)
-    more = (settings, chunk, *blocks, area.xq, area.xs, area.xsum, out, out_step, out_stride)
-    return Product(matmul_step(int(kind), area.planes), (*more, raw.address, raw.thread_bytes))
+    return matmul_step(int(kind), area.planes).row(
+        flags=settings,
+        chunk=max(1, -(-rows // ROWS) // pieces),
+        n_rows=rows,
+        n_blocks=matrix.n_blocks,
+        block_bytes=kind.block_bytes,
+        block_weights=fmt.block_weights,
+        sums_per_block=fmt.sums_per_block,
+        xq=area.xq,  # int8, [T, cols] in column tiles
+        xs=area.xs,  # float32, [T, n_blocks]
+        xsum=area.xsum,  # int32, [T, n_blocks, sums_per_block]
+        out=out,  # [T, rows]
+        out_step=out_step,
+        out_stride=out_stride,
+        raw=raw.address,
+        raw_stride=raw.thread_bytes,
+    )
 
 
 def multiply(
@@ -181,7 +204,7 @@ def multiply(
 ) -> None:
     """Add the step out[t] = matrix @ x[t] for all rows t of x, or out[t] += with `add`."""
     made = product(matrix, x, out, out_stride, n_threads, flags(add=add))
-    program.add_alone(made.step, rows_entry(x.n, matrix.address), *made.arguments)
+    program.add_alone(made, rows_entry(x.n, matrix.address))
 
 
 def raw_bytes(kind: GGMLType, cols: int) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.compute.kernels.entry import ENTRY_WORDS
-from mer.compute.kernels.step import ARG0, BARRIER, ENTRY, ROW_WORDS, Step
+from mer.compute.kernels.step import Row, Step
+from mer.compute.kernels.words import ARG0, BARRIER, ENTRY, ROW_WORDS
 from mer.io.arena import PAGE_BYTES, map_anonymous
 from mer.io.extents import round_up
 
@@ -64,18 +65,25 @@ class Program:
         self.length = 0
         self._tables.clear()
 
-    def add(self, step: Step, *arguments: int) -> None:
+    def add(self, row: Row) -> None:
         """Append a step; threads may run it while others are still in the step before, back to the last barrier."""
+        self._pack(*row)
+
+    def add_alone(self, row: Row, entry: tuple[int, ...]) -> None:
+        """Append a step that takes a table, with the one entry given in the table's place."""
+        self._pack(*row)
+        _ENTRY_PACKER.pack_into(self._bytes, (self.length - 1) * _ROW_BYTES + 8 * ENTRY, *entry)
+
+    def add_on(self, row: Row, table: int, n_entries: int) -> None:
+        """Append a step that takes a table, on this one."""
+        self._pack(row[0], table, n_entries, *row[3:])  # type: ignore[misc]  # no starred target, which makes a list
+
+    def _pack(self, step: Step, *words: int) -> None:
         if self.length == len(self.rows):
             self._grow(1)
-        packer = _PACKERS[ARG0 + len(arguments)]
-        packer.pack_into(self._bytes, self.length * _ROW_BYTES, step.address, 0, 0, *arguments)
+        packer = _PACKERS[ARG0 + len(words)]
+        packer.pack_into(self._bytes, self.length * _ROW_BYTES, step.address, 0, 0, *words)
         self.length += 1
-
-    def add_alone(self, step: Step, entry: tuple[int, ...], *arguments: int) -> None:
-        """Append a step that takes a table, on the one entry given; the arguments are those behind table and length."""
-        self.add(step, 0, 1, *arguments)
-        _ENTRY_PACKER.pack_into(self._bytes, (self.length - 1) * _ROW_BYTES + 8 * ENTRY, *entry)
 
     def table(self, words: list[int]) -> int:
         """Return the address of a table of entries that is kept until the program is cleared."""

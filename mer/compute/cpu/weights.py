@@ -111,9 +111,15 @@ class DenseWeights:
             return
         program = Program()
         program.add(
-            INTERLEAVE_STEPS[int(tensor.type)], int(raw.ctypes.data), target, n_rows,
-            tensor.shape[1] // tensor.type.block_size, tensor.type.block_bytes, self._scratch.address,
-        )  # fmt: skip
+            INTERLEAVE_STEPS[int(tensor.type)].row(
+                source=int(raw.ctypes.data),  # [rows, cols]
+                target=target,  # [rows / 16, 16 * cols]
+                n_rows=n_rows,
+                n_blocks=tensor.shape[1] // tensor.type.block_size,
+                block_bytes=tensor.type.block_bytes,
+                raw=self._scratch.address,
+            )
+        )
         run_alone(program.address, program.length)
 
 

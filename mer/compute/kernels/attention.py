@@ -18,7 +18,8 @@ from mer.compute.kernels.kv_integers import pack_query
 from mer.compute.kernels.kv_layout import BLOCK, F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, size_of_tile
 from mer.compute.kernels.kv_tile import PASS_BYTES, merge_row, tile_pass
 from mer.compute.kernels.numba_api import literally, njit
-from mer.compute.kernels.step import ARG0, Step, step
+from mer.compute.kernels.step import step
+from mer.compute.kernels.words import Words, columns
 
 SPAN: Final = 8 * KV_TILE  # positions whose results are merged as one
 ROWS: Final = 64  # (token, head) pairs that one pass over the tiles serves, or the heads of a group if they are more
@@ -134,26 +135,52 @@ def _pack_queries(kind, q, source, q_head, h, c, group, n, scale):  # type: igno
                 store_f32(row, 8 * i, load_f32(query, i) * scale)
 
 
+class AttentionWords(Words):
+    """Words of a row of `attention`.
+
+    q (float32 [T, H, C padded to 16]), n (T), heads (H << 32 | G), c, scale (address), kv (the layer's tiles in block
+    0), block_bytes, positions, sequences (int32 [T]), table (int32), max_blocks, out (float32 [T, H * C]), out_stride
+    (bytes), scratch, scratch_stride (`thread_bytes`), window (positions that a token attends to, its own included, or
+    0), split (`split_tokens`), counters (`split_bytes`; the first 4 split G are counters and zero).
+    """
+
+    q: int
+    n: int
+    heads: int
+    c: int
+    scale: int
+    kv: int
+    block_bytes: int
+    positions: int
+    sequences: int
+    table: int
+    max_blocks: int
+    out: int
+    out_stride: int
+    scratch: int
+    scratch_stride: int
+    window: int
+    split: int
+    counters: int
+
+
+ATTEND = columns(AttentionWords)
+
+
 @njit
 def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
-    """Attention of T query rows over their sequences' KV blocks; claimed are kv heads of a few tokens, or of a span.
-
-    Arguments: q (float32 [T, H, C padded to 16]), n (T), heads (H << 32 | G), c, scale (address), kv (the layer's tiles
-    in block 0), block_bytes, positions, sequences, table, max_blocks, out (float32 [T, H * C]), out_stride_bytes,
-    scratch, scratch_stride_bytes (`thread_bytes`), window (positions that a token attends to, its own included, or 0),
-    split (`split_tokens`), counters (`split_bytes`; the first 4 split G are counters and zero).
-    """
+    """Attention of T query rows over their sequences' KV blocks; claimed are kv heads of a few tokens, or of a span."""
     literally(kind)
-    q0, n, heads = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    c, scale = load_i64(row, ARG0 + 3), load_f32(load_i64(row, ARG0 + 4), 0)
-    kv0, block_bytes = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
-    positions, sequences = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
-    table, max_blocks = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10)
-    out0, out_stride = load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12)
-    scratch = load_i64(row, ARG0 + 13) + thread * load_i64(row, ARG0 + 14)
-    window, split, counters = load_i64(row, ARG0 + 15), load_i64(row, ARG0 + 16), load_i64(row, ARG0 + 17)
+    q0, n, heads = load_i64(row, ATTEND.q), load_i64(row, ATTEND.n), load_i64(row, ATTEND.heads)
+    c, scale = load_i64(row, ATTEND.c), load_f32(load_i64(row, ATTEND.scale), 0)
+    kv0, block_bytes = load_i64(row, ATTEND.kv), load_i64(row, ATTEND.block_bytes)
+    positions, sequences = load_i64(row, ATTEND.positions), load_i64(row, ATTEND.sequences)
+    table, max_blocks = load_i64(row, ATTEND.table), load_i64(row, ATTEND.max_blocks)
+    out0, out_stride = load_i64(row, ATTEND.out), load_i64(row, ATTEND.out_stride)
+    scratch = load_i64(row, ATTEND.scratch) + thread * load_i64(row, ATTEND.scratch_stride)
+    window, split, counters = load_i64(row, ATTEND.window), load_i64(row, ATTEND.split), load_i64(row, ATTEND.counters)
     h, g = heads >> 32, heads & 0xFFFFFFFF
-    group = h // g
+    group = h // g  # heads that go through a tile together: one by one, each would read it again
     q_head, padded = (c + 15) // 16 * 64, (c + 31) // 32 * 32
     tile_size = size_of_tile(kind, padded)
     values_at = g * tile_size
@@ -219,22 +246,22 @@ def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
             t += run
 
 
-@step
+@step(AttentionWords)
 def attention_f32(row: int, thread: int, n_threads: int) -> None:
-    """Attention over a KV cache of F32; arguments as in `_attention`."""
+    """Attention over a KV cache of F32."""
     _attention(row, thread, n_threads, F32_KIND)
 
 
-@step
+@step(AttentionWords)
 def attention_f16(row: int, thread: int, n_threads: int) -> None:
-    """Attention over a KV cache of F16; arguments as in `_attention`."""
+    """Attention over a KV cache of F16."""
     _attention(row, thread, n_threads, F16_KIND)
 
 
-@step
+@step(AttentionWords)
 def attention_q8_0(row: int, thread: int, n_threads: int) -> None:
-    """Attention over a KV cache of Q8_0; arguments as in `_attention`."""
+    """Attention over a KV cache of Q8_0."""
     _attention(row, thread, n_threads, Q8_0_KIND)
 
 
-ATTENTION: dict[int, Step] = {F32_KIND: attention_f32, F16_KIND: attention_f16, Q8_0_KIND: attention_q8_0}
+ATTENTION = {F32_KIND: attention_f32, F16_KIND: attention_f16, Q8_0_KIND: attention_q8_0}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mer.compute.kernels.ir import atomic_add
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import COUNTER
+from mer.compute.kernels.words import COUNTER
 
 _UNITS_PER_THREAD = 4
 

@@ -8,10 +8,8 @@ from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, FRESH, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO
 from mer.compute.kernels.ir import load_i32, load_i64, store_i32, store_i64
 from mer.compute.kernels.job_reads import (
+    AWAIT,
     END,
-    FIRST,
-    N_HANDED,
-    N_MISSING,
     expert_words,
     hand_table,
     keep,
@@ -19,7 +17,8 @@ from mer.compute.kernels.job_reads import (
     now_ns,
 )
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, ROW_WORDS, step
+from mer.compute.kernels.step import step
+from mer.compute.kernels.words import ROW_WORDS, Words, columns
 from mer.io.loan.words import BEGIN, LEAD, N_LOGGED, N_PARTS, PART, PART_WORDS, STOP
 from mer.limits import MAX_MATRICES
 
@@ -54,30 +53,57 @@ def _read_missing(reads, layer, table, n):  # type: ignore[no-untyped-def]
     return True
 
 
-@step
+class DispatchWords(Words):
+    """Words of a row of `dispatch`.
+
+    ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, MAX_MATRICES], see `RunResident`), ends
+    (int32 [n_experts], for its own use), table, missing (table of missing experts), steps (for a table), places (int32
+    [n_pairs], of each pair among the sorted ones), order (int32 [n_pairs], the token of each sorted pair), log (int32
+    [n_pairs], a copy of the ids), stop (int64, set to the layer's number plus 1 if an expert is missing and cannot be
+    read), layer, end (int64, set to `END` then), skip (int64, set to the number of steps behind those for the first
+    table that are needed only if an expert is missing, or to 0 if one is), reads (control block, or 0).
+    """
+
+    ids: int
+    n_pairs: int
+    k: int
+    n_experts: int
+    addresses: int
+    ends: int
+    table: int
+    missing: int
+    steps: int
+    places: int
+    order: int
+    log: int
+    stop: int
+    layer: int
+    end: int
+    skip: int
+    reads: int
+
+
+DISPATCH = columns(DispatchWords)
+
+
+@step(DispatchWords)
 def dispatch(row: int, _thread: int, _n_threads: int) -> None:
     """Sort the (token, choice) pairs by expert, each expert's in their order, and write an entry for each expert used.
 
     Experts that are in memory have theirs in one table, missing ones, which are to be read by the job, in another. The
     steps that work on them follow: `begin_reads`, so many for the first table, `await_reads`, `next_turn`, and as many
     for the second table. Whoever comes first does it all.
-
-    Arguments: ids (int32 [n_pairs]), n_pairs, k, n_experts, addresses (int64 [n_experts, MAX_MATRICES],
-    see `RunResident`), ends (int32 [n_experts], for its own use), table, table of missing experts, steps for a table,
-    places (int32 [n_pairs], of each pair among the sorted ones), order (int32 [n_pairs], the token of each sorted
-    pair), log (int32 [n_pairs], a copy of the ids), stop (int64, set to the layer's number plus 1 if an expert is
-    missing and cannot be read), layer, end (int64, set to `END` then), skip (int64, set to the number of steps behind
-    those for the first table that are needed only if an expert is missing, or to 0 if one is), reads (control block,
-    or 0).
     """
     if claim_unit(row) != 0:
         return
-    ids, n_pairs = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
-    k, n_experts = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
-    addresses, ends = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
-    table, missing, steps = load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
-    places, order, log = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
-    layer, reads = load_i64(row, ARG0 + 13), load_i64(row, ARG0 + 16)
+    ids, n_pairs = load_i64(row, DISPATCH.ids), load_i64(row, DISPATCH.n_pairs)
+    k, n_experts = load_i64(row, DISPATCH.k), load_i64(row, DISPATCH.n_experts)
+    addresses, ends = load_i64(row, DISPATCH.addresses), load_i64(row, DISPATCH.ends)
+    table, missing = load_i64(row, DISPATCH.table), load_i64(row, DISPATCH.missing)
+    steps = load_i64(row, DISPATCH.steps)
+    places, order, log = load_i64(row, DISPATCH.places), load_i64(row, DISPATCH.order), load_i64(row, DISPATCH.log)
+    layer, reads = load_i64(row, DISPATCH.layer), load_i64(row, DISPATCH.reads)
+    # One thread counts and sorts: the pairs are so few that sharing them out takes longer, for the barrier it needs.
     for expert in range(n_experts):
         store_i32(ends, expert, np.int32(0))
     for pair in range(n_pairs):
@@ -107,16 +133,16 @@ def dispatch(row: int, _thread: int, _n_threads: int) -> None:
                 readable = readable and first == 0
             place += count
     if n_missing > 0 and not (readable and _read_missing(reads, layer, missing, n_missing)):
-        store_i64(load_i64(row, ARG0 + 12), layer + 1)
-        store_i64(load_i64(row, ARG0 + 14), END)
+        store_i64(load_i64(row, DISPATCH.stop), layer + 1)
+        store_i64(load_i64(row, DISPATCH.end), END)
         return
-    store_i64(load_i64(row, ARG0 + 15), 0 if n_missing > 0 else steps + 2)
+    store_i64(load_i64(row, DISPATCH.skip), 0 if n_missing > 0 else steps + 2)
     hand_table(row, 2, steps, table, n_there)
     if n_missing > 0:
         wait = row + _WORD * ROW_WORDS * (2 + steps)
-        store_i64(wait + _WORD * FIRST, load_i64(reads, N_LOGGED) - n_missing)
-        store_i64(wait + _WORD * N_MISSING, n_missing)
-        store_i64(wait + _WORD * N_HANDED, 0)
+        store_i64(wait + _WORD * AWAIT.first, load_i64(reads, N_LOGGED) - n_missing)
+        store_i64(wait + _WORD * AWAIT.n_missing, n_missing)
+        store_i64(wait + _WORD * AWAIT.n_handed, 0)
     for pair in range(n_pairs):
         expert = load_i32(ids, pair)
         place = load_i32(ends, expert)

@@ -7,27 +7,48 @@ import math
 import numpy as np
 
 from mer.compute.kernels.claim import chunk_of, claim_unit
-from mer.compute.kernels.entry import COUNT, PAIR, ROW, entry_of
+from mer.compute.kernels.entry import COUNT, PAIR, ROW, TableWords, entry_of
 from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64
-from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.step import step
 from mer.compute.kernels.vector import add_scaled, dot, scale_product, swiglu16
+from mer.compute.kernels.words import Words, columns
 
 _MIN_VECTORS = 16  # a run of fewer vectors takes less time than claiming it
 
 
-@step
+class NormWords(Words):
+    """Words of a row of `rms_norm`.
+
+    x, x_stride (bytes), index (int32 row numbers, or 0), n, d, weight, eps (address of a float32), out, out_stride
+    (bytes).
+    """
+
+    x: int
+    x_stride: int
+    index: int
+    n: int
+    d: int
+    weight: int
+    eps: int
+    out: int
+    out_stride: int
+
+
+NORM = columns(NormWords)
+
+
+@step(NormWords)
 def rms_norm(row: int, _thread: int, _n_threads: int) -> None:
     """Write out = x / sqrt(mean(x**2) + eps) * weight for rows of d floats.
 
     Rows of x, out and weight have room for a multiple of 16 floats; what pads x has no effect on the d results.
 
-    Arguments: x, x_stride_bytes, index (int32 row numbers, or 0), n, d, weight, eps (address of a float32), out,
-    out_stride_bytes. Rows are claimed.
+    Rows are claimed.
     """
-    x, x_stride, index = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    n, d, weight = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
-    eps = load_f32(load_i64(row, ARG0 + 6), 0)
-    out, out_stride = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
+    x, x_stride, index = load_i64(row, NORM.x), load_i64(row, NORM.x_stride), load_i64(row, NORM.index)
+    n, d, weight = load_i64(row, NORM.n), load_i64(row, NORM.d), load_i64(row, NORM.weight)
+    eps = load_f32(load_i64(row, NORM.eps), 0)
+    out, out_stride = load_i64(row, NORM.out), load_i64(row, NORM.out_stride)
     whole, padded = d // 16 * 16, (d + 15) // 16 * 16
     while True:
         t = claim_unit(row)
@@ -41,16 +62,31 @@ def rms_norm(row: int, _thread: int, _n_threads: int) -> None:
         scale_product(out + t * out_stride, source, weight, scale, padded)
 
 
-@step
+class GatherWords(TableWords):
+    """Words of a row of `gather`.
+
+    table, n_entries (see `TableWords`), x, stride (bytes, of x and out), index (int32 row of x for each (token, choice)
+    pair), out.
+    """
+
+    x: int
+    stride: int
+    index: int
+    out: int
+
+
+GATHER = columns(GatherWords)
+
+
+@step(GatherWords)
 def gather(row: int, _thread: int, _n_threads: int) -> None:
     """Copy to each entry's own rows of float32 those of its tokens.
 
-    Arguments: table, number of entries, x, stride_bytes (of x and out), index (int32 row of x for each (token, choice)
-    pair), out. Rows are claimed.
+    Rows are claimed.
     """
-    table, n_entries = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
-    x, stride = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
-    index, out = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    table, n_entries = load_i64(row, GATHER.table), load_i64(row, GATHER.n_entries)
+    x, stride = load_i64(row, GATHER.x), load_i64(row, GATHER.stride)
+    index, out = load_i64(row, GATHER.index), load_i64(row, GATHER.out)
     item, first = claim_unit(row), 0
     for number in range(n_entries):
         entry = entry_of(row, table, number)
@@ -62,14 +98,28 @@ def gather(row: int, _thread: int, _n_threads: int) -> None:
         first += n
 
 
-@step
+class SwigluWords(TableWords):
+    """Words of a row of `swiglu`.
+
+    table, n_entries (see `TableWords`), gate, up, stride (bytes, whole vectors of 16).
+    """
+
+    gate: int
+    up: int
+    stride: int
+
+
+SWIGLU = columns(SwigluWords)
+
+
+@step(SwigluWords)
 def swiglu(row: int, _thread: int, n_threads: int) -> None:
     """Write gate = silu(gate) * up for each entry's own rows of float32.
 
-    Arguments: table, number of entries, gate, up, stride_bytes (whole vectors of 16). Runs of vectors are claimed.
+    Runs of vectors are claimed.
     """
-    table, n_entries = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
-    gate, up, stride = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
+    table, n_entries = load_i64(row, SWIGLU.table), load_i64(row, SWIGLU.n_entries)
+    gate, up, stride = load_i64(row, SWIGLU.gate), load_i64(row, SWIGLU.up), load_i64(row, SWIGLU.stride)
     item, before = claim_unit(row), 0
     for number in range(n_entries):
         entry = entry_of(row, table, number)
@@ -84,16 +134,34 @@ def swiglu(row: int, _thread: int, n_threads: int) -> None:
         before += runs
 
 
-@step
+class CombineWords(Words):
+    """Words of a row of `combine`.
+
+    x, stride (bytes, of x and y), n, padded_d, y, weights (float32 [n, k]), places (int32 [n, k]: rows of y), k.
+    """
+
+    x: int
+    stride: int
+    n: int
+    padded_d: int
+    y: int
+    weights: int
+    places: int
+    k: int
+
+
+COMBINE = columns(CombineWords)
+
+
+@step(CombineWords)
 def combine(row: int, _thread: int, n_threads: int) -> None:
     """Add to each residual row the weighted outputs of its k experts, in router order.
 
-    Arguments: x, stride_bytes (of x and y), n, padded_d, y, weights (float32 [n, k]), places (int32 [n, k]: rows of
-    y), k. Runs of columns are claimed.
+    Runs of columns are claimed.
     """
-    x, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    vectors, y = load_i64(row, ARG0 + 3) // 16, load_i64(row, ARG0 + 4)
-    weights, places, k = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
+    x, stride, n = load_i64(row, COMBINE.x), load_i64(row, COMBINE.stride), load_i64(row, COMBINE.n)
+    vectors, y = load_i64(row, COMBINE.padded_d) // 16, load_i64(row, COMBINE.y)
+    weights, places, k = load_i64(row, COMBINE.weights), load_i64(row, COMBINE.places), load_i64(row, COMBINE.k)
     chunk = chunk_of(vectors, n_threads, _MIN_VECTORS)
     while True:
         first = claim_unit(row) * chunk
@@ -106,15 +174,32 @@ def combine(row: int, _thread: int, n_threads: int) -> None:
                 add_scaled(x + t * stride + 64 * first, source, load_f32(weights, j), n_floats)
 
 
-@step
+class GatedWords(Words):
+    """Words of a row of `add_gated`.
+
+    x, stride (bytes, of x and y, whole vectors of 16), n, y, logits (one float32 at the start of each row),
+    logit_stride (bytes).
+    """
+
+    x: int
+    stride: int
+    n: int
+    y: int
+    logits: int
+    logit_stride: int
+
+
+GATED = columns(GatedWords)
+
+
+@step(GatedWords)
 def add_gated(row: int, _thread: int, _n_threads: int) -> None:
     """Add to each residual row another one, times the logistic sigmoid of its logit.
 
-    Arguments: x, stride_bytes (of x and y, whole vectors of 16), n, y, logits (one float32 at the start of each row),
-    logit_stride_bytes. Rows are claimed.
+    Rows are claimed.
     """
-    x, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    y, logits, logit_stride = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
+    x, stride, n = load_i64(row, GATED.x), load_i64(row, GATED.stride), load_i64(row, GATED.n)
+    y, logits, logit_stride = load_i64(row, GATED.y), load_i64(row, GATED.logits), load_i64(row, GATED.logit_stride)
     while True:
         t = claim_unit(row)
         if t >= n:
@@ -124,14 +209,29 @@ def add_gated(row: int, _thread: int, _n_threads: int) -> None:
         add_scaled(x + t * stride, y + t * stride, share, stride // 4)
 
 
-@step
+class FillWords(Words):
+    """Words of a row of `fill_rows`.
+
+    out, stride (bytes, whole vectors of 16), n, bias (float32, padded like a row).
+    """
+
+    out: int
+    stride: int
+    n: int
+    bias: int
+
+
+FILL = columns(FillWords)
+
+
+@step(FillWords)
 def fill_rows(row: int, _thread: int, _n_threads: int) -> None:
     """Write a bias to each row of results, for a product that adds to what is there.
 
-    Arguments: out, stride_bytes (whole vectors of 16), n, bias (float32, padded like a row). Rows are claimed.
+    Rows are claimed.
     """
-    out, stride = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
-    n, bias = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3)
+    out, stride = load_i64(row, FILL.out), load_i64(row, FILL.stride)
+    n, bias = load_i64(row, FILL.n), load_i64(row, FILL.bias)
     while True:
         t = claim_unit(row)
         if t >= n:

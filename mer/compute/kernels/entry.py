@@ -4,8 +4,7 @@ An entry is 8 int64: up to three addresses of matrices (an expert's gate, up and
 concern, the first of these among the inner activations and among the (token, choice) pairs, and which matrices are
 fresh: as read from the file. A step names its table; where the table is 0, the one entry lies in the step's own row.
 
-A product step gives out the pieces of all matrices of all its entries by its work counter. Its first four arguments are
-the table, the number of entries, flags, and the units (tiles or rows of the matrix) in a piece.
+A product step gives out the pieces of all matrices of all its entries by its work counter.
 """
 
 from __future__ import annotations
@@ -13,11 +12,34 @@ from __future__ import annotations
 from mer.compute.kernels.claim import claim_unit
 from mer.compute.kernels.ir import load_i64
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, ENTRY
+from mer.compute.kernels.words import ENTRY, Words, columns
 
 ENTRY_WORDS = 8
 COUNT, ROW, PAIR, FRESH, ZERO = range(3, 8)  # words of an entry behind its addresses
 FRESH_INNER, FRESH_OUTER = 1, 2  # bits of FRESH: gate and up; down
+
+
+class TableWords(Words):
+    """First words of a row whose step works through a table.
+
+    table (address of its first entry; 0: the one entry lies in the row itself), n_entries (entries in the table).
+    """
+
+    table: int = 0
+    n_entries: int = 1
+
+
+class ProductWords(TableWords):
+    """First words of a product step's row.
+
+    table, n_entries (see `TableWords`), flags (see `flags`), chunk (units in a piece: tiles or rows of the matrix).
+    """
+
+    flags: int
+    chunk: int
+
+
+TABLE, PRODUCT = columns(TableWords), columns(ProductWords)
 
 
 def flags(first: int = 0, matrices: int = 1, *, x: int = ROW, out: int = ROW, add: bool = False) -> int:
@@ -42,21 +64,21 @@ def entry_of(row, table, number):  # type: ignore[no-untyped-def]
 @njit
 def claim(row, n_units):  # type: ignore[no-untyped-def]
     """Return the next piece of a product step: entry address (0: none is left), matrix from 0, first and last unit."""
-    n_entries, matrices = load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2) >> 8 & 0xFF
-    chunk = load_i64(row, ARG0 + 3)
+    n_entries, matrices = load_i64(row, PRODUCT.n_entries), load_i64(row, PRODUCT.flags) >> 8 & 0xFF
+    chunk = load_i64(row, PRODUCT.chunk)
     pieces = (n_units + chunk - 1) // chunk
     item = claim_unit(row)
     if item >= n_entries * matrices * pieces:
         return 0, 0, 0, 0
     product, first = item // pieces, item % pieces * chunk
-    entry = entry_of(row, load_i64(row, ARG0), product // matrices)
+    entry = entry_of(row, load_i64(row, PRODUCT.table), product // matrices)
     return entry, product % matrices, first, min(first + chunk, n_units)
 
 
 @njit
 def rows_of_piece(row, entry, matrix):  # type: ignore[no-untyped-def]
     """Return a piece's matrix, whether it is fresh, the number of rows, and the first of activations and of results."""
-    settings = load_i64(row, ARG0 + 2)
+    settings = load_i64(row, PRODUCT.flags)
     number = (settings & 0xFF) + matrix
     fresh = load_i64(entry, FRESH) >> (number // 2) & 1
     x_row, out_row = load_i64(entry, settings >> 16 & 0xFF), load_i64(entry, settings >> 24 & 0xFF)

@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import types
 
-from mer.compute.kernels.entry import claim, rows_of_piece
+from mer.compute.kernels.entry import ProductWords, claim, rows_of_piece
 from mer.compute.kernels.ir import (
     F32,
     I64,
@@ -29,8 +29,9 @@ from mer.compute.kernels.ir import (
     widen_half,
 )
 from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
-from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.step import step
 from mer.compute.kernels.target import FORM, Form
+from mer.compute.kernels.words import columns
 
 F32_KIND, F16_KIND, BF16_KIND = 0, 1, 30  # ggml type ids
 # Weight rows and activation rows at once: as many as have their partial sums in registers, of 16 or 8 lanes
@@ -63,6 +64,7 @@ def float_tile(
     add: Any,
 ) -> Any:
     """Multiply `rows` weight rows with `columns` activation rows of k floats."""
+    # Lanes run along K and not, as in `tile.py`, across rows: these lie as in the file, and loads across them gather.
     n_rows, n_columns, ty = rows.literal_value, columns.literal_value, kind.literal_value
     signature = types.void(kind, rows, columns, *[types.int64] * 8)
 
@@ -100,18 +102,34 @@ def float_tile(
     return signature, codegen
 
 
+class FloatProductWords(ProductWords):
+    """Words of a row of `float_rows`.
+
+    table, n_entries, flags, chunk (see `ProductWords`), n_rows, k, row_bytes, x, x_stride (bytes), out, out_step (bytes
+    from the results of one matrix to those of the next), out_stride (bytes).
+    """
+
+    n_rows: int
+    k: int
+    row_bytes: int
+    x: int
+    x_stride: int
+    out: int
+    out_step: int
+    out_stride: int
+
+
+FLOATS = columns(FloatProductWords)
+
+
 @njit
 def float_rows(row, kind):  # type: ignore[no-untyped-def]
-    """Body of every float matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed rows.
-
-    Arguments behind those of `entry.py`: n_rows, k, row_bytes, x, x_stride_bytes, out, out_step_bytes (from the results
-    of one matrix to those of the next), out_stride_bytes.
-    """
+    """Body of every float matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed rows."""
     literally(kind)
-    n_rows, k, row_bytes = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
-    x0, x_stride, out0 = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 9)
-    out_step, out_stride = load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
-    add = load_i64(row, ARG0 + 2) >> 32
+    n_rows, k, row_bytes = load_i64(row, FLOATS.n_rows), load_i64(row, FLOATS.k), load_i64(row, FLOATS.row_bytes)
+    x0, x_stride, out0 = load_i64(row, FLOATS.x), load_i64(row, FLOATS.x_stride), load_i64(row, FLOATS.out)
+    out_step, out_stride = load_i64(row, FLOATS.out_step), load_i64(row, FLOATS.out_stride)
+    add = load_i64(row, FLOATS.flags) >> 32
     while True:
         entry, matrix, r, last = claim(row, n_rows)
         if entry == 0:
@@ -137,19 +155,19 @@ def float_rows(row, kind):  # type: ignore[no-untyped-def]
             r += _ROWS if tall else 1
 
 
-@step
+@step(FloatProductWords)
 def matmul_f32(row: int, _thread: int, _n_threads: int) -> None:
-    """F32 matrix product; arguments as in `float_rows`."""
+    """F32 matrix product."""
     float_rows(row, F32_KIND)
 
 
-@step
+@step(FloatProductWords)
 def matmul_f16(row: int, _thread: int, _n_threads: int) -> None:
-    """F16 matrix product; arguments as in `float_rows`."""
+    """F16 matrix product."""
     float_rows(row, F16_KIND)
 
 
-@step
+@step(FloatProductWords)
 def matmul_bf16(row: int, _thread: int, _n_threads: int) -> None:
-    """BF16 matrix product; arguments as in `float_rows`."""
+    """BF16 matrix product."""
     float_rows(row, BF16_KIND)

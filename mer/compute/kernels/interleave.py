@@ -34,7 +34,7 @@ from mer.compute.kernels.ir import (
     zero_bytes,
 )
 from mer.compute.kernels.numba_api import intrinsic, literally, njit
-from mer.compute.kernels.step import ARG0
+from mer.compute.kernels.words import Words, columns
 
 ROWS = 16  # rows in a tile
 _L2 = 2  # locality of a prefetch that goes past the first cache
@@ -133,6 +133,7 @@ def interleave_block(_ctx: Any, kind: Any, out: Any, block: Any, row_bytes: Any,
 
     As many bytes at `ahead` are asked for meanwhile, evenly, so that they are in the second cache when they are needed.
     """
+    # Vectors of each row are transposed; moving unit by unit takes a load and a store for each 4 bytes.
     fields = FIELDS[kind.literal_value]
 
     def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
@@ -178,18 +179,33 @@ def interleave_tile(kind, source, target, present, n_blocks, block_bytes, raw, a
         interleave_block(kind, target + done, raw + k * block_bytes, row_bytes, ahead + done)
 
 
+class InterleaveWords(Words):
+    """Words of a row of `interleave_rows`.
+
+    source, target (elsewhere; holds n_rows rounded up to 16), n_rows, n_blocks, block_bytes, raw (room for 16 rows, for
+    each thread).
+    """
+
+    source: int
+    target: int
+    n_rows: int
+    n_blocks: int
+    block_bytes: int
+    raw: int
+
+
+INTERLEAVE = columns(InterleaveWords)
+
+
 @njit
 def interleave_rows(row, thread, kind):  # type: ignore[no-untyped-def]
-    """Body of every interleaving step: turn rows of blocks into tiles, which are claimed.
-
-    Arguments: source, target (elsewhere), n_rows, n_blocks, block_bytes, raw (room for 16 rows, for each thread).
-    The target holds n_rows rounded up to 16.
-    """
+    """Body of every interleaving step: turn rows of blocks into tiles, which are claimed."""
     literally(kind)
-    source, target, n_rows = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    n_blocks, block_bytes = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
+    source, target = load_i64(row, INTERLEAVE.source), load_i64(row, INTERLEAVE.target)
+    n_rows = load_i64(row, INTERLEAVE.n_rows)
+    n_blocks, block_bytes = load_i64(row, INTERLEAVE.n_blocks), load_i64(row, INTERLEAVE.block_bytes)
     tile_bytes, n_tiles = 16 * n_blocks * block_bytes, (n_rows + 15) // 16
-    raw = load_i64(row, ARG0 + 5) + thread * tile_bytes
+    raw = load_i64(row, INTERLEAVE.raw) + thread * tile_bytes
     while True:
         tile = claim_unit(row)
         if tile >= n_tiles:

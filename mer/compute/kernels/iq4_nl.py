@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import widen_half
 from mer.compute.kernels.lanes import SHORTS, TilePiece, lookup16
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, accumulate_block, matmul_rows
 
 KIND = 20  # ggml type id
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -39,19 +39,19 @@ class IQ4_NL:
 FORMATS[KIND] = IQ4_NL()
 
 
-@step
+@step(TileProductWords)
 def matmul_iq4_nl(row: int, thread: int, _n_threads: int) -> None:
-    """IQ4_NL matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """IQ4_NL matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_iq4_nl_a15(row: int, thread: int, _n_threads: int) -> None:
-    """IQ4_NL matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """IQ4_NL matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_iq4_nl(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of IQ4_NL from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of IQ4_NL from rows as in the file."""
     interleave_rows(row, thread, KIND)

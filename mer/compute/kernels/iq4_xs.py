@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.iq4_nl import OFFSET, VALUES
 from mer.compute.kernels.ir import const
 from mer.compute.kernels.lanes import WORDS, TilePiece, half_pair, lookup16
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import Part, add_planes, integer_sums, shifted, times
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, matmul_rows
 
 KIND = 23  # ggml type id
 _SCALES, _LOW = 64, 128  # byte offsets in the tile block
@@ -61,19 +61,19 @@ class IQ4_XS:
 FORMATS[KIND] = IQ4_XS()
 
 
-@step
+@step(TileProductWords)
 def matmul_iq4_xs(row: int, thread: int, _n_threads: int) -> None:
-    """IQ4_XS matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """IQ4_XS matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_iq4_xs_a15(row: int, thread: int, _n_threads: int) -> None:
-    """IQ4_XS matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """IQ4_XS matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_iq4_xs(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of IQ4_XS from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of IQ4_XS from rows as in the file."""
     interleave_rows(row, thread, KIND)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from mer.compute.kernels.claim import claim_unit
-from mer.compute.kernels.entry import ENTRY_WORDS
+from mer.compute.kernels.entry import ENTRY_WORDS, TABLE
 from mer.compute.kernels.ir import (
     atomic_load,
     atomic_store,
@@ -21,8 +21,9 @@ from mer.compute.kernels.ir import (
     syscall6,
 )
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, ROW_WORDS, step
+from mer.compute.kernels.step import step
 from mer.compute.kernels.system_calls import CLOCK_GETTIME, IO_URING_ENTER, PPOLL, SCHED_YIELD
+from mer.compute.kernels.words import ROW_WORDS, Words, columns
 from mer.io.loan.words import (
     ADDRESSES,
     ARRANGED,
@@ -76,7 +77,6 @@ from mer.io.loan.words import (
 )
 from mer.limits import MAX_MATRICES
 
-FIRST, N_MISSING, N_HANDED = ARG0 + 6, ARG0 + 7, ARG0 + 8  # words of the row of `await_reads`
 END = 1 << 40  # for a barrier's word: the program's rows are left out, all that are left
 
 _MONOTONIC = 1
@@ -246,18 +246,27 @@ def hand_table(row, distance, steps, table, n):  # type: ignore[no-untyped-def]
     """Let so many steps at a distance behind a row work on n entries of a table."""
     for number in range(steps):
         there = row + 8 * ROW_WORDS * (distance + number)
-        store_i64(there + 8 * ARG0, table)
-        store_i64(there + 8 * (ARG0 + 1), n)
+        store_i64(there + 8 * TABLE.table, table)
+        store_i64(there + 8 * TABLE.n_entries, n)
 
 
-@step
-def begin_reads(row: int, _thread: int, _n_threads: int) -> None:
-    """Let the kernel begin what `dispatch` has logged; whoever comes first does it, while others go on.
+class BeginReadsWords(Words):
+    """Words of a row of `begin_reads`.
 
-    Arguments: control block, or 0 if there is none.
+    control (block, or 0 if there is none).
     """
-    if load_i64(row, ARG0) != 0 and claim_unit(row) == 0:
-        submit(load_i64(row, ARG0))
+
+    control: int
+
+
+BEGIN_READS = columns(BeginReadsWords)
+
+
+@step(BeginReadsWords)
+def begin_reads(row: int, _thread: int, _n_threads: int) -> None:
+    """Let the kernel begin what `dispatch` has logged; whoever comes first does it, while others go on."""
+    if load_i64(row, BEGIN_READS.control) != 0 and claim_unit(row) == 0:
+        submit(load_i64(row, BEGIN_READS.control))
 
 
 @njit
@@ -266,21 +275,39 @@ def _landed(control, number):  # type: ignore[no-untyped-def]
     return load_i64(load_i64(control, LOG) + 8 * LOG_WORDS * number, ENDED_NS) != 0
 
 
-@step
+class AwaitReadsWords(Words):
+    """Words of a row of `await_reads`.
+
+    control (block), end (int64, set to `END` then), stop (int64, set to the layer's number plus 1 then), layer, table
+    (of missing experts), steps (for a table, which follow behind `next_turn`); and, set by `dispatch` for each layer,
+    first (the number of the table's first expert in the log), n_missing (experts in the table) and n_handed (how many
+    of them have had their turn).
+    """
+
+    control: int
+    end: int
+    stop: int
+    layer: int
+    table: int
+    steps: int
+    first: int = 0
+    n_missing: int = 0
+    n_handed: int = 0
+
+
+AWAIT = columns(AwaitReadsWords)
+
+
+@step(AwaitReadsWords)
 def await_reads(row: int, _thread: int, _n_threads: int) -> None:
     """Wait until the next missing expert is in memory, and leave it and those that are there too to the steps behind.
 
     Whoever comes first does it. If a read fails or takes too long, end the program.
-
-    Arguments: control block, end (int64, set to `END` then), stop (int64, set to the layer's number plus 1 then),
-    layer, table of missing experts, number of the steps for a table, which follow behind `next_turn`; and, set by
-    `dispatch` for each layer, the number of the table's first expert in the log, how many experts it has, and how many
-    of them have had their turn.
     """
     if claim_unit(row) != 0:
         return
-    control = load_i64(row, ARG0)
-    first, n, ready = load_i64(row, FIRST), load_i64(row, N_MISSING), load_i64(row, N_HANDED)
+    control = load_i64(row, AWAIT.control)
+    first, n, ready = load_i64(row, AWAIT.first), load_i64(row, AWAIT.n_missing), load_i64(row, AWAIT.n_handed)
     begun_ns = now_ns(control)
     reads_ns = load_i64(load_i64(control, LOG) + 8 * LOG_WORDS * first, BEGUN_NS)
     last_ns = reads_ns + load_i64(control, GIVE_UP_NS)
@@ -293,6 +320,7 @@ def await_reads(row: int, _thread: int, _n_threads: int) -> None:
             break
         if n_read > 0:
             submit(control)
+        # Polling first: to sleep at once costs as much as a short read. Polling on would take a core from others.
         if waited_ns < _YIELD_NS:
             for _ in range(_POLLS):
                 pause()
@@ -307,22 +335,33 @@ def await_reads(row: int, _thread: int, _n_threads: int) -> None:
         store_i64(load_i64(control, LOG) + 8 * (LOG_WORDS * (first + ready) + ARRANGED), 1)
         ready += 1
     if ready == handed:
-        store_i64(load_i64(row, ARG0 + 1), END)
-        store_i64(load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3) + 1)
+        store_i64(load_i64(row, AWAIT.end), END)
+        store_i64(load_i64(row, AWAIT.stop), load_i64(row, AWAIT.layer) + 1)
         return
-    store_i64(row + 8 * N_HANDED, ready)
-    hand_table(row, 2, load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 4) + 8 * ENTRY_WORDS * handed, ready - handed)
+    store_i64(row + 8 * AWAIT.n_handed, ready)
+    steps, rest = load_i64(row, AWAIT.steps), load_i64(row, AWAIT.table) + 8 * ENTRY_WORDS * handed
+    hand_table(row, 2, steps, rest, ready - handed)
 
 
-@step
+class NextTurnWords(Words):
+    """Words of a row of `next_turn`.
+
+    again (int64, set to the number of steps to go on by at the end of the table's steps).
+    """
+
+    again: int
+
+
+NEXT_TURN = columns(NextTurnWords)
+
+
+@step(NextTurnWords)
 def next_turn(row: int, _thread: int, _n_threads: int) -> None:
     """Behind `await_reads`, tell whether to come back to it when what it has left to the steps is done.
 
     Whoever comes first does it.
-
-    Arguments: again (int64, set to the number of steps to go on by at the end of the table's steps).
     """
     if claim_unit(row) == 0:
         wait = row - 8 * ROW_WORDS
-        done = load_i64(wait, N_HANDED) == load_i64(wait, N_MISSING)
-        store_i64(load_i64(row, ARG0), 0 if done else -(load_i64(wait, ARG0 + 5) + 2))
+        done = load_i64(wait, AWAIT.n_handed) == load_i64(wait, AWAIT.n_missing)
+        store_i64(load_i64(row, NEXT_TURN.again), 0 if done else -(load_i64(wait, AWAIT.steps) + 2))

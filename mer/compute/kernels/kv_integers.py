@@ -100,6 +100,7 @@ def score_rows(b: Any, n_rows: int, at: Pass) -> None:
 
     q is int16 [C / 2, 8, 2] and, behind, the float32 factors of the 8 rows, as `pack_query` writes them.
     """
+    # Keys are multiplied as integers: as float32 each would be converted first, once for each pass.
     n_vectors = vectors_at_once(n_rows)
     scales = at.scales(b, at.keys)
     factors = b.add(at.q, b.mul(at.c, i64(16)))
@@ -152,6 +153,7 @@ def mix_rows(b: Any, n_rows: int, at: Pass, keeps: list[Any]) -> None:
 
     For `n_rows` rows: out [rows, P], powers [rows, 64] in place of the scores, zero for all other positions, float32.
     """
+    # Powers are rounded to integers: as float32 each value would be converted first, once for each pass.
     n_vectors = vectors_at_once(n_rows)
     targets, scales = at.targets(b, n_rows), at.scales(b, at.values)
     rounded = b.add(at.scores, i64(8 * SCORE_BYTES + 128))

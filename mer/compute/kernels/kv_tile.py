@@ -122,6 +122,7 @@ def tile_pass(
     Positions from `first` before `last` count. q is float32 [C, 8], or what `pack_query` writes for Q8_0; out is
     float32 [rows, P]; scores has room for `PASS_BYTES`. `ahead` is the address of the tile that is read next.
     """
+    # Results are rescaled from tile to tile; to know the maximum before would take reading all keys twice.
     signature = types.void(kind, types.int64, *[types.int64] * 12)
 
     def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:

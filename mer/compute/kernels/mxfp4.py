@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const
 from mer.compute.kernels.lanes import BYTES, FLOATS, WORDS, TilePiece, lookup16
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, accumulate_block, matmul_rows
 
 KIND = 39  # ggml type id
 VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -51,19 +51,19 @@ class MXFP4:
 FORMATS[KIND] = MXFP4()
 
 
-@step
+@step(TileProductWords)
 def matmul_mxfp4(row: int, thread: int, _n_threads: int) -> None:
-    """MXFP4 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """MXFP4 matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_mxfp4_a15(row: int, thread: int, _n_threads: int) -> None:
-    """MXFP4 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """MXFP4 matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_mxfp4(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of MXFP4 from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of MXFP4 from rows as in the file."""
     interleave_rows(row, thread, KIND)

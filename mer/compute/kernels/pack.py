@@ -11,11 +11,12 @@ from __future__ import annotations
 import numpy as np
 
 from mer.compute.kernels.claim import chunk_of, claim_unit
-from mer.compute.kernels.entry import COUNT, PAIR, ROW, entry_of
+from mer.compute.kernels.entry import COUNT, PAIR, ROW, TableWords, entry_of
 from mer.compute.kernels.ir import load_i32, load_i64, store_f32, store_i32
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.step import step
 from mer.compute.kernels.vector import amax, quantize16, quantize16_high, quantize16_low, swiglu16
+from mer.compute.kernels.words import columns
 
 _TINY = np.float32(2.0**-126)  # the reciprocal of a smaller scale may be infinite; such blocks become zero
 _MIN_WEIGHTS = 512  # fewer take less time than claiming them
@@ -56,21 +57,41 @@ def _quantize_block(block, size, sums, planes, columns, place, plane, xq, xs, xs
             store_i32(xsum, (plane + columns) * sums + s, rest)
 
 
-@step
+class PackWords(TableWords):
+    """Words of a row of `pack`.
+
+    table, n_entries (see `TableWords`), x, x_stride (bytes), index (of x, int32 for each (token, choice) pair, or 0 for
+    the entry's own rows), up (bytes from a row of x to its partner, or 0), n_blocks, block_weights, sums_per_block, xq,
+    xs, xsum, planes.
+    """
+
+    x: int
+    x_stride: int
+    index: int = 0
+    up: int = 0
+    n_blocks: int
+    block_weights: int
+    sums_per_block: int
+    xq: int
+    xs: int
+    xsum: int
+    planes: int
+
+
+PACK = columns(PackWords)
+
+
+@step(PackWords)
 def pack(row: int, _thread: int, n_threads: int) -> None:
     """Quantize rows of float32 into packed blocks; runs of an entry's (row, block) pairs are claimed.
 
     The rows of an entry are its own of x, and are packed together. With `up`, first x = silu(x) * up in place.
-
-    Arguments: table, number of entries, x, x_stride_bytes, index (of x, int32 for each (token, choice) pair, or 0 for
-    the entry's own rows), up (bytes from a row of x to its partner, or 0), n_blocks, block_weights, sums_per_block, xq,
-    xs, xsum, planes.
     """
-    table, n_entries = load_i64(row, ARG0), load_i64(row, ARG0 + 1)
-    x, x_stride, index = load_i64(row, ARG0 + 2), load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
-    up, n_blocks, size = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
-    sums, planes = load_i64(row, ARG0 + 8), load_i64(row, ARG0 + 12)
-    xq, xs, xsum = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
+    table, n_entries = load_i64(row, PACK.table), load_i64(row, PACK.n_entries)
+    x, x_stride, index = load_i64(row, PACK.x), load_i64(row, PACK.x_stride), load_i64(row, PACK.index)
+    up, n_blocks, size = load_i64(row, PACK.up), load_i64(row, PACK.n_blocks), load_i64(row, PACK.block_weights)
+    sums, planes = load_i64(row, PACK.sums_per_block), load_i64(row, PACK.planes)
+    xq, xs, xsum = load_i64(row, PACK.xq), load_i64(row, PACK.xs), load_i64(row, PACK.xsum)
     unit, before = claim_unit(row), 0
     for number in range(n_entries):
         entry = entry_of(row, table, number)

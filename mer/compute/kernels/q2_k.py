@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const
 from mer.compute.kernels.lanes import PAIRS, QUADS, WORDS, TilePiece, half_pair
 from mer.compute.kernels.step import step
@@ -27,7 +27,7 @@ from mer.compute.kernels.super_block import (
     subtract_minima,
     times,
 )
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, joined, matmul_rows
 
 KIND = 10  # ggml type id
 _SCALES, _LOW = 64, 320  # byte offsets in the tile block
@@ -76,19 +76,19 @@ class Q2_K:
 FORMATS[KIND] = Q2_K()
 
 
-@step
+@step(TileProductWords)
 def matmul_q2_k(row: int, thread: int, _n_threads: int) -> None:
-    """Q2_K matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """Q2_K matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_q2_k_a15(row: int, thread: int, _n_threads: int) -> None:
-    """Q2_K matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """Q2_K matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_q2_k(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of Q2_K from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of Q2_K from rows as in the file."""
     interleave_rows(row, thread, KIND)

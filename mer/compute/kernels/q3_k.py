@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import I16, const, splat, widen_half
 from mer.compute.kernels.lanes import PAIRS, QUADS, SHORTS, WORDS, TilePiece
 from mer.compute.kernels.q2_k import bit_pairs
@@ -27,7 +27,7 @@ from mer.compute.kernels.super_block import (
     shifted,
     times,
 )
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, joined, matmul_rows
 
 KIND = 11  # ggml type id
 _HIGH, _LOW, _SCALES = 32, 544, 1568  # byte offsets in the tile block
@@ -84,19 +84,19 @@ class Q3_K:
 FORMATS[KIND] = Q3_K()
 
 
-@step
+@step(TileProductWords)
 def matmul_q3_k(row: int, thread: int, _n_threads: int) -> None:
-    """Q3_K matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """Q3_K matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_q3_k_a15(row: int, thread: int, _n_threads: int) -> None:
-    """Q3_K matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """Q3_K matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_q3_k(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of Q3_K from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of Q3_K from rows as in the file."""
     interleave_rows(row, thread, KIND)

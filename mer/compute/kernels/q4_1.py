@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import fma, widen_half
 from mer.compute.kernels.lanes import FLOATS, SHORTS, TilePiece
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, block_dot, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, block_dot, joined, matmul_rows
 
 KIND = 3  # ggml type id
 
@@ -46,19 +46,19 @@ class Q4_1:
 FORMATS[KIND] = Q4_1()
 
 
-@step
+@step(TileProductWords)
 def matmul_q4_1(row: int, thread: int, _n_threads: int) -> None:
-    """Q4_1 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """Q4_1 matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_q4_1_a15(row: int, thread: int, _n_threads: int) -> None:
-    """Q4_1 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """Q4_1 matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_q4_1(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of Q4_1 from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of Q4_1 from rows as in the file."""
     interleave_rows(row, thread, KIND)

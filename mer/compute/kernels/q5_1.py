@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.lanes import TilePiece, half_pair
 from mer.compute.kernels.q4_1 import add_with_minimum
 from mer.compute.kernels.q5_0 import five_bits
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, block_dot, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, block_dot, matmul_rows
 
 KIND = 7  # ggml type id
 
@@ -37,19 +37,19 @@ class Q5_1:
 FORMATS[KIND] = Q5_1()
 
 
-@step
+@step(TileProductWords)
 def matmul_q5_1(row: int, thread: int, _n_threads: int) -> None:
-    """Q5_1 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """Q5_1 matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_q5_1_a15(row: int, thread: int, _n_threads: int) -> None:
-    """Q5_1 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """Q5_1 matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_q5_1(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of Q5_1 from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of Q5_1 from rows as in the file."""
     interleave_rows(row, thread, KIND)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import I16, const, splat
 from mer.compute.kernels.lanes import PAIRS, QUADS, TilePiece
 from mer.compute.kernels.q4_k import Q4_K
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import times
-from mer.compute.kernels.tile import FORMATS, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, matmul_rows
 
 KIND = 13  # ggml type id
 _HIGH = 256  # byte offset of the high bits in the tile block
@@ -44,19 +44,19 @@ class Q5_K(Q4_K):
 FORMATS[KIND] = Q5_K()
 
 
-@step
+@step(TileProductWords)
 def matmul_q5_k(row: int, thread: int, _n_threads: int) -> None:
-    """Q5_K matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """Q5_K matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_q5_k_a15(row: int, thread: int, _n_threads: int) -> None:
-    """Q5_K matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """Q5_K matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_q5_k(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of Q5_K from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of Q5_K from rows as in the file."""
     interleave_rows(row, thread, KIND)

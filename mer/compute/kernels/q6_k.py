@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const, widen_half
 from mer.compute.kernels.lanes import BYTES, PAIRS, QUADS, SHORTS, WORDS, TilePiece
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import Part, add_planes, begin_of_halves, halves, integer_sums, times
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, matmul_rows
 
 KIND = 14  # ggml type id
 _SCALES, _LOW, _HIGH = 32, 288, 2336  # byte offsets in the tile block
@@ -75,19 +75,19 @@ class Q6_K:
 FORMATS[KIND] = Q6_K()
 
 
-@step
+@step(TileProductWords)
 def matmul_q6_k(row: int, thread: int, _n_threads: int) -> None:
-    """Q6_K matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """Q6_K matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_q6_k_a15(row: int, thread: int, _n_threads: int) -> None:
-    """Q6_K matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """Q6_K matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_q6_k(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of Q6_K from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of Q6_K from rows as in the file."""
     interleave_rows(row, thread, KIND)

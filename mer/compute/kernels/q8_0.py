@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from mer.compute.kernels.dots import Quants
-from mer.compute.kernels.interleave import interleave_rows
+from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import widen_half
 from mer.compute.kernels.lanes import QUADS, SHORTS, TilePiece
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, accumulate_block, matmul_rows
+from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, accumulate_block, matmul_rows
 
 KIND = 8  # ggml type id
 
@@ -35,19 +35,19 @@ class Q8_0:
 FORMATS[KIND] = Q8_0()
 
 
-@step
+@step(TileProductWords)
 def matmul_q8_0(row: int, thread: int, _n_threads: int) -> None:
-    """Q8_0 matrix product on int8 activations; arguments as in `matmul_rows`."""
+    """Q8_0 matrix product on int8 activations."""
     matmul_rows(row, thread, KIND, 1)
 
 
-@step
+@step(TileProductWords)
 def matmul_q8_0_a15(row: int, thread: int, _n_threads: int) -> None:
-    """Q8_0 matrix product on 15-bit activations; arguments as in `matmul_rows`."""
+    """Q8_0 matrix product on 15-bit activations."""
     matmul_rows(row, thread, KIND, 2)
 
 
-@step
+@step(InterleaveWords)
 def interleave_q8_0(row: int, thread: int, _n_threads: int) -> None:
-    """Tiles of Q8_0 from rows as in the file; arguments as in `interleave_rows`."""
+    """Tiles of Q8_0 from rows as in the file."""
     interleave_rows(row, thread, KIND)

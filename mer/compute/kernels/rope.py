@@ -16,8 +16,9 @@ from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64, sto
 from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND, size_of_tile
 from mer.compute.kernels.kv_tile import store_half, store_i8
 from mer.compute.kernels.numba_api import literally, njit
-from mer.compute.kernels.step import ARG0, Step, step
+from mer.compute.kernels.step import step
 from mer.compute.kernels.vector import amax, rotate, scale_product
+from mer.compute.kernels.words import Words, columns
 
 _MIN_VALUES = 512  # heads of fewer values take less time than claiming them
 
@@ -86,28 +87,60 @@ def _store_head(kind, tile, scales, source, c, start, block_step, pair_step, ste
                 store_f32(tile, at, x)
 
 
+class RopeStoreWords(Words):
+    """Words of a row of `rope_store`.
+
+    q_raw, k_raw (is changed), v_raw, q_raw_stride, kv_raw_stride (bytes), q (float32 [T, H, C padded to 16]), n (T),
+    heads (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines, sines), q_norm
+    (or 0), k_norm (or 0), eps (address), kv (the layer's tiles in block 0), block_bytes, positions (int32 [T]),
+    sequences (int32 [T]), table (int32), max_blocks.
+    """
+
+    q_raw: int
+    k_raw: int
+    v_raw: int
+    q_raw_stride: int
+    kv_raw_stride: int
+    q: int
+    n: int
+    heads: int
+    c: int
+    rope: int
+    angles: int
+    q_norm: int
+    k_norm: int
+    eps: int
+    kv: int
+    block_bytes: int
+    positions: int
+    sequences: int
+    table: int
+    max_blocks: int
+
+
+ROPE = columns(RopeStoreWords)
+
+
 @njit
 def _rope_store(row, n_threads, kind):  # type: ignore[no-untyped-def]
     """Normalize (where the model does) and rotate Q and K, Q into padded heads, and write K and V to the KV cache.
 
-    Arguments: q_raw, k_raw (is changed), v_raw, q_raw_stride_bytes, kv_raw_stride_bytes, q (float32 [T, H, C padded to
-    16]), n (T), heads (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines,
-    sines), q_norm (or 0), k_norm (or 0), eps (address), kv (the layer's tiles in block 0), block_bytes, positions
-    (int32 [T]), sequences (int32 [T]), table (int32), max_blocks. Runs of (row, head) pairs are claimed.
+    Runs of (row, head) pairs are claimed.
     """
     literally(kind)
-    q_raw, k_raw, v_raw = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    q_stride, kv_stride, q = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5)
-    n, heads, c = load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
-    rope, angles = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10)
-    q_norm, k_norm, eps = load_i64(row, ARG0 + 11), load_i64(row, ARG0 + 12), load_f32(load_i64(row, ARG0 + 13), 0)
-    kv, block_bytes = load_i64(row, ARG0 + 14), load_i64(row, ARG0 + 15)
-    positions, sequences = load_i64(row, ARG0 + 16), load_i64(row, ARG0 + 17)
-    table, max_blocks = load_i64(row, ARG0 + 18), load_i64(row, ARG0 + 19)
+    q_raw, k_raw, v_raw = load_i64(row, ROPE.q_raw), load_i64(row, ROPE.k_raw), load_i64(row, ROPE.v_raw)
+    q_stride, kv_stride, q = load_i64(row, ROPE.q_raw_stride), load_i64(row, ROPE.kv_raw_stride), load_i64(row, ROPE.q)
+    n, heads, c = load_i64(row, ROPE.n), load_i64(row, ROPE.heads), load_i64(row, ROPE.c)
+    rope, angles = load_i64(row, ROPE.rope), load_i64(row, ROPE.angles)
+    q_norm, k_norm, eps = load_i64(row, ROPE.q_norm), load_i64(row, ROPE.k_norm), load_f32(load_i64(row, ROPE.eps), 0)
+    kv, block_bytes = load_i64(row, ROPE.kv), load_i64(row, ROPE.block_bytes)
+    positions, sequences = load_i64(row, ROPE.positions), load_i64(row, ROPE.sequences)
+    table, max_blocks = load_i64(row, ROPE.table), load_i64(row, ROPE.max_blocks)
     h, g = heads >> 32, heads & 0xFFFFFFFF
     rope_dim, pair = rope >> 32, rope & 0xFFFFFFFF
     q_head, padded = (c + 15) // 16 * 64, (c + 31) // 32 * 32
     tile_size = size_of_tile(kind, padded)
+    # Rotated and stored by one step: by two, each head would leave the cache in between, behind one more barrier.
     items = n * (h + 2 * g)
     chunk = chunk_of(items, n_threads, max(1, _MIN_VALUES // c))
     while True:
@@ -144,22 +177,22 @@ def _rope_store(row, n_threads, kind):  # type: ignore[no-untyped-def]
                     _store_head(kind, target, scales, source, c, 32 * slot, 2048, 2, 1)
 
 
-@step
+@step(RopeStoreWords)
 def rope_store_f32(row: int, _thread: int, n_threads: int) -> None:
-    """RoPE and the write into a KV cache of F32; arguments as in `_rope_store`."""
+    """RoPE and the write into a KV cache of F32."""
     _rope_store(row, n_threads, F32_KIND)
 
 
-@step
+@step(RopeStoreWords)
 def rope_store_f16(row: int, _thread: int, n_threads: int) -> None:
-    """RoPE and the write into a KV cache of F16; arguments as in `_rope_store`."""
+    """RoPE and the write into a KV cache of F16."""
     _rope_store(row, n_threads, F16_KIND)
 
 
-@step
+@step(RopeStoreWords)
 def rope_store_q8_0(row: int, _thread: int, n_threads: int) -> None:
-    """RoPE and the write into a KV cache of Q8_0; arguments as in `_rope_store`."""
+    """RoPE and the write into a KV cache of Q8_0."""
     _rope_store(row, n_threads, Q8_0_KIND)
 
 
-ROPE_STORE: dict[int, Step] = {F32_KIND: rope_store_f32, F16_KIND: rope_store_f16, Q8_0_KIND: rope_store_q8_0}
+ROPE_STORE = {F32_KIND: rope_store_f32, F16_KIND: rope_store_f16, Q8_0_KIND: rope_store_q8_0}

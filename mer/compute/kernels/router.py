@@ -28,7 +28,8 @@ from mer.compute.kernels.ir import (
     store_i32,
 )
 from mer.compute.kernels.numba_api import cgutils, intrinsic
-from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.step import step
+from mer.compute.kernels.words import Words, columns
 
 _V16I64 = ir.VectorType(I64, LANES)
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
@@ -92,7 +93,28 @@ def _best_below(_ctx: Any, scores: Any, n: Any, below: Any) -> Any:
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
-@step
+class RouteWords(Words):
+    """Words of a row of `route`.
+
+    logits (float32), stride (bytes, whole vectors of 16), n, n_experts, k, ids (int32 [n, k]), weights (float32 [n,
+    k]), damaged (int32 [n], or 0), over_all (1: the weights are shares of all experts).
+    """
+
+    logits: int
+    stride: int
+    n: int
+    n_experts: int
+    k: int
+    ids: int
+    weights: int
+    damaged: int
+    over_all: int
+
+
+ROUTE = columns(RouteWords)
+
+
+@step(RouteWords)
 def route(row: int, _thread: int, _n_threads: int) -> None:
     """Write the k experts with the largest logits, in descending order, ties to the lower number, and their weights.
 
@@ -100,13 +122,12 @@ def route(row: int, _thread: int, _n_threads: int) -> None:
     renormalized over the chosen, and needs no look at the others. A logit that is not finite sets the row's
     `damaged`, if there is one; NaN then ranks as minus infinity, so that the k experts are always different ones.
 
-    Arguments: logits (float32), stride_bytes (whole vectors of 16), n, n_experts, k, ids (int32 [n, k]), weights
-    (float32 [n, k]), damaged (int32 [n], or 0), over_all (1: the weights are shares of all experts). Rows are claimed.
+    Rows are claimed.
     """
-    logits, stride, n = load_i64(row, ARG0), load_i64(row, ARG0 + 1), load_i64(row, ARG0 + 2)
-    n_experts, k = load_i64(row, ARG0 + 3), load_i64(row, ARG0 + 4)
-    ids, weights, damaged = load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6), load_i64(row, ARG0 + 7)
-    over_all = load_i64(row, ARG0 + 8)
+    logits, stride, n = load_i64(row, ROUTE.logits), load_i64(row, ROUTE.stride), load_i64(row, ROUTE.n)
+    n_experts, k = load_i64(row, ROUTE.n_experts), load_i64(row, ROUTE.k)
+    ids, weights, damaged = load_i64(row, ROUTE.ids), load_i64(row, ROUTE.weights), load_i64(row, ROUTE.damaged)
+    over_all = load_i64(row, ROUTE.over_all)
     while True:
         t = claim_unit(row)
         if t >= n:
@@ -114,6 +135,7 @@ def route(row: int, _thread: int, _n_threads: int) -> None:
         scores = logits + t * stride
         if damaged != 0 and not _all_finite(scores, n_experts):
             store_i32(damaged, t, np.int32(1))
+        # One look at all scores for each of the k: a few vectors, in which sorting would cost a branch per expert.
         key, top, total = _HIGHEST, np.float32(0), 0.0
         for j in range(k):
             key = _best_below(scores, n_experts, key)

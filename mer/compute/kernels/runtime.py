@@ -35,8 +35,9 @@ from mer.compute.kernels.ir import (
     syscall6,
 )
 from mer.compute.kernels.numba_api import njit
-from mer.compute.kernels.step import BARRIER, COUNTER, FUNCTION, ROW_WORDS, nogil_function
+from mer.compute.kernels.step import nogil_function
 from mer.compute.kernels.system_calls import FUTEX, SCHED_YIELD, WRITE
+from mer.compute.kernels.words import BARRIER, COUNTER, FUNCTION, ROW_WORDS
 
 STATE: Final = 0  # int64: epoch << 32 | row << 12 | threads inside
 STOP: Final = 64  # int32, non-zero ends the threads

@@ -25,7 +25,7 @@ from llvmlite import ir
 from numba import types
 
 from mer.compute.kernels.dots import Place, Quants, dots
-from mer.compute.kernels.entry import claim, rows_of_piece
+from mer.compute.kernels.entry import ProductWords, claim, rows_of_piece
 from mer.compute.kernels.interleave import ROWS, interleave_tile
 from mer.compute.kernels.ir import (
     F32,
@@ -43,7 +43,7 @@ from mer.compute.kernels.ir import (
 )
 from mer.compute.kernels.lanes import FLOATS, PAIRS, PIECES, QUADS, ROW_LANES, WORDS, TilePiece
 from mer.compute.kernels.numba_api import cgutils, intrinsic, literally, njit
-from mer.compute.kernels.step import ARG0
+from mer.compute.kernels.words import columns
 
 PLANE_SHIFT = 7  # the first of two planes counts 2**7 times the second
 _SMALL_BLOCK_BYTES = 1024  # a larger block asks for what lies ahead bit by bit: more requests at once would wait
@@ -152,6 +152,7 @@ def tile(
 
     `kind`, `planes` and `columns` are compile-time integers; the others are int64 addresses, counts, and bytes.
     """
+    # Along K first, with all columns' sums in registers: column by column, each would decode the weights again.
     fmt, n_planes, n_columns = FORMATS[kind.literal_value], planes.literal_value, columns.literal_value
     signature = types.void(kind, planes, columns, *[types.int64] * 8)
 
@@ -181,25 +182,50 @@ def tile(
     return signature, codegen
 
 
+class TileProductWords(ProductWords):
+    """Words of a row of `matmul_rows`.
+
+    table, n_entries, flags, chunk (see `ProductWords`), n_rows, n_blocks, block_bytes, block_weights, sums_per_block,
+    xq, xs, xsum, out, out_step (bytes from the results of one matrix to those of the next), out_stride (bytes), raw
+    (room for 16 rows as in the file) and raw_stride (bytes from a thread's room to the next one's: other threads may be
+    in other steps).
+    """
+
+    n_rows: int
+    n_blocks: int
+    block_bytes: int
+    block_weights: int
+    sums_per_block: int
+    xq: int
+    xs: int
+    xsum: int
+    out: int
+    out_step: int
+    out_stride: int
+    raw: int
+    raw_stride: int
+
+
+TILES = columns(TileProductWords)
+
+
 @njit
 def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
     """Body of every quantized matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed tiles.
 
     Tiles of a fresh matrix are put in order just before they are used, in place.
-
-    Arguments behind those of `entry.py`: n_rows, n_blocks, block_bytes, block_weights, sums_per_block, xq, xs, xsum,
-    out, out_step_bytes (from the results of one matrix to those of the next), out_stride_bytes, raw (room for 16 rows
-    as in the file) and raw_stride_bytes (from a thread's room to the next one's: other threads may be in other steps).
     """
     literally(kind)
     literally(planes)
-    n_rows, n_blocks, block_bytes = load_i64(row, ARG0 + 4), load_i64(row, ARG0 + 5), load_i64(row, ARG0 + 6)
-    block_weights, sums = load_i64(row, ARG0 + 7), load_i64(row, ARG0 + 8)
-    xq0, xs0, xsum0 = load_i64(row, ARG0 + 9), load_i64(row, ARG0 + 10), load_i64(row, ARG0 + 11)
-    out0, out_step, out_stride = load_i64(row, ARG0 + 12), load_i64(row, ARG0 + 13), load_i64(row, ARG0 + 14)
-    add = load_i64(row, ARG0 + 2) >> 32
+    n_rows, n_blocks = load_i64(row, TILES.n_rows), load_i64(row, TILES.n_blocks)
+    block_bytes = load_i64(row, TILES.block_bytes)
+    block_weights, sums = load_i64(row, TILES.block_weights), load_i64(row, TILES.sums_per_block)
+    xq0, xs0, xsum0 = load_i64(row, TILES.xq), load_i64(row, TILES.xs), load_i64(row, TILES.xsum)
+    out0, out_step = load_i64(row, TILES.out), load_i64(row, TILES.out_step)
+    out_stride = load_i64(row, TILES.out_stride)
+    add = load_i64(row, TILES.flags) >> 32
     n_tiles, tile_bytes = (n_rows + 15) // 16, 16 * n_blocks * block_bytes
-    raw = load_i64(row, ARG0 + 15) + thread * load_i64(row, ARG0 + 16)
+    raw = load_i64(row, TILES.raw) + thread * load_i64(row, TILES.raw_stride)
     q_stride, sum_stride, s_stride = planes * n_blocks * block_weights, 4 * planes * n_blocks * sums, 4 * n_blocks
     while True:
         entry, matrix, r, last = claim(row, n_tiles)
@@ -210,7 +236,7 @@ def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
         out = out0 + matrix * out_step + out_row * out_stride
         while r < last:
             wr, to = w + r * tile_bytes, out + 64 * r
-            if fresh != 0:
+            if fresh != 0:  # here, and not by a step before: that would take the matrix through memory once more
                 ahead = w + min(r + 1, last - 1) * tile_bytes
                 interleave_tile(kind, wr, wr, min(16, n_rows - 16 * r), n_blocks, block_bytes, raw, ahead)
             r += 1

@@ -24,6 +24,7 @@ from mer.compute.kernels.step import Step
 from mer.compute.kernels.target import FORM
 from mer.compute.messages import Advance, Batch, Begin, Combine, ComputeWorker, Done, Job
 from mer.errors import ComputeError, ConfigError, NumericsError
+from tests._lib.steps import row_of
 from tests.compute.kernels.test_runtime import count, hold_first
 
 _STEP = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -71,7 +72,7 @@ class Script:
             self.layers.append(layer)
 
         self._steps.append(Callback(act))
-        program.add(cast(Step, self._steps[-1]))
+        program.add((cast(Step, self._steps[-1]),))
 
     def damaged(self) -> Any:
         return np.zeros(0, np.int32)
@@ -119,8 +120,8 @@ async def working(script: Script, n_threads: int = 2) -> AsyncIterator[CPUWorker
 def test_a_team_says_how_many_threads_took_part_and_why() -> None:
     room = Memory(64)
     program, both = Program(), Program()
-    program.add(count, room.address, 1)
-    both.add(hold_first, room.address + 8, 2)  # takes two threads
+    program.add(row_of(count, room.address, 1))
+    both.add(row_of(hold_first, room.address + 8, 2))  # takes two threads
     team = Team(3)
     assert team.active() == (0, "nothing has been computed yet")
     team.open()

@@ -15,6 +15,7 @@ from mer.compute.kernels.runtime import run_alone
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
 from tests._lib.quantize import HALVES, Type
+from tests._lib.steps import row_of
 
 KINDS = sorted(MATRIX_TYPES)
 
@@ -55,7 +56,7 @@ def test_tiles_go_back_to_the_order_of_the_file(kind: GGMLType, rows: int) -> No
     step = INTERLEAVE_STEPS[int(kind)]
     step.compile()
     program = Program()
-    program.add(step, int(raw.ctypes.data), tiles.address, rows, 3, kind.block_bytes, scratch.address)
+    program.add(row_of(step, int(raw.ctypes.data), tiles.address, rows, 3, kind.block_bytes, scratch.address))
     run_alone(program.address, program.length)
     stored = tiles.view(tiles.address, n_bytes)
     assert not np.array_equal(stored[: raw.size], raw.ravel())

@@ -14,8 +14,9 @@ from numba import types
 from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
 from mer.compute.kernels.ir import V16F32, load, load_i64, store
 from mer.compute.kernels.numba_api import intrinsic
-from mer.compute.kernels.step import ARG0, step
+from mer.compute.kernels.step import step
 from mer.compute.kernels.vector import exp_of_negative, exp_vector
+from mer.compute.kernels.words import Words, columns
 from mer.compute.reference.blocks.feed_forward import silu
 from mer.compute.reference.blocks.norm import rms_norm as reference_norm
 from tests._lib.steps import F32, Areas, address, run_step
@@ -38,18 +39,28 @@ def _in_place(emit: Callable[[Any, Any], Any]) -> Any:
 _exp16, _negative_exp16 = _in_place(exp_vector), _in_place(exp_of_negative)
 
 
-@step
+class VectorWords(Words):
+    """x (float32), n (a multiple of 16)."""
+
+    x: int
+    n: int
+
+
+VECTOR = columns(VectorWords)
+
+
+@step(VectorWords)
 def exponential(row: int, _thread: int, _n_threads: int) -> None:
-    """Write x = e**x. Arguments: x, n."""
-    for start in range(load_i64(row, ARG0 + 1) // 16):
-        _exp16(load_i64(row, ARG0) + 64 * start)
+    """Write x = e**x."""
+    for start in range(load_i64(row, VECTOR.n) // 16):
+        _exp16(load_i64(row, VECTOR.x) + 64 * start)
 
 
-@step
+@step(VectorWords)
 def negative_exponential(row: int, _thread: int, _n_threads: int) -> None:
-    """Write x = e**x for x of at most 0. Arguments: x, n."""
-    for start in range(load_i64(row, ARG0 + 1) // 16):
-        _negative_exp16(load_i64(row, ARG0) + 64 * start)
+    """Write x = e**x for x of at most 0."""
+    for start in range(load_i64(row, VECTOR.n) // 16):
+        _negative_exp16(load_i64(row, VECTOR.x) + 64 * start)
 
 
 def exponentials(x: F32) -> F32:

@@ -17,8 +17,11 @@ from numba import types
 from mer.compute.cpu.program import Program
 from mer.compute.kernels import job_reads
 from mer.compute.kernels.dispatch import dispatch
-from mer.compute.kernels.job_reads import END, FIRST, await_reads, begin_reads, next_turn
-from mer.compute.kernels.step import ARG0, COUNTER, ROW_WORDS, nogil_function
+from mer.compute.kernels.entry import TABLE, TableWords
+from mer.compute.kernels.job_reads import AWAIT, END, await_reads, next_turn
+from mer.compute.kernels.step import Step, nogil_function
+from mer.compute.kernels.step import step as kernel_step
+from mer.compute.kernels.words import COUNTER, ROW_WORDS
 from mer.io.arena import Arena
 from mer.io.extents import PROJECTIONS, ExpertExtents, ExpertMap, ExpertPart
 from mer.io.ggml import GGMLType
@@ -47,6 +50,11 @@ N_LAYERS, N_EXPERTS = 5, 7
 keep = nogil_function(types.void(*[types.int64] * 3))(job_reads.keep.py_func)
 log_read = nogil_function(types.int64(*[types.int64] * 4))(job_reads.log_read.py_func)
 submit = nogil_function(types.void(types.int64))(job_reads.submit.py_func)
+
+
+@kernel_step(TableWords)
+def idle(_row: int, _thread: int, _n_threads: int) -> None:
+    """Do nothing with a table."""
 
 
 def experts(kinds: npt.NDArray[np.int64], n_matrices: int = 3) -> ExpertMap:
@@ -131,20 +139,22 @@ class Wait:
     def __init__(self, it: Rig, n: int) -> None:
         self.words = np.zeros(3, np.int64)  # end, stop, again
         self.program, address = Program(), int(self.words.ctypes.data)
-        self.program.add(await_reads, it.reads.address, address, address + 8, 3, 1000, 2)
-        self.program.add(next_turn, address + 16)
+        control = it.reads.address
+        self.program.add(await_reads.row(control=control, end=address, stop=address + 8, layer=3, table=1000, steps=2))
+        self.program.add(next_turn.row(again=address + 16))
         for _ in range(3):
-            self.program.add(await_reads, 7, 7)
-        self.program.rows[0, FIRST : FIRST + 3] = int(it.reads.control[N_LOGGED]) - n, n, 0
+            self.program.add(idle.row(table=7, n_entries=7))
+        self.program.rows[0, AWAIT.first : AWAIT.n_handed + 1] = int(it.reads.control[N_LOGGED]) - n, n, 0
 
     def run(self) -> tuple[int, int, int, list[tuple[int, int]]]:
         """Run the steps; return `end`, `stop`, `again`, and the table and its entries in the rows behind."""
         self.program.rows[:2, COUNTER] = 0
-        for row, step in enumerate((await_reads, next_turn)):
+        steps: tuple[Step, ...] = await_reads, next_turn
+        for row, step in enumerate(steps):
             function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(step.address)
             for thread in (1, 0):  # only who comes first does anything
                 function(self.program.address + 8 * ROW_WORDS * row, thread, 2)
-        tables = self.program.rows[2:5, ARG0 : ARG0 + 2].tolist()
+        tables = self.program.rows[2:5, [TABLE.table, TABLE.n_entries]].tolist()
         end, stop, again = self.words.tolist()
         return end, stop, again, [(table, n) for table, n in tables]
 
@@ -373,11 +383,28 @@ def test_dispatch_reads_what_is_missing_unless_something_stands_against_it(obsta
     words, program, steps = np.zeros(3, np.int64), Program(), 2
     stop = int(words.ctypes.data)
     program.add(
-        dispatch, int(ids.ctypes.data), 3, 3, N_EXPERTS, int(it.reads.addresses[1].ctypes.data), ends, table, missing,
-        steps, places, order, log, stop, 1, stop + 8, stop + 16, 0 if obstacle == "no loan" else it.reads.address,
-    )  # fmt: skip
+        dispatch.row(
+            ids=int(ids.ctypes.data),
+            n_pairs=3,
+            k=3,
+            n_experts=N_EXPERTS,
+            addresses=int(it.reads.addresses[1].ctypes.data),
+            ends=ends,
+            table=table,
+            missing=missing,
+            steps=steps,
+            places=places,
+            order=order,
+            log=log,
+            stop=stop,
+            layer=1,
+            end=stop + 8,
+            skip=stop + 16,
+            reads=0 if obstacle == "no loan" else it.reads.address,
+        )
+    )
     for _ in range(8):
-        program.add(begin_reads, 7, 7)
+        program.add(idle.row(table=7, n_entries=7))
     function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(dispatch.address)
     for thread in (1, 0):
         function(program.address, thread, 2)
@@ -394,8 +421,8 @@ def test_dispatch_reads_what_is_missing_unless_something_stands_against_it(obsta
     read = it.reads.take_back()[0]
     assert (read.layer, read.expert, read.victim, read.slot) == (1, 2, (4, 0), 20)
     assert areas[2].reshape(8, 8)[0].tolist() == [*read.addresses, 1, 1, 1, 3, 0], "it is fresh"
-    assert program.rows[2:4, [ARG0, ARG0 + 1]].tolist() == [[table, 2]] * 2
-    assert program.rows[4, FIRST : FIRST + 3].tolist() == [0, 1, 0]
+    assert program.rows[2:4, [TABLE.table, TABLE.n_entries]].tolist() == [[table, 2]] * 2
+    assert program.rows[4, AWAIT.first : AWAIT.n_handed + 1].tolist() == [0, 1, 0]
     assert it.reads.used[1].tolist() == [0, *[it.reads.control[SERIAL]] * 2, 0, 0, 0, it.reads.control[SERIAL]]
 
 

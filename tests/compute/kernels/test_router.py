@@ -25,7 +25,7 @@ def routed(logits: F32, k: int, n_threads: int = 1) -> tuple[Ints, F32, Ints]:
     stride = 4 * (-(-n_experts // 16) * 16)
     run_step(
         route, areas.put_rows(logits), stride, n, n_experts, k, address(ids), address(weights), address(damaged),
-        n_threads=n_threads,
+        0, n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     return ids.copy(), weights.copy(), damaged.copy()

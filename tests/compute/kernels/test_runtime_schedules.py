@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.compute.kernels import runtime as _runtime
-from mer.compute.kernels.step import BARRIER, COUNTER, FUNCTION, ROW_WORDS
 from mer.compute.kernels.system_calls import FUTEX, SCHED_YIELD, WRITE
+from mer.compute.kernels.words import BARRIER, COUNTER, FUNCTION, ROW_WORDS
 
 runtime: Any = _runtime  # whose functions and primitives are exchanged for Python's
 _CONTROL = 0x1000

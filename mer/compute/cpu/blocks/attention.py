@@ -92,20 +92,55 @@ class AttentionBlock:
         program.barrier()
         norms = [0 if it is None else space.weights.vector(it.weight.name) for it in (record.q_norm, record.k_norm)]
         eps = s.constant((record.q_norm or record.k_norm or self._norm).eps)
+        q_norm, k_norm = norms
         heads = record.n_heads << 32 | record.n_kv_heads
-        where = (a["positions"], a["sequences"], a["table"], n_blocks)
         program.add(
-            ROPE_STORE[kind], a["q_raw"], a["k_raw"], a["v_raw"], q_stride, kv_stride, a["q"], n, heads, head_dim,
-            record.rope.dim << 32 | _pair_distance(record.rope), a[self._angles], *norms, eps, self._kv,
-            self._block_bytes, *where,
-        )  # fmt: skip
+            ROPE_STORE[kind].row(
+                q_raw=a["q_raw"],  # [T, H * C]
+                k_raw=a["k_raw"],  # [T, G * C]
+                v_raw=a["v_raw"],  # [T, G * C]
+                q_raw_stride=q_stride,
+                kv_raw_stride=kv_stride,
+                q=a["q"],  # [T, H, C padded to 16]
+                n=n,
+                heads=heads,
+                c=head_dim,
+                rope=record.rope.dim << 32 | _pair_distance(record.rope),
+                angles=a[self._angles],  # [T, 2, rope_dim / 2]
+                q_norm=q_norm,  # [C]
+                k_norm=k_norm,  # [C]
+                eps=eps,
+                kv=self._kv,
+                block_bytes=self._block_bytes,
+                positions=a["positions"],  # [T]
+                sequences=a["sequences"],  # [T]
+                table=a["table"],  # [S, n_blocks]
+                max_blocks=n_blocks,
+            )
+        )
         program.barrier()
         program.add(
-            ATTENTION[kind], a["q"], n, heads, head_dim, s.constant(head_dim**-0.5), self._kv, self._block_bytes,
-            *where,
-            a["attended"], q_stride, a["attention"], thread_bytes(record.n_heads, record.n_kv_heads, head_dim),
-            record.window or 0, limits.split_tokens(record.n_kv_heads), a["attention_parts"],
-        )  # fmt: skip
+            ATTENTION[kind].row(
+                q=a["q"],  # [T, H, C padded to 16]
+                n=n,
+                heads=heads,
+                c=head_dim,
+                scale=s.constant(head_dim**-0.5),
+                kv=self._kv,
+                block_bytes=self._block_bytes,
+                positions=a["positions"],  # [T]
+                sequences=a["sequences"],  # [T]
+                table=a["table"],  # [S, n_blocks]
+                max_blocks=n_blocks,
+                out=a["attended"],  # [T, H * C]
+                out_stride=q_stride,
+                scratch=a["attention"],
+                scratch_stride=thread_bytes(record.n_heads, record.n_kv_heads, head_dim),
+                window=record.window or 0,
+                split=limits.split_tokens(record.n_kv_heads),
+                counters=a["attention_parts"],
+            )
+        )
         program.barrier()
         attended = Activations(n, a["attended"], q_stride, s.packed["input"])  # [T, H * C]
         attended.pack(program, o.cols, {o.type})

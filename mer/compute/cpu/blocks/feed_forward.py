@@ -7,7 +7,6 @@ from mer.compute.cpu.matrix import Activations, block_sizes, float_stride, rows_
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits
 from mer.compute.kernels.elementwise import add_gated, swiglu
-from mer.compute.kernels.pack import pack
 from mer.model.operators import FeedForward, Norm
 
 
@@ -38,7 +37,11 @@ class FeedForwardBlock:
         return Areas(sizes, packed, () if norm is None else (norm.eps,))
 
     def add(self, program: Program, n: int, n_blocks: int) -> None:
-        """Add the steps; see `Block`."""
+        """Add the steps; see `Block`.
+
+        The network's result is added to x by its last product. Only where a logit gates it does it get an area of its
+        own first: for all of them that would be one more pass over the batch.
+        """
         record, space, s = self._record, self._space, self._space.scratch
         a = s.address
         gate, up, down = map(space.matrix, (record.gate, record.up, record.down))
@@ -58,14 +61,23 @@ class FeedForwardBlock:
         sizes = block_sizes([down.type])
         if sizes:
             area, between = s.packed["dense_inner"][sizes[0]], a["dense_up"] - a["dense_gate"]
-            program.add_alone(pack, rows_entry(n), *area.arguments(down.cols, a["dense_gate"], f, up=between))
+            program.add_alone(area.pack(down.cols, a["dense_gate"], f, up=between), rows_entry(n))  # [T, F]
         else:
-            program.add_alone(swiglu, rows_entry(n), a["dense_gate"], a["dense_up"], f)
+            program.add_alone(swiglu.row(gate=a["dense_gate"], up=a["dense_up"], stride=f), rows_entry(n))  # [T, F]
         program.barrier()
         if record.gate_by is None:
             space.multiply(program, record.down, inner, a["x"], add=True)  # [T, D]
         else:
             space.multiply(program, record.down, inner, a["gated"])  # [T, D]
             program.barrier()
-            program.add(add_gated, a["x"], d, n, a["gated"], a["gate_logit"], float_stride(1))
+            program.add(
+                add_gated.row(
+                    x=a["x"],  # [T, D]
+                    stride=d,
+                    n=n,
+                    y=a["gated"],  # [T, D]
+                    logits=a["gate_logit"],  # [T, 1]
+                    logit_stride=float_stride(1),
+                )
+            )
         program.barrier()

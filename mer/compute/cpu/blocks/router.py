@@ -64,5 +64,18 @@ class RouterBlock:
         program.barrier()
         for it, _, logits, results in targets:
             e, k = it._record.n, it._record.top_k
-            program.add(route, logits, float_stride(e), n, e, k, *results, int(not it._record.router.normalize))
+            ids, weights, damaged = results
+            program.add(
+                route.row(
+                    logits=logits,  # [T, E]
+                    stride=float_stride(e),
+                    n=n,
+                    n_experts=e,
+                    k=k,
+                    ids=ids,  # [T, K]
+                    weights=weights,  # [T, K]
+                    damaged=damaged,  # [T]
+                    over_all=int(not it._record.router.normalize),
+                )
+            )
         program.barrier()

@@ -41,7 +41,7 @@ class Workspace:
         """
         if linear.bias is not None:
             bias = self.weights.vector(linear.bias.name)
-            program.add(fill_rows, out, float_stride(linear.rows), n, bias)
+            program.add(fill_rows.row(out=out, stride=float_stride(linear.rows), n=n, bias=bias))
 
     def multiply(
         self, program: Program, linear: Linear, x: Activations, out: int, *, add: bool = False, seeded: bool = False
@@ -59,4 +59,16 @@ class Workspace:
         """Add the step out[t] = norm(x[t]) for n rows of D float32, or for those that an index of int32 names."""
         d_model = norm.weight.shape[0]
         stride, weight = float_stride(d_model), self.weights.vector(norm.weight.name)
-        program.add(rms_norm, x, stride, index, n, d_model, weight, self.scratch.constant(norm.eps), out, stride)
+        program.add(
+            rms_norm.row(
+                x=x,  # [T, D]
+                x_stride=stride,
+                index=index,  # [N], or 0: all of x
+                n=n,
+                d=d_model,
+                weight=weight,  # [D]
+                eps=self.scratch.constant(norm.eps),
+                out=out,  # [N, D]
+                out_stride=stride,
+            )
+        )
