@@ -119,8 +119,12 @@ def _to_json(
 
 
 def environment() -> jinja2.Environment:
-    """Return Jinja2 as transformers sets it up, with the filter `from_json` that DeepSeek's templates need besides."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    """Return Jinja2 as transformers sets it up, with more that templates of model files need.
+
+    These are the filter `from_json` (DeepSeek), and methods that change lists and dictionaries: all that a template can
+    change was made for its rendering.
+    """
+    made = jinja2.sandbox.SandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _to_json

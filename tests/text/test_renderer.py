@@ -52,7 +52,8 @@ HOSTILE = {
     "globals": ("{{ raise_exception.__globals__['json'] }}", "unsafe"),
     "format": ("{{ '{0.__class__.__init__.__globals__}'.format(messages) }}", "unsafe"),
     "include": ("{% include '/etc/passwd' %}", "no loader"),
-    "change": ("{{ messages.append(1) }}", "unsafe"),
+    "growth": ("{% set a = ['a'] %}{% for i in range(99) %}{% set _ = a.extend(a) %}{% endfor %}", "needs more than"),
+    "cycle": ("{% set a = [] %}{% set _ = a.append(a) %}{{ a | tojson }}", "Circular"),
     "time": ("{{ strftime_now(1) }}", "must be str"),
 }
 

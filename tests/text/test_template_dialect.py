@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jinja2
+import jinja2.sandbox
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -75,10 +76,15 @@ CONSTRUCTS = [
     "{{ messages[0].role.__class__ is defined }}{{ 'a'.nothing is defined }}{{ messages[0].nothing.nothing if false }}{{ '\\t\\x41\\u00e9\\\\' }}",
     "{%- set a, b = 'x', 'y' %}{{ a }}{{ b }}{% set ns = namespace() %}{% set ns.tool = {'a': [1]} %}{{ ns.tool.a[0] }}{{ ns.nothing is defined }}",
 ]
+# What changes lists and dictionaries, which transformers refuses and other engines of model files allow.
+CHANGING = [
+    "{% set a = [] %}{% for m in messages %}{% set _ = a.append(m.role) %}{% endfor %}{{ a | join(',') }}{{ a.pop() }}{{ a.pop(0) }}{{ a }}",
+    "{{ messages[0].update({'a': 1}) }}{{ messages[0].pop('role') }}{{ messages[0].pop('x', 'none') }}{{ messages | length }}{{ messages.append({'role': 'x'}) }}{{ messages | map(attribute='role') | list }}",
+    "{% set d = {} %}{% set _ = d.update(b=1) %}{% set _ = d.setdefault('c', []).append(2) %}{{ d }}{{ d.items() | list }}{{ d.popitem() }}{{ d.clear() }}{{ d }}",
+    "{% set a = [3, 1, 2] %}{{ a.sort() }}{{ a.reverse() }}{{ a.insert(1, 9) }}{{ a.remove(3) }}{{ a.extend([4]) }}{{ a }}",
+    "{% macro f(x=[]) %}{{ x.append(1) }}{{ x }}{% endmacro %}{{ f() }}{{ f() }}",
+]
 REFUSED = [
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update({'a': 1}) }}",
-    "{{ messages[0].pop('role') }}",
     "{% set ns = namespace(_x=1) %}",
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
     "{{ nothing.nothing }}",
@@ -123,6 +129,15 @@ def render() -> Iterator[Rendering]:
 @pytest.mark.parametrize("template", CONSTRUCTS)
 def test_a_construct_is_rendered_as_by_transformers(render: Rendering, template: str) -> None:
     assert render(template) == oracle(template)
+
+
+@pytest.mark.parametrize("template", CHANGING)
+def test_what_a_template_changes_is_changed_in_its_rendering_alone(render: Rendering, template: str) -> None:
+    environment = jinja2.sandbox.SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    expected = environment.from_string(template).render(messages=[dict(m) for m in MESSAGES])
+    assert render(template) == render(template) == expected
+    with pytest.raises(jinja2.exceptions.SecurityError):
+        oracle(template)
 
 
 @pytest.mark.parametrize("template", REFUSED)
