@@ -47,11 +47,12 @@ if TYPE_CHECKING:
     from mer.sched.kv_file import PrefixFileError
     from mer.sched.trace import TraceError
     from mer.stats import Settings, Statistics
-    from mer.text.chat import Message
+    from mer.text.chat import Chat, Message
 
 # Every public name is imported when it is first asked for: the command listens for ctrl-C as soon as this is imported,
 # and a program that wants an error's class need not wait for numba. All other public names are errors.
 _HOMES = {
+    "Chat": "mer.text.chat",
     "Completion": "mer.sched.events",
     "Engine": "mer.engine",
     "EngineConfig": "mer.config",
@@ -79,6 +80,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Chat",
     "Completion",
     "ComputeError",
     "ConfigError",

@@ -26,7 +26,7 @@ from mer.sched.sampling import Sampler
 from mer.sched.scheduler import Scheduler
 from mer.sched.sequence import CHANNEL_EVENTS
 from mer.sched.sequence import Sequence as Generation
-from mer.text.chat import ChatTemplate, Message
+from mer.text.chat import Chat, ChatTemplate, Message
 from mer.text.detokenizer import StreamDetokenizer
 from mer.text.renderer import Call
 from mer.text.stop import StopMatcher
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # these import the kernels' compiler, which a simulated engin
 
 Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | Chat
 LONG_TEXT = 1 << 8  # characters from which a prompt is encoded in a thread: new words take some 5 us a character
 LONG_IDS = 1 << 12  # tokens from which they are looked at in a thread: half a microsecond for each
 LONG_STOPS = 1 << 12  # characters of stop strings from which these are prepared in a thread
@@ -261,7 +261,8 @@ class Engine:
         nothing is left of it. While the queue is full, the call waits to be queued.
 
         Args:
-            prompt: text; or token ids, used exactly as given; or messages, rendered with the file's chat template.
+            prompt: text; or token ids, used exactly as given; or messages, rendered with the file's chat template, or a
+                `Chat` of them that tells the template more, such as not to think.
             max_tokens: at most this many tokens, from 1 up; by default 256, or what the context leaves if that is less.
             sampling: how tokens are drawn; greedy by default.
             stop: strings that end the generation; they are not part of the text.
@@ -368,7 +369,7 @@ class Engine:
                 return self.encode(prompt)
             return await trio.to_thread.run_sync(self._encode_text, prompt, trio.from_thread.check_cancelled)
         items = _items(prompt)
-        if not _is_chat(items):
+        if not isinstance(items, Chat):
             return await _aside(len(items) >= LONG_IDS, self._checked_ids, items)
         call = Call()
         try:
@@ -463,7 +464,7 @@ class Engine:
         if isinstance(prompt, str):
             return self._encode_text(prompt, lambda: None)
         items = _items(prompt)
-        if _is_chat(items):
+        if isinstance(items, Chat):
             return self._encode_chat(items, Call())
         return self._checked_ids(items)
 
@@ -478,7 +479,7 @@ class Engine:
             ids.append(int(item))
         return ids
 
-    def _encode_chat(self, messages: Sequence[Message], call: Call) -> list[int]:
+    def _encode_chat(self, chat: Chat, call: Call) -> list[int]:
         """Return the token ids of a chat; runs in any thread."""
         try:
             with self._template_lock:
@@ -486,7 +487,7 @@ class Engine:
                     raise EngineClosed(self._closed)
                 if self._template is None:
                     self._template = self._make_template()
-            parts = self._template.render_parts(messages, call=call)
+            parts = self._template.render_parts(chat, call=call)
         except TemplateError:
             if self._closed:  # which has ended the template's process
                 raise EngineClosed(self._closed) from None
@@ -588,12 +589,11 @@ def _n_chars(stop: Sequence[str]) -> int:
     return sum(len(text) for text in stop if isinstance(text, str)) if isinstance(stop, Sequence) else 0
 
 
-def _items(prompt: Sequence[int] | Sequence[Message]) -> list[Any]:
-    """Return what a prompt that is no text consists of, whatever iterable it is."""
+def _items(prompt: Sequence[int] | Sequence[Message] | Chat) -> list[Any] | Chat:
+    """Return a prompt that is no text as a chat, or else as what it consists of, whatever iterable it is."""
+    if isinstance(prompt, Chat):
+        return prompt
     if isinstance(prompt, Message | bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
         raise RequestError(f"a prompt is text, token ids or a list of messages, not {type(prompt).__name__}")
-    return list(prompt)
-
-
-def _is_chat(items: list[Any]) -> bool:
-    return bool(items) and all(isinstance(item, Message) for item in items)
+    items: list[Any] = list(prompt)
+    return Chat(items) if items and all(isinstance(item, Message) for item in items) else items

@@ -64,6 +64,17 @@ async def test_cancelling_ends_a_rendering_while_others_generate(
         assert process_of(engine) != pid or not is_there(pid)
 
 
+async def test_a_chat_as_a_prompt_tells_its_template_more(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}{{ ' thinks' if thinking is defined and thinking }}"
+    model = tiny_model(tmp_path / "m.gguf", metadata={"tokenizer.chat_template": template})
+    async with mer.open_engine(model.path, memory=MEMORY, threads=1) as engine:
+        for variables, text in (({}, "hi"), ({"thinking": False}, "hi"), ({"thinking": True}, "hi thinks")):
+            chat = mer.Chat(HI, variables)
+            assert engine.encode(chat) == await engine.encode_prompt(chat) == engine.encode(text)
+            done = await engine.generate(chat, max_tokens=1)
+            assert done.usage.prompt_tokens == len(engine.encode(text))
+
+
 async def test_a_template_that_never_ends_fails_its_call(engine: mer.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mer.text.renderer.CPU_S", 0)
     with pytest.raises(mer.TemplateError, match="works for more than 1 s"):

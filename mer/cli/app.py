@@ -96,6 +96,10 @@ def run_command(
     chat: Annotated[
         bool, Parameter(negative="", group=MODEL, show_default=False, help="Ask with the file's chat template.")
     ] = False,
+    chat_template_kwargs: Annotated[
+        str | None,
+        Parameter(group=MODEL, help="Tell the template more: a JSON object such as '{\"enable_thinking\": false}'."),
+    ] = None,
     stdin: Annotated[
         bool, Parameter(negative="", group=MODEL, show_default=False, help="Read the prompt from standard input.")
     ] = False,
@@ -120,7 +124,18 @@ def run_command(
     task = resolve(positionals, model=model, tokens=tokens, stdin=stdin)
     with Interrupt() as interrupt:
         return trio.run(
-            partial(run, task, engine, generation, cache, chat=chat, as_json=json, prefix=prefix, interrupt=interrupt)
+            partial(
+                run,
+                task,
+                engine,
+                generation,
+                cache,
+                chat=chat,
+                template_kwargs=chat_template_kwargs,
+                as_json=json,
+                prefix=prefix,
+                interrupt=interrupt,
+            )
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,17 @@ def _is_model(text: str) -> bool:
         return False
 
 
+def _json_object(text: str | None) -> dict[str, Any]:
+    """Return the JSON object that an option gives, by default an empty one."""
+    try:
+        value = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError("--chat-template-kwargs is a JSON object, such as '{\"enable_thinking\": false}'")
+    return value
+
+
 async def run(
     task: Task,
     engine_options: EngineOptions,
@@ -96,6 +108,7 @@ async def run(
     cache_options: CacheOptions,
     *,
     chat: bool,
+    template_kwargs: str | None,
     as_json: bool,
     prefix: Path | None,
     interrupt: Interrupt,
@@ -110,9 +123,11 @@ async def run(
     if chat:
         if not isinstance(prompt, str):
             raise ConfigError("--chat takes a text, not --tokens")
-        from mer.text.chat import Message
+        from mer.text.chat import Chat, Message
 
-        prompt = [Message("user", prompt)]
+        prompt = Chat([Message("user", prompt)], _json_object(template_kwargs))
+    elif template_kwargs is not None:
+        raise ConfigError("--chat-template-kwargs is for --chat; add it")
 
     def echo() -> None:
         """Show a person at a terminal the beginning that the text continues."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mer.engine import Engine
     from mer.sched.events import Completion
     from mer.stats import Statistics
-    from mer.text.chat import Message
+    from mer.text.chat import Chat, Message
 
 INTERRUPTED = "interrupted"  # the finish reason of a generation that ctrl-C or a closed pipe ended
 
@@ -45,7 +45,7 @@ class Result:
 
 async def generate(
     engine: Engine,
-    prompt: str | Sequence[int] | Sequence[Message],
+    prompt: str | Sequence[int] | Sequence[Message] | Chat,
     options: GenerationOptions,
     *,
     write: Callable[[str], None],
@@ -58,7 +58,7 @@ async def generate(
 
     Args:
         engine: an open engine.
-        prompt: text, token ids or messages.
+        prompt: text, token ids, messages or a chat.
         options: what is generated; without a number of tokens it is 256, or what the context has left.
         write: takes every piece of text as it comes.
         bars: draw the reading of the prompt, and the generation if `show_tokens`.

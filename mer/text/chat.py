@@ -13,16 +13,25 @@ import os
 import re
 import secrets
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
 from mer.errors import RequestError, TemplateError
 from mer.io.gguf_file import GGUFFile
-from mer.text.renderer import MAX_TEMPLATE_CHARS, Call, Chat, Renderer
+from mer.text.renderer import MAX_TEMPLATE_CHARS, Call, Renderer, TemplateInput
 from mer.text.tokenizer import Tokenizer, unheard
 
 MAX_CHAT_CHARS = 1 << 23  # two million tokens
+MAX_TEMPLATE_KWARGS = 32
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"),
+        *("raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"),
+    }
+)
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_WORD = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -52,6 +61,61 @@ class Message:
             raise RequestError(
                 f"a message has a lone surrogate at position {error.start}; give valid Unicode"
             ) from None
+
+
+def _messages(given: Iterable[Message]) -> Sequence[Message]:
+    """Return messages as a sequence of their own, if they are such."""
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
+        raise RequestError(f"a chat is a list of messages, not {type(given).__name__}")
+    messages = tuple(given)
+    for message in messages:
+        if not isinstance(message, Message):
+            raise RequestError(f"a chat has messages, not {type(message).__name__}")
+    return messages
+
+
+def _variables(given: Mapping[str, str | bool | int]) -> Mapping[str, str | bool | int]:
+    """Return the variables of a template as a mapping of its own, if they are one."""
+    if not isinstance(given, Mapping):
+        raise RequestError(f"template_kwargs is a mapping of names to values, not {type(given).__name__}")
+    return dict(given)
+
+
+@attrs.frozen
+class Chat:
+    """A chat as a prompt, with what its template is told besides the messages.
+
+    Attributes:
+        messages: the chat so far.
+        template_kwargs: variables of the template by name, such as `enable_thinking`, `thinking` and
+            `reasoning_effort`. Templates ask whether these are defined: what is not here is not.
+
+    Raises:
+        RequestError: a message is none; or a name is none that a template can use, or is one that the program gives; or
+            a value is not a bool, a whole number or a word (up to 64 ASCII letters, digits, "_", "." and "-").
+    """
+
+    messages: Sequence[Message] = attrs.field(converter=_messages)
+    template_kwargs: Mapping[str, str | bool | int] = attrs.field(factory=dict, converter=_variables)
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.template_kwargs) > MAX_TEMPLATE_KWARGS:
+            raise RequestError(
+                f"{len(self.template_kwargs)} variables of a chat template; at most {MAX_TEMPLATE_KWARGS} are allowed"
+            )
+        for name, value in self.template_kwargs.items():
+            if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+                raise RequestError(f"{name!r} is no name of a chat template's variable; try 'enable_thinking'")
+            if name in RESERVED:
+                raise RequestError(f"{name!r} is given to chat templates by the program; choose another variable")
+            # A text of any characters could forge a control token, as a message's could.
+            if not isinstance(value, bool | int | str) or (isinstance(value, str) and _WORD.fullmatch(value) is None):
+                raise RequestError(
+                    f"the chat template's variable {name} is {value!r}; it must be a bool, a whole number or a word of "
+                    "letters, digits, '_', '.' and '-'"
+                )
+            if not isinstance(value, str) and abs(value) >= 1 << 63:
+                raise RequestError(f"the chat template's variable {name} is a number of more than 63 bits")
 
 
 class ChatTemplate:
@@ -104,7 +168,7 @@ class ChatTemplate:
         """End the template's process; running and later calls raise TemplateError."""
         self._renderer.close()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(self, chat: Chat | Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return the chat as text, for people to read; encoding it would let messages forge control tokens.
 
         Blocks as `render_parts` does.
@@ -112,12 +176,13 @@ class ChatTemplate:
         Raises:
             TemplateError: the template is malformed, failed, refused the messages, or took too much.
         """
-        (text,) = self._render(messages, [[m.content for m in messages]], add_generation_prompt, None)
+        chat = _chat(chat)
+        (text,) = self._render(chat, [[m.content for m in chat.messages]], add_generation_prompt, None)
         return text
 
-    def render_tokens(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def render_tokens(self, chat: Chat | Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Return the chat as token ids that the model can continue; blocks and raises as `render_parts` does."""
-        return self.encode_parts(self.render_parts(messages, add_generation_prompt=add_generation_prompt))
+        return self.encode_parts(self.render_parts(chat, add_generation_prompt=add_generation_prompt))
 
     def encode_parts(self, parts: Sequence[str | int], *, progress: Callable[[int], None] = unheard) -> list[int]:
         """Return the token ids of what `render_parts` gives.
@@ -129,7 +194,7 @@ class ChatTemplate:
         return self._tokenizer.encode_parts(parts, add_bos=False if begins else None, progress=progress)
 
     def render_parts(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, call: Call | None = None
+        self, chat: Chat | Sequence[Message], *, add_generation_prompt: bool = True, call: Call | None = None
     ) -> list[str | int]:
         """Return the chat as plain texts and the ids of the control tokens between them.
 
@@ -141,7 +206,7 @@ class ChatTemplate:
         if the template is malicious. Threads wait for one another.
 
         Args:
-            messages: the chat so far, at least one.
+            chat: the chat so far, of at least one message.
             add_generation_prompt: whether the beginning of the assistant's answer is part of it.
             call: by which another thread can give up.
 
@@ -150,9 +215,10 @@ class ChatTemplate:
             TemplateError: the template is malformed, failed, refused the messages, took too much, or mixes them so with
                 control tokens that the two cannot be told apart.
         """
-        if not messages:
+        chat = _chat(chat)
+        if not chat.messages:
             raise RequestError("a chat needs at least one message")
-        contents = [m.content for m in messages]
+        contents = [m.content for m in chat.messages]
         n_chars = sum(map(len, contents))
         if n_chars > MAX_CHAT_CHARS:
             raise RequestError(
@@ -165,7 +231,7 @@ class ChatTemplate:
         wanted = [marked, [_fence(content, fence) for content in marked]]
         if marked != contents:
             wanted.append(contents)
-        rendered, fenced, *unmarked = self._render(messages, wanted, add_generation_prompt, call)
+        rendered, fenced, *unmarked = self._render(chat, wanted, add_generation_prompt, call)
         parts = self._tokenizer.split_special(rendered)
         restored: list[str | int] = [_restore(part, key) if isinstance(part, str) else part for part in parts]
         # A control token that the template's text begins and a message ends would fall apart between fences.
@@ -180,22 +246,23 @@ class ChatTemplate:
 
     def _render(
         self,
-        messages: Sequence[Message],
+        chat: Chat,
         contents: Sequence[Sequence[str]],
         add_generation_prompt: bool,
         call: Call | None,
     ) -> list[str]:
         """Render the messages once with each of the contents."""
         tokenizer = self._tokenizer
-        variables: dict[str, str | bool] = {
+        variables: dict[str, str | bool | int] = {
+            **chat.template_kwargs,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
             "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
         }
-        chat = Chat(
-            roles=[m.role for m in messages], contents=contents, variables=variables, now=datetime.datetime.now()
+        given = TemplateInput(
+            roles=[m.role for m in chat.messages], contents=contents, variables=variables, now=datetime.datetime.now()
         )
-        return self._renderer.render(chat, call)
+        return self._renderer.render(given, call)
 
     def _mark(self, content: str, key: str) -> str:
         """Replace the first character of whatever may spell a control token, or begin one at the content's end."""
@@ -204,6 +271,10 @@ class ChatTemplate:
 
     def _spell(self, parts: Sequence[str | int]) -> str:
         return "".join(self._tokenizer.token_text(part) if isinstance(part, int) else part for part in parts)
+
+
+def _chat(chat: Chat | Sequence[Message]) -> Chat:
+    return chat if isinstance(chat, Chat) else Chat(chat)
 
 
 def _restore(text: str, key: str) -> str:

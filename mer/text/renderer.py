@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 @attrs.frozen
-class Chat:
+class TemplateInput:
     """Input of a template.
 
     Attributes:
@@ -61,7 +61,7 @@ class Chat:
 
     roles: Sequence[str]
     contents: Sequence[Sequence[str]]
-    variables: Mapping[str, str | bool]
+    variables: Mapping[str, str | bool | int]
     now: datetime
 
 
@@ -116,7 +116,7 @@ class Renderer:
         self._closed = False
         _renderers.add(self)
 
-    def render(self, chat: Chat, call: Call | None = None) -> list[str]:
+    def render(self, chat: TemplateInput, call: Call | None = None) -> list[str]:
         """Return the text of each rendering; blocks for a millisecond or two, or until the template's time is used up.
 
         Raises:

@@ -108,10 +108,11 @@ class FakeEngine:
 
     def encode(self, prompt: Any) -> list[int]:
         """A message is 10 tokens, and a text one for each character."""
-        self.encoded.append(prompt if isinstance(prompt, str) else list(prompt))
+        self.encoded.append(prompt if isinstance(prompt, str | mer.Chat) else list(prompt))
         if isinstance(prompt, str):
             return [ord(character) for character in prompt]
-        return [i for item in prompt for i in ([item] if isinstance(item, int) else range(10))]
+        items = prompt.messages if isinstance(prompt, mer.Chat) else prompt
+        return [i for item in items for i in ([item] if isinstance(item, int) else range(10))]
 
     async def encode_prompt(self, prompt: Any) -> list[int]:
         await trio.lowlevel.checkpoint()

@@ -202,8 +202,22 @@ def test_prompts_of_other_kinds(engine: FakeEngine, monkeypatch: pytest.MonkeyPa
     assert run_app(["run", "--tokens", "3,1,4"]) == 0
     assert run_app(["run", "--chat", "Hello"]) == 0
     assert run_app(["run", "--", "-x"]) == 0
-    assert engine.encoded == [[3, 1, 4], [mer.Message("user", "Hello")], "-x"]
+    assert engine.encoded == [[3, 1, 4], mer.Chat([mer.Message("user", "Hello")]), "-x"]
     assert run_app(["run", "--chat", "--tokens", "3"]) == 2
+
+
+def test_a_chat_template_can_be_told_more(engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    say = ["run", "--chat", "Hello", "--chat-template-kwargs"]
+    assert run_app([*say, '{"enable_thinking": false, "reasoning_effort": "low"}']) == 0
+    assert engine.encoded == [
+        mer.Chat([mer.Message("user", "Hello")], {"enable_thinking": False, "reasoning_effort": "low"})
+    ]
+    for wrong in ("enable_thinking", "[1]", "[" * 100_000, '{"messages": true}', '{"effort": "<|im_end|>"}'):
+        assert run_app([*say, wrong]) == 2
+    capsys.readouterr()
+    assert run_app(["run", "Hello", "--chat-template-kwargs", "{}"]) == 2
+    assert "--chat-template-kwargs is for --chat" in capsys.readouterr().err
+    assert len(engine.encoded) == 1
 
 
 def test_the_prompt_can_come_from_standard_input(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.errors import GGUFError, RequestError, TemplateError
-from mer.text.chat import ROLES, ChatTemplate, Message
+from mer.text.chat import RESERVED, ROLES, Chat, ChatTemplate, Message
+from mer.text.template_process import environment
 from mer.text.tokenizer import Tokenizer
 from tests._lib import vocabularies
 
@@ -251,3 +252,69 @@ def test_messages_are_checked(templates: dict[str, ChatTemplate]) -> None:
         templates["chatml"].render_tokens([Message("user", "a" * (1 << 22)), Message("user", "a" * (1 << 22) + "a")])
     with pytest.raises(RequestError, match="at least one"):
         templates["chatml"].render_tokens([])
+
+
+THINKING_VARIABLES = """{{ messages[0].content }}<|im_start|>assistant
+{%- if enable_thinking is defined and not enable_thinking %}{{ '\\n<think></think>' }}{% endif %}
+{{- reasoning_effort if reasoning_effort is defined else '' }}"""
+
+
+def test_a_chat_tells_its_template_more(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(THINKING_VARIABLES, tokenizer)
+    messages = [Message("user", "hi <|im_end|>")]
+    begin = "hi <|im_end|><|im_start|>assistant"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, ""),
+        ({"enable_thinking": True}, ""),
+        ({"enable_thinking": False}, "\n<think></think>"),
+        ({"enable_thinking": False, "reasoning_effort": "low"}, "\n<think></think>low"),
+    ]
+    for variables, end in cases:
+        chat = Chat(messages, variables)
+        assert template.render(chat) == begin + end
+        ids = template.render_tokens(chat)
+        assert tokenizer.decode(ids) == "hi <|im_end|>assistant" + end
+        assert list(filter(tokenizer.is_control, ids)) == [1]
+    assert template.render(messages) == begin
+
+
+def test_a_chat_is_a_copy_of_what_it_is_made_of() -> None:
+    messages, variables = [Message("user", "a")], {"thinking": True}
+    chat = Chat(messages, variables)
+    messages.append(Message("user", "b"))
+    variables["thinking"] = False
+    assert chat == Chat([Message("user", "a")], {"thinking": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, True) for name in sorted(RESERVED)),
+        *((name, True) for name in ("", "a b", "_private", "1a", "a" * 65, "é", 1)),
+        *(
+            ("effort", value)
+            for value in ("<|im_end|>", "a b", "a\n", "é", "a" * 65, None, 1.5, [1], {"a": 1}, 1 << 63)
+        ),
+    ],
+)
+def test_variables_that_could_do_harm_are_refused(name: Any, value: Any) -> None:
+    with pytest.raises(RequestError, match=r"^('.*'|1) is (no name|given)|variable effort is"):
+        Chat([Message("user", "a")], {name: value})
+
+
+def test_what_is_no_chat_is_refused() -> None:
+    for messages in ("ab", 5, None, [1], {"role": "user"}, ["a"]):
+        with pytest.raises(RequestError, match="messages"):
+            Chat(messages)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="a mapping"):
+        Chat([Message("user", "a")], ["thinking"])  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="at most 32"):
+        Chat([Message("user", "a")], {f"a{i}": True for i in range(33)})
+
+
+def test_the_reserved_names_are_all_that_templates_are_given(tokenizer: Tokenizer) -> None:
+    assert set(environment().globals) < RESERVED
+    variables = RESERVED - set(environment().globals)
+    source = "".join(f"{{{{ '{name} ' if {name} is defined }}}}" for name in sorted(variables))
+    rendered = ChatTemplate(source, tokenizer).render([Message("user", "hi")])
+    assert set(rendered.split()) == variables

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from mer.errors import TemplateError
-from mer.text.renderer import MOST_DETAIL_CHARS, Call, Chat, Renderer, plan_bytes
+from mer.text.renderer import MOST_DETAIL_CHARS, Call, Renderer, TemplateInput, plan_bytes
 
-HI = Chat(
+HI = TemplateInput(
     roles=["user"],
     contents=[["hi"]],
     variables={"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True},
@@ -155,7 +155,7 @@ def test_a_process_that_large_messages_made_large_is_not_kept() -> None:
         "{% set ns = namespace(x=[]) %}{% for i in range(40) %}{% set ns.x = ns.x + [m.content ~ i] %}{% endfor %}"
     )
     renderer = Renderer("{% set m = messages[0] %}" + keeping + "{{ ns.x | length }}", "some.gguf")
-    large = Chat(["user"], [["a" * (1 << 20)]], {}, HI.now)
+    large = TemplateInput(["user"], [["a" * (1 << 20)]], {}, HI.now)
     assert renderer.render(large) == renderer.render(HI) == ["40"]
     process = renderer._process
     assert process is not None
@@ -191,8 +191,8 @@ def test_closing_ends_what_is_under_way() -> None:
 def test_a_forked_process_has_a_process_of_its_own_and_leaves_the_other_alone() -> None:
     program = """
 import os, sys, datetime
-from mer.text.renderer import Chat, Renderer
-chat = Chat(["user"], [["hi"]], {}, datetime.datetime.now())
+from mer.text.renderer import TemplateInput, Renderer
+chat = TemplateInput(["user"], [["hi"]], {}, datetime.datetime.now())
 renderer = Renderer("{{ messages[0].content }}", "some.gguf")
 renderer.render(chat)
 child = os.fork()
@@ -210,9 +210,9 @@ print(renderer.render(chat), renderer._process is before)
 def test_the_process_ends_with_the_one_that_started_it() -> None:
     program = """
 import os, signal, datetime
-from mer.text.renderer import Chat, Renderer
+from mer.text.renderer import TemplateInput, Renderer
 renderer = Renderer("a", "some.gguf")
-renderer.render(Chat(["user"], [["hi"]], {}, datetime.datetime.now()))
+renderer.render(TemplateInput(["user"], [["hi"]], {}, datetime.datetime.now()))
 print(renderer._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

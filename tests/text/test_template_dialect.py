@@ -14,7 +14,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mer.errors import TemplateError
-from mer.text.renderer import Chat, Renderer
+from mer.text.renderer import Renderer, TemplateInput
 
 MESSAGES = [
     {"role": "system", "content": "  Be brief.\n"},
@@ -99,9 +99,28 @@ REFUSED = [
 ]
 
 
-def oracle(template: str) -> str:
+# Beginnings of the families' templates: what ends the prompt hangs on variables that may not be defined.
+OPEN_THINKING = {
+    "qwen": "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- else %}{{- '<think>\\n' }}{%- endif %}{%- endif %}",
+    "glm": "{{- '<|user|>' ~ messages[1].content }}{{- '/nothink' if (enable_thinking is defined and not enable_thinking) else '' }}{{- '<|assistant|>' }}{{- '</think>' if (enable_thinking is defined and not enable_thinking) else '<think>' }}",
+    "deepseek": "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ '<think>' if thinking else '</think>' }}{{ thinking }}",
+    "nemotron": "{%- set enable_thinking = enable_thinking if enable_thinking is defined else True %}{{ '<think>\\n' if enable_thinking else '<think></think>' }}",
+    "gpt-oss": "{%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}{%- endif %}{{- '<|start|>system<|message|>Reasoning: ' + reasoning_effort + '\\n\\n# Valid channels: analysis, commentary, final.<|end|><|start|>assistant' }}",
+    "gemma": "{{- '<|turn>model\\n' }}{%- if not enable_thinking | default(false) -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}",
+    "budget": "{{ thinking_budget if thinking_budget is defined else 'none' }}{{ thinking_budget is number }}{{ preserve_thinking | default(true) }}",
+}
+GIVEN: list[dict[str, Any]] = [
+    {},
+    *({"enable_thinking": value} for value in (True, False)),
+    *({"thinking": value} for value in (True, False)),
+    *({"reasoning_effort": value} for value in ("low", "high")),
+    {"thinking_budget": 1024, "preserve_thinking": False, "enable_thinking": False},
+]
+
+
+def oracle(template: str, **variables: Any) -> str:
     messages: list[Any] = [dict(m) for m in MESSAGES]
-    rendered: Any = render_jinja_template([messages], chat_template=template, **VARIABLES)
+    rendered: Any = render_jinja_template([messages], chat_template=template, **VARIABLES, **variables)
     return str(rendered[0][0])
 
 
@@ -111,11 +130,13 @@ class Rendering:
     def __init__(self) -> None:
         self.renderer = Renderer("", "some.gguf")
 
-    def __call__(self, template: str) -> str:
+    def __call__(self, template: str, **variables: Any) -> str:
         self.renderer._source = template
         contents = [[message["content"] for message in MESSAGES]]
         roles = [message["role"] for message in MESSAGES]
-        (text,) = self.renderer.render(Chat(roles, contents, VARIABLES, datetime.datetime(2026, 7, 4, 15, 6, 7)))
+        (text,) = self.renderer.render(
+            TemplateInput(roles, contents, VARIABLES | variables, datetime.datetime(2026, 7, 4, 15, 6, 7))
+        )
         return text
 
 
@@ -129,6 +150,14 @@ def render() -> Iterator[Rendering]:
 @pytest.mark.parametrize("template", CONSTRUCTS)
 def test_a_construct_is_rendered_as_by_transformers(render: Rendering, template: str) -> None:
     assert render(template) == oracle(template)
+
+
+@pytest.mark.parametrize("family", OPEN_THINKING)
+def test_variables_reach_a_template_and_are_undefined_otherwise(render: Rendering, family: str) -> None:
+    template = OPEN_THINKING[family]
+    texts = [render(template, **variables) for variables in GIVEN]
+    assert texts == [oracle(template, **variables) for variables in GIVEN]
+    assert len(set(texts)) > 1
 
 
 @pytest.mark.parametrize("template", CHANGING)
