@@ -72,14 +72,31 @@ class RopeStyle(enum.Enum):
     NEOX = "neox"  # (i, i + dim / 2)
 
 
+@attrs.frozen(kw_only=True)
+class Yarn:
+    """YaRN (Peng et al. 2023): frequencies for a context longer than the original one; see `mer.model.rope`."""
+
+    factor: float  # by which slow pairs are slowed down
+    original: int  # positions of the original context
+    magnitude: float  # cosines and sines are multiplied by it
+    beta_fast: float = 32.0  # rotations within the original context from which on a pair stays as it is
+    beta_slow: float = 1.0  # rotations up to which a pair is slowed down by the whole factor
+    whole_pairs: bool = True  # whether the limits between these are rounded outwards to whole pairs
+
+
 @attrs.frozen
 class Rope:
-    """Rotary position embedding (Su et al. 2021): pair i turns by position * scale * base ** (-2 i / dim)."""
+    """Rotary position embedding (Su et al. 2021): pair i turns by position * scale * base ** (-2 i / dim).
+
+    With `factors`, pair i turns by that divided by its factor; with `yarn`, as that has it.
+    """
 
     dim: int  # leading elements of each head that are rotated, even, <= C
     base: float
     scale: float  # positions are multiplied by it (1 / linear scaling factor)
     style: RopeStyle
+    factors: Tensor | None = None  # [dim / 2]
+    yarn: Yarn | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -108,6 +125,8 @@ class Attention:
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 yield norm.weight
+        if self.rope.factors is not None:
+            yield self.rope.factors
         yield from self.out.tensors()
 
 

@@ -6,6 +6,7 @@ An architecture's file makes its layers of what `Trunk` gives and adds what is i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 
 import attrs
 
@@ -34,6 +35,7 @@ from mer.model.operators import (
     RopeStyle,
     Router,
     Tensor,
+    Yarn,
     gated_experts,
     vector,
 )
@@ -91,16 +93,26 @@ class Trunk:
         """Return a norm by its tensor's name, of D elements or of n."""
         return Norm(vector(f"{name}.weight", self.d_model if n is None else n), self.eps)
 
-    def linear(self, name: str, rows: int, cols: int, *, bias: bool = False) -> Linear:
-        """Return a linear map by its tensor's name, with a bias if the architecture has one there."""
-        return Linear(Tensor(f"{name}.weight", (rows, cols)), vector(f"{name}.bias", rows) if bias else None)
+    def linear(self, name: str, rows: int, cols: int, *, bias: bool | None = False) -> Linear:
+        """Return a linear map by its tensor's name, with a bias if the architecture has one there.
 
-    def rope(self, style: RopeStyle) -> Rope:
+        With None for `bias`, models of the architecture differ in that, and the file has the tensor or not.
+        """
+        tensor = f"{name}.bias"
+        has_bias = tensor in self.keys.gguf.tensors if bias is None else bias
+        return Linear(Tensor(f"{name}.weight", (rows, cols)), vector(tensor, rows) if has_bias else None)
+
+    def rope(self, style: RopeStyle, *, factors: bool = False, whole_pairs: bool = True) -> Rope:
         """Read how positions rotate the heads.
+
+        Args:
+            style: which elements are pairs.
+            factors: whether the file may have a tensor of them.
+            whole_pairs: see `Yarn`.
 
         Raises:
             GGUFError: a number is out of range.
-            UnsupportedModel: another scaling than the linear one.
+            UnsupportedModel: another scaling than the linear one and YaRN.
         """
         keys, head_dim = self.keys, self.head_dim
         dim = keys.integer("rope.dimension_count", maximum=MAX_HEAD_DIM, default=head_dim)
@@ -108,20 +120,30 @@ class Trunk:
             raise keys.error(
                 "rope.dimension_count", f"is {dim}; it must be even and at most the head dimension {head_dim}"
             )
-        # the first three say how a scaling was made, the others are of YaRN, which its scaling type gives away
-        keys.ignore("rope.scaling.finetuned", "rope.scaling.original_context_length")
-        keys.ignore("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
-        return Rope(dim, keys.real("rope.freq_base", default=10000.0, maximum=1e15), _rope_scale(keys), style)
+        base = keys.real("rope.freq_base", default=10000.0, maximum=1e15)
+        keys.ignore("rope.scaling.finetuned")  # says how a scaling was made
+        scale, yarn = _rope_scaling(keys, self.context_length, whole_pairs=whole_pairs)
+        name = "rope_freqs.weight"
+        has_factors = factors and name in keys.gguf.tensors
+        return Rope(dim, base, scale, style, vector(name, dim // 2) if has_factors else None, yarn)
 
-    def attention(self, layer: int, rope: Rope, *, qk_norm: bool = False, qkv_bias: bool = False) -> Attention:
-        """Return a layer's attention."""
+    def attention(
+        self,
+        layer: int,
+        rope: Rope,
+        *,
+        qk_norm: bool = False,
+        qkv_bias: bool | None = False,
+        out_bias: bool | None = False,
+    ) -> Attention:
+        """Return a layer's attention; for the biases see `linear`."""
         block, d, c = f"blk.{layer}.attn_", self.d_model, self.head_dim
         q_dim, kv_dim = self.n_heads * c, self.n_kv_heads * c
         return Attention(
             q=self.linear(block + "q", q_dim, d, bias=qkv_bias),
             k=self.linear(block + "k", kv_dim, d, bias=qkv_bias),
             v=self.linear(block + "v", kv_dim, d, bias=qkv_bias),
-            out=self.linear(block + "output", d, q_dim),
+            out=self.linear(block + "output", d, q_dim, bias=out_bias),
             n_heads=self.n_heads,
             n_kv_heads=self.n_kv_heads,
             head_dim=c,
@@ -131,12 +153,14 @@ class Trunk:
             window=self.window,
         )
 
-    def feed_forward(self, layer: int, d_ff: int, suffix: str = "", *, gated: bool = False) -> FeedForward:
+    def feed_forward(
+        self, layer: int, d_ff: int, suffix: str = "", *, gated: bool = False, bias: bool | None = False
+    ) -> FeedForward:
         """Return a network of dense weights, such as `ffn_gate` or, with a suffix, `ffn_gate_shexp`."""
         block, d = f"blk.{layer}.ffn_", self.d_model
-        gate, up = (self.linear(f"{block}{name}{suffix}", d_ff, d) for name in ("gate", "up"))
+        gate, up = (self.linear(f"{block}{name}{suffix}", d_ff, d, bias=bias) for name in ("gate", "up"))
         by = Linear(Tensor(f"{block}gate_inp{suffix}.weight", (1, d), ROUTER_TYPES)) if gated else None
-        return FeedForward(gate, up, self.linear(f"{block}down{suffix}", d, d_ff), by)
+        return FeedForward(gate, up, self.linear(f"{block}down{suffix}", d, d_ff, bias=bias), by)
 
     def experts(
         self, layer: int, n: int, top_k: int, d_ff: int, *, normalize: bool = True, shared: FeedForward | None = None
@@ -164,14 +188,23 @@ class Trunk:
         )
 
 
+def is_dense(keys: Keys) -> bool:
+    """Return whether a model has no experts; reading the numbers of experts counts as asking for them."""
+    count = keys.gguf.metadata.get(keys.name("expert_count"), 0)
+    if type(count) is not int or count != 0:
+        return False
+    for key in ("expert_count", "expert_used_count"):
+        keys.neutral(key, 0)
+    return True
+
+
 def refuse_dense(keys: Keys) -> None:
     """Refuse a model without experts.
 
     Raises:
         UnsupportedModel: it has none.
     """
-    count = keys.gguf.metadata.get(keys.name("expert_count"), 0)
-    if type(count) is int and count == 0:
+    if is_dense(keys):
         raise keys.unsupported(
             f"a dense '{keys.architecture}' model: {keys.name('expert_count')} is absent or 0. Every weight takes part "
             "in every token, so there are no experts to stream; use a Mixture-of-Experts file, such as Mixtral or "
@@ -256,20 +289,30 @@ def _vocab_size(keys: Keys) -> int:
     return vocab_size
 
 
-def _rope_scale(keys: Keys) -> float:
-    """Return what positions are multiplied by; a factor without a scaling type means linear, as in llama.cpp.
+def _rope_scaling(keys: Keys, context: int, *, whole_pairs: bool) -> tuple[float, Yarn | None]:
+    """Return what positions are multiplied by, and YaRN's numbers.
 
-    A factor of 0 is none, as there.
+    A factor without a type means linear, and a factor of 0 is none, as in llama.cpp.
     """
     spellings = ("rope.scaling.factor", "rope.scale_linear")  # the second is the older name
     factor_key = next((key for key in spellings if keys.has(key)), spellings[0])
     keys.ignore(*spellings)
+    # how often a pair turns in the original context is fixed for all models that are run here
+    keys.ignore("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
     kind = keys.text("rope.scaling.type", "")
+    original_key = "rope.scaling.original_context_length"
+    keys.ignore(original_key)
     if kind == "none":
-        return 1.0
-    if kind not in ("", "linear"):
+        return 1.0, None
+    if kind not in ("", "linear", "yarn"):
         named = keys.name("rope.scaling.type")
-        raise keys.unsupported(f"{named} = {quoted(kind)} is not implemented; 'none' and 'linear' work")
+        raise keys.unsupported(f"{named} = {quoted(kind)} is not implemented; 'none', 'linear' and 'yarn' work")
     if keys.gguf.get_float(keys.name(factor_key), default=0.0) == 0:
-        return 1.0
-    return 1.0 / keys.real(factor_key, maximum=1e6)
+        return 1.0, None
+    factor = keys.real(factor_key, maximum=1e6)
+    if kind != "yarn":
+        return 1.0 / factor, None
+    original = keys.integer(original_key, default=context, maximum=MAX_CONTEXT)
+    by = keys.real("rope.scaling.attn_factor", default=1.0, maximum=1e3)
+    magnitude = (1 + 0.1 * log(factor)) * by
+    return 1.0, Yarn(factor=factor, original=original, magnitude=magnitude, whole_pairs=whole_pairs)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mer.compute.reference.blocks.attention import attention, rope
+from mer.compute.reference.blocks.attention import attention, pair_turns, rotated
 from mer.compute.reference.blocks.feed_forward import silu
 from mer.compute.reference.blocks.norm import rms_norm
 from mer.compute.reference.products import dequantize
 from mer.io.gguf import read_gguf
-from mer.model.operators import RopeStyle
+from mer.model.operators import Rope, RopeStyle
 
 F64 = npt.NDArray[np.float64]
 
@@ -36,14 +36,12 @@ class DenseModel:
         embedding = self._weights("token_embd.weight")
         x = embedding[np.asarray(tokens)]
         positions = np.arange(len(tokens))
+        turns = pair_turns(Rope(self.head_dim, self.rope_base, 1.0, RopeStyle.INTERLEAVED))
         for layer in range(self.n_layers):
             block = f"blk.{layer}."
             h = rms_norm(x, self._weights(block + "attn_norm.weight"), self.eps)
             heads = [(h @ self._weights(f"{block}attn_{n}.weight").T).reshape(len(x), -1, self.head_dim) for n in "qkv"]
-            q, k = (
-                rope(a, positions, dim=self.head_dim, base=self.rope_base, scale=1.0, style=RopeStyle.INTERLEAVED)
-                for a in heads[:2]
-            )
+            q, k = (rotated(a, positions, turns, RopeStyle.INTERLEAVED) for a in heads[:2])
             x = x + attention(q, k, heads[2]).reshape(len(x), -1) @ self._weights(block + "attn_output.weight").T
             h = rms_norm(x, self._weights(block + "ffn_norm.weight"), self.eps)
             inner = silu(h @ self._weights(block + "ffn_gate.weight").T) * (

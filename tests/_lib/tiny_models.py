@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 import gguf
@@ -19,6 +19,7 @@ from tests._lib.quantize import decode, encode
 Array = npt.NDArray[np.float32]
 Arch = Literal["llama", "qwen2moe", "qwen3", "qwen3moe"]
 """Architectures of tiny models."""
+TINY_ARCHITECTURES: tuple[Arch, ...] = get_args(Arch)
 _QK_NORM = ("qwen3", "qwen3moe")
 Type = gguf.GGMLQuantizationType
 

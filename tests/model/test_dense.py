@@ -14,7 +14,7 @@ from mer.io.gguf import TensorInfo, read_gguf
 from mer.model.dense import dense_tensors
 from mer.model.experts import is_expert_tensor
 from mer.model.registry import model_spec
-from tests._lib.tiny_models import Type, random_gguf
+from tests._lib.tiny_models import Arch, Type, random_gguf
 
 
 def dense_of(path: Path) -> Mapping[str, TensorInfo]:
@@ -108,6 +108,7 @@ def test_types_that_are_not_implemented_are_named(tmp_path: Path, name: str, kin
     ],
 )
 def test_tensors_without_a_place_are_named(tmp_path: Path, name: str, reason: str) -> None:
-    path = random_gguf(tmp_path / "m.gguf", tensors={name: np.ones(8, np.float32)})
+    arch: Arch = "qwen3moe" if reason in ("RoPE", "bias") else "llama"
+    path = random_gguf(tmp_path / "m.gguf", arch, tensors={name: np.ones(8, np.float32)})
     with pytest.raises(UnsupportedModel, match=f"{name}.*{reason}"):
         dense_of(path)

@@ -18,7 +18,7 @@ from mer.compute.cpu.program import Memory, Program
 from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.cpu.weights import DenseWeights
 from mer.compute.kernels.dispatch import dispatch
-from mer.compute.kernels.elementwise import add_gated, combine, fill_rows, gather, rms_norm, swiglu
+from mer.compute.kernels.elementwise import add_bias, add_gated, combine, fill_rows, gather, rms_norm, swiglu
 from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
@@ -35,6 +35,7 @@ from mer.io.gguf import TensorInfo
 from mer.io.loan.loan import Loan
 from mer.limits import MAX_MATRICES
 from mer.model.operators import Experts, Rope
+from mer.model.rope import Rotation, rotations
 from mer.model.spec import ModelSpec
 
 _NO_ROWS = np.zeros(0, np.int32)
@@ -88,7 +89,8 @@ class Forward:
         if spec.routed:  # views that every token looks at: making one takes as long as copying what is in it
             self._ids, self._predicted_ids, self._routes = map(s.ints, ("expert_ids", "predicted_ids", "routes"))
             self._stop = s.words("stop")
-        self._angles = [(rope, _frequencies(rope), s.floats(area)) for rope, area in self._ropes.items()]
+        self._rotations: list[Rotation] = []  # of `_ropes`, made once the weights are there
+        self._angles = [s.floats(area) for area in self._ropes.values()]
         self._x = s.floats("x").reshape(limits.batch_tokens, -1)
         self._logits = s.floats("logits").reshape(limits.outputs, -1)
 
@@ -162,10 +164,11 @@ class Forward:
         self._positions[:n], self._sequences[:n] = batch.positions, batch.sequences
         self._table[:tables] = batch.tables.ravel()
         self._outputs[: len(batch.outputs)] = batch.outputs
-        for rope, frequencies, angles in self._angles:
-            angle = batch.positions[:, None] * rope.scale * frequencies  # [T, dim / 2]
-            both = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
-            angles[: both.size] = both.ravel()
+        if not self._rotations:
+            self._rotations = rotations(self._ropes, self._weights.floats)
+        for rotation, area in zip(self._rotations, self._angles, strict=True):
+            both = rotation.angles(batch.positions)
+            area[: both.size] = both.swapaxes(0, 1).ravel()  # [T, 2, dim / 2]
         self._x[:n, : self._spec.d_model] = self._weights.rows(self._spec.embedding.name, batch.tokens)
 
     def advance(self, program: Program, to: int, *, predict: bool = False) -> None:
@@ -408,14 +411,6 @@ def _ropes(spec: ModelSpec) -> dict[Rope, str]:
     return {rope: f"angles{number}" for number, rope in enumerate(ropes)}
 
 
-def _frequencies(rope: Rope) -> npt.NDArray[np.float64]:
-    """Return how fast each pair of elements turns, in radians per position before scaling."""
-    frequencies: npt.NDArray[np.float64] = rope.base ** (
-        -np.arange(0, rope.dim, 2, dtype=np.float64) / max(rope.dim, 1)
-    )
-    return frequencies
-
-
 def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLType]:
     """Return the types of all weight matrices, dense and routed."""
     types = {tensor.type for tensor in dense if len(tensor.shape) == 2}
@@ -427,5 +422,5 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += AttentionBlock.steps(kv_type)
-    steps += [pack, rms_norm, gather, swiglu, add_gated, fill_rows, combine, route, dispatch]
+    steps += [pack, rms_norm, gather, swiglu, add_bias, add_gated, fill_rows, combine, route, dispatch]
     return [*steps, begin_reads, await_reads, next_turn]

@@ -87,6 +87,11 @@ class DenseWeights:
         """Return the address of a float32 vector by its tensor name."""
         return self._address[name]
 
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """Return a vector by its tensor name."""
+        (n,) = self._tensors[name].shape
+        return self._memory.floats(self._address[name], n)
+
     def rows(self, name: str, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Return chosen rows of a matrix as float32 [len(numbers), cols]."""
         matrix = self.matrix(name)

@@ -24,6 +24,7 @@ from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.messages import Batch, Float32Array, Int32Array, Uint8Array
 from mer.compute.places import Pairs
 from mer.model.operators import Attention, Experts
+from mer.model.rope import Rotation, rotations
 from mer.model.spec import ModelSpec
 
 Tensor = torch.Tensor
@@ -49,7 +50,7 @@ class DeviceForward:
         self._tools = Tools(weights, kernels)
         self._kv = KVCache(kv_layout(spec, limits.kv_type), limits.kv_blocks, limits.kv_type, device)
         self._ropes = list(dict.fromkeys(layer.mixer.rope for layer in spec.layers))
-        self._frequencies = [rope.base ** (-np.arange(0, rope.dim, 2) / max(rope.dim, 1)) for rope in self._ropes]
+        self._rotations: list[Rotation] = []  # of `_ropes`, made once the weights are there
         self._between: list[list[tuple[Attention, AttentionBlock] | FeedForwardBlock]] = [[]]
         self._routers: list[RouterBlock] = []
         self._shared: list[FeedForwardBlock | None] = []
@@ -102,15 +103,16 @@ class DeviceForward:
 
     def host_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the arrays of a batch's `Inputs`, its groups excepted."""
-        arrays = {
+        arrays: dict[str, Any] = {
             "tokens": batch.tokens.astype(np.int64),
             "blocks": batch.tables[batch.sequences, batch.positions // KV_TILE].astype(np.int64),
             "offsets": batch.positions.astype(np.int64) % KV_TILE,
             "outputs": batch.outputs.astype(np.int64),
         }
-        for number, (rope, frequencies) in enumerate(zip(self._ropes, self._frequencies, strict=True)):
-            angle = batch.positions[:, None] * rope.scale * frequencies  # [T, dim / 2]
-            arrays[f"angles{number}"] = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+        if not self._rotations:
+            self._rotations = rotations(self._ropes, lambda name: self._device.to_host(self._weights.vector(name)))
+        for number, rotation in enumerate(self._rotations):
+            arrays[f"angles{number}"] = rotation.angles(batch.positions)
         return arrays
 
     def start(self, inputs: Inputs) -> None:

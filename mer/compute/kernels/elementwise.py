@@ -210,7 +210,7 @@ def add_gated(row: int, _thread: int, _n_threads: int) -> None:
 
 
 class FillWords(Words):
-    """Words of a row of `fill_rows`.
+    """Words of a row of `fill_rows` and of `add_bias`.
 
     out, stride (bytes, whole vectors of 16), n, bias (float32, padded like a row).
     """
@@ -237,3 +237,18 @@ def fill_rows(row: int, _thread: int, _n_threads: int) -> None:
         if t >= n:
             return
         copy_bytes(out + t * stride, bias, stride)
+
+
+@step(FillWords)
+def add_bias(row: int, _thread: int, _n_threads: int) -> None:
+    """Add a bias to each row of results, for a product that adds to what is there.
+
+    Rows are claimed.
+    """
+    out, stride = load_i64(row, FILL.out), load_i64(row, FILL.stride)
+    n, bias = load_i64(row, FILL.n), load_i64(row, FILL.bias)
+    while True:
+        t = claim_unit(row)
+        if t >= n:
+            return
+        add_scaled(out + t * stride, bias, np.float32(1), stride // 4)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from mer.compute.kernels.attention import ATTENTION, SPAN, split_bytes, split_tokens, thread_bytes
 from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, KV_TILE, Q8_0_KIND, tile_bytes
 from mer.compute.kernels.rope import ROPE_STORE
-from mer.compute.reference.blocks.attention import attention, rope, round_kv
+from mer.compute.reference.blocks.attention import attention, pair_turns, round_kv
+from mer.compute.reference.blocks.attention import rotated as rotate
 from mer.compute.reference.blocks.norm import rms_norm
 from mer.config import KVType
-from mer.model.operators import RopeStyle
+from mer.model.operators import Rope, RopeStyle
 from tests._lib.steps import F32, Areas, address, run_step
 
 BASE = 500.0
@@ -161,7 +162,8 @@ def rotated(shape: Shape, sequence: Sequence, norms: F32 | None = None) -> tuple
     q, k = (a.astype(np.float64) for a in (sequence.q, sequence.k))
     if norms is not None:
         q, k = rms_norm(q, norms[0], EPS), rms_norm(k, norms[1], EPS)
-    q, k = (rope(a, np.arange(len(a)), dim=shape.rope_dim, base=BASE, scale=1.0, style=shape.style) for a in (q, k))
+    turns = pair_turns(Rope(shape.rope_dim, BASE, 1.0, shape.style))
+    q, k = (rotate(a, np.arange(len(a)), turns, shape.style) for a in (q, k))
     return q, k
 
 

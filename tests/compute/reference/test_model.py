@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mer.compute.reference.blocks.attention import attention, rope
+from mer.compute.reference.blocks.attention import attention, pair_turns, rotated
 from mer.compute.reference.blocks.feed_forward import silu
 from mer.compute.reference.blocks.norm import rms_norm
 from mer.compute.reference.blocks.router import route
@@ -25,7 +25,7 @@ from mer.compute.reference.products import dequantize, matmul_quantized, quantiz
 from mer.embedded import embedded_model_path
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
-from mer.model.operators import RopeStyle
+from mer.model.operators import Rope, RopeStyle
 from mer.model.spec import ModelSpec
 from tests._lib.quantize import HALVES, decode, encode
 from tests._lib.specs import with_attention, with_rope, with_router
@@ -127,7 +127,7 @@ def test_integer_matmul_of_one_block_by_hand() -> None:
 @pytest.mark.parametrize(("dim", "scale"), [(8, 1.0), (6, 0.25)])
 def test_rope_rotates_each_pair_by_its_angle(style: RopeStyle, dim: int, scale: float) -> None:
     x = np.random.default_rng(0).normal(size=(3, 2, 8))
-    got = rope(x, [0, 5, 11], dim=dim, base=500.0, scale=scale, style=style)
+    got = rotated(x, [0, 5, 11], pair_turns(Rope(dim, 500.0, scale, style)), style)
     for t, position in enumerate((0, 5, 11)):
         for head in range(2):
             for i in range(dim // 2):

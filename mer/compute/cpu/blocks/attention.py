@@ -144,8 +144,9 @@ class AttentionBlock:
         program.barrier()
         attended = Activations(n, a["attended"], q_stride, s.packed["input"])  # [T, H * C]
         attended.pack(program, o.cols, {o.type})
+        space.seed(program, record.out, n, a["x"], add=True)
         program.barrier()
-        space.multiply(program, record.out, attended, a["x"], add=True)  # [T, D]
+        space.multiply(program, record.out, attended, a["x"], add=True, seeded=True)  # [T, D]
         program.barrier()
 
 

@@ -51,9 +51,11 @@ class FeedForwardBlock:
             space.norm(program, self._norm, a["x"], n, a["h"])
             program.barrier()
         h.pack(program, gate.cols, {gate.type, up.type})
+        space.seed(program, record.gate, n, a["dense_gate"])
+        space.seed(program, record.up, n, a["dense_up"])
         program.barrier()
-        space.multiply(program, record.gate, h, a["dense_gate"])  # [T, F]
-        space.multiply(program, record.up, h, a["dense_up"])  # [T, F]
+        space.multiply(program, record.gate, h, a["dense_gate"], seeded=True)  # [T, F]
+        space.multiply(program, record.up, h, a["dense_up"], seeded=True)  # [T, F]
         if record.gate_by is not None:
             space.multiply(program, record.gate_by, h, a["gate_logit"])  # [T, 1]
         program.barrier()
@@ -64,11 +66,13 @@ class FeedForwardBlock:
             program.add_alone(area.pack(down.cols, a["dense_gate"], f, up=between), rows_entry(n))  # [T, F]
         else:
             program.add_alone(swiglu.row(gate=a["dense_gate"], up=a["dense_up"], stride=f), rows_entry(n))  # [T, F]
+        own = record.gate_by is None  # nothing is to be done to the result before it is added to x
+        space.seed(program, record.down, n, a["x"] if own else a["gated"], add=own)
         program.barrier()
-        if record.gate_by is None:
-            space.multiply(program, record.down, inner, a["x"], add=True)  # [T, D]
+        if own:
+            space.multiply(program, record.down, inner, a["x"], add=True, seeded=True)  # [T, D]
         else:
-            space.multiply(program, record.down, inner, a["gated"])  # [T, D]
+            space.multiply(program, record.down, inner, a["gated"], seeded=True)  # [T, D]
             program.barrier()
             program.add(
                 add_gated.row(

@@ -10,7 +10,7 @@ from mer.compute.cpu.matrix import Activations, Matrix, float_stride, multiply
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Limits, Scratch
 from mer.compute.cpu.weights import DenseWeights
-from mer.compute.kernels.elementwise import fill_rows, rms_norm
+from mer.compute.kernels.elementwise import add_bias, fill_rows, rms_norm
 from mer.model.operators import Linear, Norm
 
 
@@ -33,15 +33,16 @@ class Workspace:
         """Return the weights of a linear map."""
         return self.weights.matrix(linear.weight.name)
 
-    def seed(self, program: Program, linear: Linear, n: int, out: int) -> None:
+    def seed(self, program: Program, linear: Linear, n: int, out: int, *, add: bool = False) -> None:
         """Add the step that writes a linear map's bias where its product is to be added, if it has one.
 
-        A barrier must stand between the two. The product adds, instead of a step after it adding the bias, because the
-        steps before it wait at a barrier anyway.
+        With `add`, the bias is added to what is there, as the product is. A barrier must stand between the two. The
+        product adds, instead of a step after it adding the bias, because the steps before it wait at a barrier anyway.
         """
         if linear.bias is not None:
             bias = self.weights.vector(linear.bias.name)
-            program.add(fill_rows.row(out=out, stride=float_stride(linear.rows), n=n, bias=bias))
+            step = add_bias if add else fill_rows
+            program.add(step.row(out=out, stride=float_stride(linear.rows), n=n, bias=bias))
 
     def multiply(
         self, program: Program, linear: Linear, x: Activations, out: int, *, add: bool = False, seeded: bool = False

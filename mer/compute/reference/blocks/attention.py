@@ -10,7 +10,7 @@ from mer.compute.reference.blocks.router import softmax
 from mer.compute.reference.products import F64
 from mer.compute.reference.weights import Weights
 from mer.config import KVType
-from mer.model.operators import Attention, RopeStyle
+from mer.model.operators import Attention, Rope, RopeStyle
 
 
 def attend(record: Attention, weights: Weights, x: F64, kv_type: KVType) -> F64:
@@ -22,25 +22,45 @@ def attend(record: Attention, weights: Weights, x: F64, kv_type: KVType) -> F64:
         q = rms_norm(q, weights.vector(record.q_norm.weight.name), record.q_norm.eps)
     if record.k_norm is not None:
         k = rms_norm(k, weights.vector(record.k_norm.weight.name), record.k_norm.eps)
-    positions, turn = np.arange(len(x)), record.rope
-    q, k = (rope(a, positions, dim=turn.dim, base=turn.base, scale=turn.scale, style=turn.style) for a in (q, k))
+    turns = pair_turns(record.rope, None if record.rope.factors is None else weights.vector(record.rope.factors.name))
+    magnitude = 1.0 if record.rope.yarn is None else record.rope.yarn.magnitude
+    q, k = (rotated(a, np.arange(len(x)), turns, record.rope.style, magnitude) for a in (q, k))
     k, v = (round_kv(a, kv_type) for a in (k, v))
     return weights.linear(record.out, attention(q, k, v, record.window).reshape(len(x), -1))
 
 
-def rope(x: F64, positions: npt.ArrayLike, *, dim: int, base: float, scale: float, style: RopeStyle) -> F64:
-    """Return heads x [T, H, C] with their first `dim` elements rotated by their position (Su et al. 2021).
+def pair_turns(rope: Rope, factors: npt.ArrayLike | None = None) -> F64:
+    """Return by how many radians each pair turns from one position to the next, [dim / 2]: pair by pair, by hand."""
+    turns = [rope.scale * rope.base ** (-2.0 * pair / rope.dim) for pair in range(rope.dim // 2)]
+    if factors is not None:
+        turns = [turn / factor for turn, factor in zip(turns, np.asarray(factors, np.float64), strict=True)]
+    yarn = rope.yarn
+    if yarn is None:
+        return np.array(turns)
+    limits = [
+        rope.dim * np.log(yarn.original / (beta * 2 * np.pi)) / (2 * np.log(rope.base))
+        for beta in (yarn.beta_fast, yarn.beta_slow)
+    ]
+    low, high = (np.floor(limits[0]), np.ceil(limits[1])) if yarn.whole_pairs else limits
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    out = []
+    for pair, turn in enumerate(turns):
+        slowed = min(max((pair - low) / max(0.001, high - low), 0), 1)  # share of the slowed turn
+        out.append(turn * (1 - slowed) + turn / yarn.factor * slowed)
+    return np.array(out)
 
-    Pair i of dim / 2 turns by position * scale * base ** (-2 i / dim).
-    """
-    angles = np.asarray(positions, np.float64)[:, None] * scale * base ** (-2.0 * np.arange(dim // 2) / dim)
-    turns = np.exp(1j * angles)[:, None, :]  # [T, 1, dim / 2]
+
+def rotated(x: F64, positions: npt.ArrayLike, turns: F64, style: RopeStyle, magnitude: float = 1.0) -> F64:
+    """Return heads x [T, H, C] with their first elements, two for each of `turns`, rotated by their position."""
+    dim = 2 * len(turns)
+    angles = np.asarray(positions, np.float64)[:, None] * turns
+    turning = magnitude * np.exp(1j * angles)[:, None, :]  # [T, 1, dim / 2]
     first = np.arange(dim // 2)
     if style is RopeStyle.INTERLEAVED:
         left, right = 2 * first, 2 * first + 1
     else:
         left, right = first, first + dim // 2
-    turned = (x[..., left] + 1j * x[..., right]) * turns
+    turned = (x[..., left] + 1j * x[..., right]) * turning
     out = x.copy()
     out[..., left], out[..., right] = turned.real, turned.imag
     return out

@@ -1,0 +1,1 @@
+"""One random tiny model per architecture, as transformers builds it, written as GGUF."""

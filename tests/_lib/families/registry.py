@@ -1,0 +1,22 @@
+"""The families, by architecture: the tests run over all that can be run, and fail where one is missing here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests._lib.families import dense, experts
+from tests._lib.families.family import Family
+
+FAMILIES: Final[tuple[Family, ...]] = (
+    dense.LLAMA,
+    dense.QWEN2,
+    dense.QWEN3,
+    experts.MIXTRAL,
+    experts.QWEN2_MOE,
+    experts.QWEN3_MOE,
+)
+
+CASES: Final[tuple[tuple[Family, str | None], ...]] = tuple(
+    (family, variant) for family in FAMILIES for variant in (None, *family.variants)
+)
+"""Every family as it is, and in each of its variants."""
