@@ -141,7 +141,7 @@ class SeedRun:
         runs = [RunExperts(layer, (loading.loaded,)) for loading in used]
         done = await self._link.run(*runs, Combine(layer), Advance(self._workload.n_layers), *following)
         for loading in used:
-            loading.loaded = attrs.evolve(loading.loaded, fresh=(False, False))
+            loading.loaded = attrs.evolve(loading.loaded, raw=(False, False))
         assert done.logits is not None
         return done.logits, done.compute_s
 
@@ -165,7 +165,7 @@ class SeedRun:
         slot = self._free.pop()
         first = self._arena.address(slot) + lead - offset
         gate, up, down = (first + part.offset for part in self._data.experts.experts[layer][number].parts)
-        loading = _Loading(slot, LoadedExpert(number, (gate, up, down), fresh=(True, True)))
+        loading = _Loading(slot, LoadedExpert(number, (gate, up, down), raw=(True, True)))
         self._reader.start(
             ReadOperation(
                 file=0,

@@ -74,14 +74,14 @@ class Stage(enum.Enum):
 class LoadedExpert:
     """Where one expert's matrices lie in memory, and what to compute with them.
 
-    Matrices that are `fresh` are as read from the file. The worker re-arranges in place those that are fresh and that
-    the stage uses: afterwards they are not fresh any more (but see `Done.arranged`). An expert that a `Tier` holds is
+    Matrices that are `raw` are as read from the file. The worker re-arranges in place those that are raw and that
+    the stage uses: afterwards they are not raw any more (but see `Done.arranged`). An expert that a `Tier` holds is
     `AWAY`: it has no addresses.
     """
 
     expert: int
     addresses: tuple[int, ...]  # of its matrices, in the order of `ExpertExtents.parts`
-    fresh: tuple[bool, bool]  # those of the inner stage; that of the outer one
+    raw: tuple[bool, bool]  # those of the inner stage; that of the outer one
     stage: Stage = Stage.WHOLE
 
 
@@ -109,13 +109,13 @@ class RunResident:
     `ComputeWorker.resident_rows` rows. No byte of the experts changes, even if the job fails. A worker with a `Tier`
     looks there, and not at the addresses.
 
-    With `reads`, the worker reads missing experts by itself; what it has computed with is not fresh any more. It takes
+    With `reads`, the worker reads missing experts by itself; what it has computed with is not raw any more. It takes
     the slots of other experts for that, whose addresses become 0. If there is none, or a read fails or takes long, the
     job ends after that layer's router too.
     """
 
     layer: int
-    addresses: Int64Array  # [L, E, MAX_MATRICES] of every expert's matrices; 0 if it is not there, -1 if it is fresh
+    addresses: Int64Array  # [L, E, MAX_MATRICES] of every expert's matrices; 0 if it is not there, -1 if it is raw
     reads: Loan | None = None
 
 

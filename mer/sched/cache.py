@@ -21,7 +21,7 @@ class Resident:
 
     slot: int
     addresses: tuple[int, ...]  # of its matrices
-    fresh: tuple[bool, bool]  # whether those of the inner stage, and that of the outer, are still as the file has them
+    raw: tuple[bool, bool]  # whether those of the inner stage, and that of the outer, are still as the file has them
     speculation: Priority | None  # the class it was read in, until it is used for the first time; None if on demand
     arranged: LoadedExpert | None = None  # for the worker, once all matrices are re-arranged
 
@@ -46,7 +46,7 @@ class ExpertCache:
 
     Attributes:
         addresses: where the matrices of every expert lie that is resident and arranged, [L, E, MAX_MATRICES]; -1 for
-            those that are resident and fresh, 0 for the others; None without `shape`.
+            those that are resident and raw, 0 for the others; None without `shape`.
 
     Args:
         policy: ranks the residents.
@@ -128,8 +128,8 @@ class ExpertCache:
     def arranged(self, key: ExpertKey) -> None:
         """Note that all matrices of a resident expert are re-arranged."""
         resident = self._resident[key]
-        resident.fresh = (False, False)
-        resident.arranged = LoadedExpert(key[1], resident.addresses, resident.fresh)
+        resident.raw = (False, False)
+        resident.arranged = LoadedExpert(key[1], resident.addresses, resident.raw)
         if self.addresses is not None:
             self.addresses[key][: len(resident.addresses)] = resident.addresses
 

@@ -77,7 +77,7 @@ class Claims:
         del self._traffic.claims[claim.key]
         resident = self._cache[claim.key]
         stage = Stage.OUTER if claim.inner_done else Stage.WHOLE
-        return LoadedExpert(claim.key[1], resident.addresses, resident.fresh, stage)
+        return LoadedExpert(claim.key[1], resident.addresses, resident.raw, stage)
 
     def fail_starved(self) -> None:
         """Fail the claims that no slot can serve: all of their kind wait for reads that did not return in time."""
@@ -100,8 +100,8 @@ class Claims:
         """Hold an expert whose gate and up have landed for a job on these, while down is in flight."""
         assert claim.fetch is not None
         self._fetcher.hold(claim.fetch)
-        fresh = claim.fetch not in self._arranged
-        return LoadedExpert(claim.key[1], claim.fetch.addresses, (fresh, True), Stage.INNER)
+        raw = claim.fetch not in self._arranged
+        return LoadedExpert(claim.key[1], claim.fetch.addresses, (raw, True), Stage.INNER)
 
     def end_inner(self, claim: Claim, *, done: bool) -> None:
         """Release an expert after a job on gate and up; if it is not `done`, their bytes may be half re-arranged."""
@@ -109,7 +109,7 @@ class Claims:
         assert fetch is not None
         if claim.landed:
             if done:
-                self._cache[claim.key].fresh = (False, self._cache[claim.key].fresh[1])
+                self._cache[claim.key].raw = (False, self._cache[claim.key].raw[1])
             else:
                 del self._traffic.claims[claim.key]
                 self._residents.discard_one(claim.key)

@@ -116,7 +116,7 @@ class Residents:
         if resident.speculation is not None:
             self.used[resident.speculation] += 1
             resident.speculation = None
-        return resident.arranged or LoadedExpert(expert, resident.addresses, resident.fresh)
+        return resident.arranged or LoadedExpert(expert, resident.addresses, resident.raw)
 
     def _hold(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Hold those of a layer's experts that the worker has in its own memory, and return their numbers."""

@@ -155,7 +155,7 @@ def _job(job: Job) -> str:
             case Advance(to):
                 return f"advance to {to}"
             case RunExperts(layer, experts):
-                return f"run {layer}: {[(loaded.expert, loaded.fresh) for loaded in experts]}"
+                return f"run {layer}: {[(loaded.expert, loaded.raw) for loaded in experts]}"
             case RunResident(layer):
                 return f"go on from {layer}"
             case Combine(layer):

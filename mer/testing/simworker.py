@@ -46,7 +46,7 @@ from mer.testing.simdisk import SimDisk, content
 from mer.testing.simreads import SimReads
 
 _MASK = (1 << 64) - 1
-_ARRANGED = 0x5A  # a fresh expert's bytes are "re-arranged" by xor with it
+_ARRANGED = 0x5A  # a raw expert's bytes are "re-arranged" by xor with it
 _SHARED = 0x5A4ED  # what a shared network makes of a hidden state
 _GARBAGE = 0xBAD  # the hidden state of a row whose experts were not all computed
 
@@ -159,7 +159,7 @@ class JobCost:
 class SimWorker:
     """A ComputeWorker of a SimModel, deterministic.
 
-    Like a real one it re-arranges fresh experts in place, keeps the batch until the next Begin, and has no mercy with
+    Like a real one it re-arranges raw experts in place, keeps the batch until the next Begin, and has no mercy with
     memory that changes under it: the bytes that a job uses are looked at when it begins and when it ends. A stage uses
     and changes its own matrices only.
 
@@ -398,7 +398,7 @@ class SimWorker:
             return
         for loaded in experts:
             for matrix in self._matrices(loaded.stage):
-                if loaded.fresh[matrix == self._model.n_matrices - 1]:
+                if loaded.raw[matrix == self._model.n_matrices - 1]:
                     self._arrange(layer, loaded, matrix)
         crcs = [self._crcs(layer, loaded) for loaded in experts]
         halves = sum(1 if loaded.stage is not Stage.WHOLE else 2 for loaded in experts)

@@ -82,7 +82,7 @@ class Experts:
     Args:
         gguf: the file.
         experts: where they lie.
-        keep: whether an expert stays as the worker has arranged it, or comes fresh from the file each time.
+        keep: whether an expert stays as the worker has arranged it, or comes raw from the file each time.
     """
 
     gguf: GGUFFile
@@ -94,7 +94,7 @@ class Experts:
         """Return an expert of a layer."""
         key = layer, expert
         if self.keep and key in self._loaded:
-            return LoadedExpert(expert, self._loaded[key][1], fresh=(False, False))
+            return LoadedExpert(expert, self._loaded[key][1], raw=(False, False))
         parts = self.experts.experts[layer][expert].parts
         memory = Memory(sum(stored_bytes(p.type, p.rows, p.cols) + 64 for p in parts))
         addresses = []
@@ -106,7 +106,7 @@ class Experts:
             addresses.append(address)
         gate, up, down = addresses
         self._loaded[key] = memory, (gate, up, down)
-        return LoadedExpert(expert, (gate, up, down), fresh=(True, True))
+        return LoadedExpert(expert, (gate, up, down), raw=(True, True))
 
 
 @attrs.define

@@ -229,11 +229,11 @@ async def test_gate_and_up_are_arranged_once_whoever_asked_for_them(autojump_clo
             await rig.store.waiting.wait_for_change()
         assert not claim.landed
         inner = rig.store.claims.begin_inner(claim)
-        assert (inner.stage, inner.fresh) == (Stage.INNER, (True, True))
+        assert (inner.stage, inner.raw) == (Stage.INNER, (True, True))
         rig.store.claims.end_inner(claim, done=True)
         rig.store.claims.give_up([claim])
         _, (again,) = rig.store.claims.claim(0, (2,))
-        assert rig.store.claims.begin_inner(again).fresh == (False, True)
+        assert rig.store.claims.begin_inner(again).raw == (False, True)
         await rig.settle()  # it lands during the job
         rig.store.claims.end_inner(again, done=True)
         assert rig.store.claims.take(again) == LoadedExpert(2, rig.cache[0, 2].addresses, (False, True), Stage.OUTER)
@@ -257,7 +257,7 @@ async def test_bytes_that_a_failed_job_may_have_half_arranged_are_read_again(
         assert not rig.store.claims.inner_ready(again)
         await rig.settle()
         assert again.landed
-        assert rig.cache[0, 2].fresh == (True, True)
+        assert rig.cache[0, 2].raw == (True, True)
         assert rig.fetcher.statistics().started == 2
         rig.check_bytes(0, [rig.store.claims.take(again)])
 

@@ -90,7 +90,7 @@ async def test_only_what_was_rearranged_is_not_fresh_any_more(autojump_clock: Mo
             0, [rig.store.claims.take(claim) for claim in claims], used=True, arranged=frozenset({1})
         )
         loaded, _ = rig.store.claims.claim(0, (0, 1))
-        assert [(one.expert, one.fresh) for one in loaded] == [(0, (True, True)), (1, (False, False))]
+        assert [(one.expert, one.raw) for one in loaded] == [(0, (True, True)), (1, (False, False))]
         rig.store.residents.unpin(0, loaded, used=False)
 
 

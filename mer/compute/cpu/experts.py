@@ -22,14 +22,14 @@ from mer.compute.cpu.matrix import (
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.kernels.elementwise import gather, swiglu
-from mer.compute.kernels.entry import ENTRY_WORDS, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO, flags
+from mer.compute.kernels.entry import ENTRY_WORDS, PAIR, RAW_INNER, RAW_OUTER, ROW, ZERO, flags
 from mer.compute.kernels.step import Row
 from mer.compute.messages import Int32Array, LoadedExpert, Stage
 from mer.errors import ComputeError
 from mer.io.extents import ExpertMap, ExpertPart
 
 _STAGES = {Stage.OUTER: 0, Stage.WHOLE: 1, Stage.INNER: 2}  # the order of a table's entries
-_FRESH = {Stage.OUTER: FRESH_OUTER, Stage.WHOLE: FRESH_INNER | FRESH_OUTER, Stage.INNER: FRESH_INNER}
+_RAW = {Stage.OUTER: RAW_OUTER, Stage.WHOLE: RAW_INNER | RAW_OUTER, Stage.INNER: RAW_INNER}
 _FEW = 64  # (token, choice) pairs up to which Python sorts faster than NumPy
 _ENTRY_BYTES = 8 * ENTRY_WORDS
 
@@ -192,9 +192,9 @@ class RoutedExperts:
             if not staged and filled + count > self.staged_pairs:
                 self._add(program, group)
                 group, filled = {}, 0
-            fresh = (loaded.fresh[0] | loaded.fresh[1] << 1) & _FRESH[stage]
+            raw = (loaded.raw[0] | loaded.raw[1] << 1) & _RAW[stage]
             entries = group.setdefault(steps[number][which], ([], [], []))[_STAGES[stage]]
-            entries += (*loaded.addresses, count, pair if staged else filled, pair, fresh, 0)
+            entries += (*loaded.addresses, count, pair if staged else filled, pair, raw, 0)
             filled += count
         self._add(program, group)
 

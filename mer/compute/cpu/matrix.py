@@ -123,7 +123,7 @@ def rows_entry(n: int, address: int = 0) -> tuple[int, ...]:
 
 @attrs.frozen
 class RawRoom:
-    """Room for every thread to arrange 16 rows of a fresh matrix in, whichever of a job's matrices it is at."""
+    """Room for every thread to arrange 16 rows of a raw matrix in, whichever of a job's matrices it is at."""
 
     address: int
     thread_bytes: int  # at least `raw_bytes` of each of these matrices
@@ -153,7 +153,7 @@ def product(
         n_threads: threads that will share the work.
         settings: flags (see `entry.py`).
         out_step: bytes from the results of an entry's first matrix to those of its second.
-        raw: room to arrange fresh matrices in; needed only if there are any.
+        raw: room to arrange raw matrices in; needed only if there are any.
     """
     kind, rows = matrix.type, matrix.rows
     # More pieces than threads, and not an even share for each: one that the kernel preempts would let all others wait.
@@ -208,5 +208,5 @@ def multiply(
 
 
 def raw_bytes(kind: GGMLType, cols: int) -> int:
-    """Return the room that one thread needs to arrange a fresh matrix."""
+    """Return the room that one thread needs to arrange a raw matrix."""
     return round_up(ROWS * (cols // kind.block_size) * kind.block_bytes, 64) if is_tiled(kind) else 0

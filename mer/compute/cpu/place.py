@@ -25,7 +25,7 @@ _ROWS_PER_READ = 4  # rows for which an expert takes the processor no longer tha
 class CPUPlace:
     """Experts computed by the CPU worker's kernels, from the slots in memory: an `ExpertPlace` of NumPy arrays.
 
-    To be used from one thread, except for `open`, `close` and `cost`. Fresh experts are re-arranged in their slots.
+    To be used from one thread, except for `open`, `close` and `cost`. Raw experts are re-arranged in their slots.
 
     Args:
         spec: the model.

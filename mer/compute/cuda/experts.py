@@ -129,16 +129,16 @@ class DeviceExperts:
         parts, cut = self._parts[layer][loaded.expert], self._cuts[layer][loaded.expert]
         room = self._slabs[slot.kind][slot.slot]
         self.upload_bytes += sum(cut.sizes)
-        fresh = (loaded.fresh[0], loaded.fresh[0], loaded.fresh[1])
+        raw = (loaded.raw[0], loaded.raw[0], loaded.raw[1])
         tiled = tile_layout(parts)
         buffer = 0
         arrival = Event()
-        if not all(fresh):
+        if not all(raw):
             self._tiles.reverse()
             self._tile_free.reverse()
         for number, part in enumerate(parts):
             target = room[cut.offsets[number] : cut.offsets[number] + cut.sizes[number]]
-            if fresh[number]:
+            if raw[number]:
                 arrival = self._device.upload(target, loaded.addresses[number], after=after)
                 continue
             n_bytes, offset = tiled.sizes[number], tiled.offsets[number]
@@ -146,7 +146,7 @@ class DeviceExperts:
             came = self._device.upload(tiles, loaded.addresses[number], after=self._tile_free[buffer])
             self._device.wait(came)
             target.copy_(file_order(part.type, tiles, part.rows).reshape(-1))
-        if not all(fresh):
+        if not all(raw):
             self._tile_free[buffer] = self._device.mark()
         return arrival
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mer.compute.kernels.claim import claim_unit
-from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, FRESH, FRESH_INNER, FRESH_OUTER, PAIR, ROW, ZERO
+from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, PAIR, RAW, RAW_INNER, RAW_OUTER, ROW, ZERO
 from mer.compute.kernels.ir import load_i32, load_i64, store_i32, store_i64
 from mer.compute.kernels.job_reads import (
     AWAIT,
@@ -27,11 +27,11 @@ _ENTRY_BYTES = _WORD * ENTRY_WORDS
 
 
 @njit
-def _write_entry(entry, count, place, fresh):  # type: ignore[no-untyped-def]
+def _write_entry(entry, count, place, raw):  # type: ignore[no-untyped-def]
     store_i64(entry + _WORD * COUNT, count)
     store_i64(entry + _WORD * ROW, place)
     store_i64(entry + _WORD * PAIR, place)
-    store_i64(entry + _WORD * FRESH, fresh)
+    store_i64(entry + _WORD * RAW, raw)
     store_i64(entry + _WORD * ZERO, 0)
 
 
@@ -128,7 +128,7 @@ def dispatch(row: int, _thread: int, _n_threads: int) -> None:
             else:
                 entry = missing + _ENTRY_BYTES * n_missing
                 store_i64(entry, expert)
-                _write_entry(entry, count, place, FRESH_INNER | FRESH_OUTER)
+                _write_entry(entry, count, place, RAW_INNER | RAW_OUTER)
                 n_missing += 1
                 readable = readable and first == 0
             place += count

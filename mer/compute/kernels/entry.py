@@ -2,7 +2,7 @@
 
 An entry is 8 int64: up to three addresses of matrices (an expert's gate, up and down), how many rows of the batch they
 concern, the first of these among the inner activations and among the (token, choice) pairs, and which matrices are
-fresh: as read from the file. A step names its table; where the table is 0, the one entry lies in the step's own row.
+raw: as read from the file. A step names its table; where the table is 0, the one entry lies in the step's own row.
 
 A product step gives out the pieces of all matrices of all its entries by its work counter.
 """
@@ -15,8 +15,8 @@ from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.words import ENTRY, Words, columns
 
 ENTRY_WORDS = 8
-COUNT, ROW, PAIR, FRESH, ZERO = range(3, 8)  # words of an entry behind its addresses
-FRESH_INNER, FRESH_OUTER = 1, 2  # bits of FRESH: gate and up; down
+COUNT, ROW, PAIR, RAW, ZERO = range(3, 8)  # words of an entry behind its addresses
+RAW_INNER, RAW_OUTER = 1, 2  # bits of RAW: gate and up; down
 
 
 class TableWords(Words):
@@ -77,9 +77,9 @@ def claim(row, n_units):  # type: ignore[no-untyped-def]
 
 @njit
 def rows_of_piece(row, entry, matrix):  # type: ignore[no-untyped-def]
-    """Return a piece's matrix, whether it is fresh, the number of rows, and the first of activations and of results."""
+    """Return a piece's matrix, whether it is raw, the number of rows, and the first of activations and of results."""
     settings = load_i64(row, PRODUCT.flags)
     number = (settings & 0xFF) + matrix
-    fresh = load_i64(entry, FRESH) >> (number // 2) & 1
+    raw = load_i64(entry, RAW) >> (number // 2) & 1
     x_row, out_row = load_i64(entry, settings >> 16 & 0xFF), load_i64(entry, settings >> 24 & 0xFF)
-    return load_i64(entry, number), fresh, load_i64(entry, COUNT), x_row, out_row
+    return load_i64(entry, number), raw, load_i64(entry, COUNT), x_row, out_row

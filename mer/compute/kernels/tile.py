@@ -213,7 +213,7 @@ TILES = columns(TileProductWords)
 def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
     """Body of every quantized matmul step: out[t, r] (+)= sum over k of W[r, k] * x[t, k], for claimed tiles.
 
-    Tiles of a fresh matrix are put in order just before they are used, in place.
+    Tiles of a raw matrix are put in order just before they are used, in place.
     """
     literally(kind)
     literally(planes)
@@ -231,12 +231,12 @@ def matmul_rows(row, thread, kind, planes):  # type: ignore[no-untyped-def]
         entry, matrix, r, last = claim(row, n_tiles)
         if entry == 0:
             return
-        w, fresh, n, x_row, out_row = rows_of_piece(row, entry, matrix)
+        w, is_raw, n, x_row, out_row = rows_of_piece(row, entry, matrix)
         xq, xs, xsum = xq0 + x_row * q_stride, xs0 + x_row * s_stride, xsum0 + x_row * sum_stride
         out = out0 + matrix * out_step + out_row * out_stride
         while r < last:
             wr, to = w + r * tile_bytes, out + 64 * r
-            if fresh != 0:  # here, and not by a step before: that would take the matrix through memory once more
+            if is_raw != 0:  # here, and not by a step before: that would take the matrix through memory once more
                 ahead = w + min(r + 1, last - 1) * tile_bytes
                 interleave_tile(kind, wr, wr, min(16, n_rows - 16 * r), n_blocks, block_bytes, raw, ahead)
             r += 1

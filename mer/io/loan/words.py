@@ -52,7 +52,7 @@ EXPERT_WORDS: Final = PART + MAX_MATRICES * PART_WORDS
 # an entry of the log
 LAYER, EXPERT, BASE, VICTIM, ARRANGED, BEGUN_NS, ENDED_NS, RESULT = range(8)
 # BASE: address of the slot; VICTIM: layer * E + expert of whose slot it was; ARRANGED: whether the job has computed
-# with it, so that it is not fresh any more; RESULT: a word for each matrix
+# with it, so that it is not raw any more; RESULT: a word for each matrix
 LOG_WORDS: Final = RESULT + MAX_MATRICES
 PENDING: Final = -(1 << 40)  # a result that is not known yet
 

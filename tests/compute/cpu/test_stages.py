@@ -75,7 +75,7 @@ def staged(seed: int) -> Split:
 
 @pytest.mark.slow
 def test_stages_change_no_bit(model: TinyModel) -> None:
-    """With one, 3 and 17 rows, fresh or arranged before, in any order, and on any number of threads."""
+    """With one, 3 and 17 rows, raw or arranged before, in any order, and on any number of threads."""
     want = logits(model.path, TOKENS, chunks=CHUNKS)
     for seed, (keep, threads) in enumerate([(False, 2), (True, 1), (True, 3)]):
         got = logits(model.path, TOKENS, chunks=CHUNKS, split=staged(seed), keep=keep, threads=threads, batch_tokens=64)

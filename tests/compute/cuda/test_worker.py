@@ -221,7 +221,7 @@ async def test_stages_are_refused_and_leave_the_worker_well(folder: Path) -> Non
         done = await it.do(Begin(batch(TOKENS[:2])), Advance(0))
         assert done.expert_ids is not None
         whole = it.experts.load(0, int(done.expert_ids[0, 0]))
-        part = LoadedExpert(whole.expert, whole.addresses, whole.fresh, Stage.INNER)
+        part = LoadedExpert(whole.expert, whole.addresses, whole.raw, Stage.INNER)
         with pytest.raises(ComputeError, match="runs experts whole, not in stages"):
             await it.do(RunExperts(0, (part,)))
         assert it.worker.tier.n_resident == 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.compute.cpu.matrix import raw_bytes
-from mer.compute.kernels.entry import FRESH_INNER, flags
+from mer.compute.kernels.entry import RAW_INNER, flags
 from mer.compute.kernels.interleave import FIELDS, rows_of_tiles
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.io.ggml import GGMLType
@@ -32,7 +32,7 @@ def tiled(kind: GGMLType, raw: U8, n_threads: int = 1) -> U8:
 
 
 def tiled_in_place(kind: GGMLType, raw: U8, n_threads: int, chunk: int) -> U8:
-    """Return the same by a product with a fresh matrix and no activations, which arranges it where it lies."""
+    """Return the same by a product with a raw matrix and no activations, which arranges it where it lies."""
     rows, row_bytes = raw.shape
     areas = Areas()
     n_tiles, n_blocks = -(-rows // 16), row_bytes // kind.block_bytes
@@ -41,7 +41,7 @@ def tiled_in_place(kind: GGMLType, raw: U8, n_threads: int, chunk: int) -> U8:
     there[raw.size :] = 0xEE
     thread_bytes = raw_bytes(kind, n_blocks * kind.block_size) + 192  # room for a larger matrix of another step
     scratch = areas.room(n_threads * thread_bytes)
-    entry = areas.put(np.array([0, address(there), 0, 0, 0, 0, FRESH_INNER, 0], np.int64))
+    entry = areas.put(np.array([0, address(there), 0, 0, 0, 0, RAW_INNER, 0], np.int64))
     run_step(
         matmul_step(int(kind), 1), entry, 1, flags(first=1), chunk, rows, n_blocks, kind.block_bytes, kind.block_size,
         1, 0, 0, 0, 0, 0, 0, address(scratch), thread_bytes, n_threads=n_threads,

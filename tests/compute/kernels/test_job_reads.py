@@ -368,14 +368,14 @@ def test_an_expert_of_two_matrices_has_its_turn_after_two_reads() -> None:
         assert len(taken.addresses) == 2
 
 
-@pytest.mark.parametrize("obstacle", ["fresh", "stop", "no loan", None])
+@pytest.mark.parametrize("obstacle", ["raw", "stop", "no loan", None])
 def test_dispatch_reads_what_is_missing_unless_something_stands_against_it(obstacle: str | None) -> None:
-    """One token on experts 1, 2 and 6 of layer 1, of which 2 is missing, or there and fresh."""
+    """One token on experts 1, 2 and 6 of layer 1, of which 2 is missing, or there and raw."""
     it = rig()
     it.lend_slots(20, 2)
     for expert in (1, 2, 6):
         it.make_resident(1, expert, expert)
-    it.reads.addresses[1, 2] = -1 if obstacle == "fresh" else 0
+    it.reads.addresses[1, 2] = -1 if obstacle == "raw" else 0
     if obstacle == "stop":
         it.reads.stop()
     ids, areas = np.array([6, 1, 2], np.int32), np.zeros((6, 64), np.int64)
@@ -420,7 +420,7 @@ def test_dispatch_reads_what_is_missing_unless_something_stands_against_it(obsta
     assert entries == [[*addresses[1].tolist(), 1, 0, 0, 0, 0], [*addresses[6].tolist(), 1, 2, 2, 0, 0]]
     read = it.reads.take_back()[0]
     assert (read.layer, read.expert, read.victim, read.slot) == (1, 2, (4, 0), 20)
-    assert areas[2].reshape(8, 8)[0].tolist() == [*read.addresses, 1, 1, 1, 3, 0], "it is fresh"
+    assert areas[2].reshape(8, 8)[0].tolist() == [*read.addresses, 1, 1, 1, 3, 0], "it is raw"
     assert program.rows[2:4, [TABLE.table, TABLE.n_entries]].tolist() == [[table, 2]] * 2
     assert program.rows[4, AWAIT.first : AWAIT.n_handed + 1].tolist() == [0, 1, 0]
     assert it.reads.used[1].tolist() == [0, *[it.reads.control[SERIAL]] * 2, 0, 0, 0, it.reads.control[SERIAL]]
