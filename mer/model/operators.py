@@ -59,10 +59,14 @@ class Linear:
 
 @attrs.frozen
 class Norm:
-    """RMSNorm (Zhang & Sennrich 2019): weight * x / sqrt(mean(x**2) + eps)."""
+    """RMSNorm (Zhang & Sennrich 2019): factor * weight * x / sqrt(mean(x**2) + eps).
+
+    A factor is multiplied into the weight when it is loaded, so that no step is spent on it.
+    """
 
     weight: Tensor
     eps: float
+    factor: float = 1.0
 
 
 class RopeStyle(enum.Enum):
@@ -103,7 +107,7 @@ class Rope:
 class Attention:
     """Causal grouped-query attention; query head h attends with kv head h // (H / G).
 
-    Scores are divided by sqrt(C). With `q_norm` and `k_norm` each head of Q and K is normalized before RoPE.
+    With `q_norm` and `k_norm` each head of Q and K is normalized before RoPE.
     """
 
     q: Linear  # [H * C, D]
@@ -117,6 +121,7 @@ class Attention:
     q_norm: Norm | None  # [C]
     k_norm: Norm | None  # [C]
     window: int | None  # positions that a token attends to, its own included; None: all before it
+    scale: float  # what the products of queries and keys are multiplied by, 1 / sqrt(C) as a rule
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that it reads, in the order in which a token meets them."""
@@ -247,3 +252,9 @@ class Layer:
         yield from self.mixer.tensors()
         yield self.ffn_norm.weight
         yield from self.ffn.tensors()
+
+    def norms(self) -> Iterator[Norm]:
+        """Yield its norms."""
+        for norm in (self.mixer_norm, self.mixer.q_norm, self.mixer.k_norm, self.ffn_norm):
+            if norm is not None:
+                yield norm

@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"blk\.\d+\.")
 
 @attrs.frozen(kw_only=True, slots=False)
 class ModelSpec:
-    """One model: logits = head(norm(layers(embedding[token]))).
+    """One model: logits = head(norm(layers(embedding_scale * embedding[token]))).
 
     Routed layers, those with experts, are also numbered by themselves, from 0: cache, predictors, traces and scheduler
     know no other layers. All of them have as many experts, and as many that a token uses.
@@ -25,6 +25,7 @@ class ModelSpec:
     name: str  # general.name, or the file's name without its suffix
     context_length: int  # positions the model was trained for
     embedding: Tensor  # [V, D]
+    embedding_scale: float = 1.0  # what its rows are multiplied by
     layers: tuple[Layer, ...]
     norm: Norm
     head: Linear  # [V, D]; the embedding again where the file has no output head
@@ -86,6 +87,11 @@ class ModelSpec:
         for layer in self.layers:
             kinds.setdefault(_NUMBER.sub("", repr(layer)), layer)
         return tuple(kinds.values())
+
+    def norm_factors(self) -> Mapping[str, float]:
+        """Return what the weights of norms are multiplied by when they are loaded, where it is not 1, by tensor."""
+        norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms())]
+        return {norm.weight.name: norm.factor for norm in norms if norm.factor != 1}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return every dense tensor by name, in the order in which a token meets them."""

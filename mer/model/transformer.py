@@ -89,9 +89,9 @@ class Trunk:
             window=window if 0 < window < context else None,
         )
 
-    def norm(self, name: str, n: int | None = None) -> Norm:
+    def norm(self, name: str, n: int | None = None, *, factor: float = 1.0) -> Norm:
         """Return a norm by its tensor's name, of D elements or of n."""
-        return Norm(vector(f"{name}.weight", self.d_model if n is None else n), self.eps)
+        return Norm(vector(f"{name}.weight", self.d_model if n is None else n), self.eps, factor)
 
     def linear(self, name: str, rows: int, cols: int, *, bias: bool | None = False) -> Linear:
         """Return a linear map by its tensor's name, with a bias if the architecture has one there.
@@ -135,8 +135,9 @@ class Trunk:
         qk_norm: bool = False,
         qkv_bias: bool | None = False,
         out_bias: bool | None = False,
+        scale: float | None = None,
     ) -> Attention:
-        """Return a layer's attention; for the biases see `linear`."""
+        """Return a layer's attention; for the biases see `linear`. By default scores are divided by sqrt(C)."""
         block, d, c = f"blk.{layer}.attn_", self.d_model, self.head_dim
         q_dim, kv_dim = self.n_heads * c, self.n_kv_heads * c
         return Attention(
@@ -151,6 +152,7 @@ class Trunk:
             q_norm=self.norm(block + "q_norm", c) if qk_norm else None,
             k_norm=self.norm(block + "k_norm", c) if qk_norm else None,
             window=self.window,
+            scale=c**-0.5 if scale is None else scale,
         )
 
     def feed_forward(
@@ -173,8 +175,11 @@ class Trunk:
         """Return a layer with the usual norms before its two halves."""
         return Layer(self.norm(f"blk.{layer}.attn_norm"), mixer, self.norm(f"blk.{layer}.ffn_norm"), ffn)
 
-    def model(self, layers: Sequence[Layer]) -> ModelSpec:
-        """Return the model of these layers; the output head is the embedding where the file has no other."""
+    def model(self, layers: Sequence[Layer], *, embedding_scale: float = 1.0, logit_scale: float = 1.0) -> ModelSpec:
+        """Return the model of these layers; the output head is the embedding where the file has no other.
+
+        The logits' scale is a factor of the norm before them.
+        """
         gguf, shape = self.keys.gguf, (self.vocab_size, self.d_model)
         embedding = Tensor("token_embd.weight", shape)
         return ModelSpec(
@@ -182,8 +187,9 @@ class Trunk:
             name=gguf.get_str("general.name", default="").encode(errors="replace").decode() or gguf.paths[0].stem,
             context_length=self.context_length,
             embedding=embedding,
+            embedding_scale=embedding_scale,
             layers=tuple(layers),
-            norm=self.norm("output_norm"),
+            norm=self.norm("output_norm", factor=logit_scale),
             head=Linear(Tensor("output.weight", shape) if "output.weight" in gguf.tensors else embedding),
         )
 

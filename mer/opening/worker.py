@@ -78,7 +78,7 @@ async def open_computing(config: EngineConfig, model: Model, plan: MemoryPlan, r
         return await _open_device(config, model, plan, reader, on_read)
     steps = steps_for(matrix_types(model.dense.values(), model.experts), plan.limits.planes, plan.limits.kv_type)
     await prepare_kernels(steps, config.on_progress)
-    weights = DenseWeights(model.dense)
+    weights = DenseWeights(model.dense, model.spec.norm_factors())
     await weights.load(reader, on_read)
     activations = activations_in_force(model, plan)
     return Computing(
@@ -116,7 +116,7 @@ async def _open_device(
         await prepare_kernels(steps_for(kinds, plan.limits.planes, plan.limits.kv_type), config.on_progress)
     forward = None
     if on_cpu:
-        weights = DenseWeights(model.dense)
+        weights = DenseWeights(model.dense, model.spec.norm_factors())
         await weights.load(reader, on_read)
         forward = Forward(model.spec, plan.limits, weights, model.experts)
     opened = await open_device(

@@ -166,7 +166,7 @@ async def open_resident(
     gguf = read_gguf(path)
     model = check_model(gguf)
     spec, experts = model.spec, model.experts
-    weights = DenseWeights(model.dense)
+    weights = DenseWeights(model.dense, model.spec.norm_factors())
     with ThreadReader(gguf.paths) as reader:
         await weights.load(reader, lambda _loaded, _total: None)
     worker = CPUWorker(Forward(spec, limits, weights, experts), limits.threads)

@@ -169,7 +169,8 @@ class Forward:
         for rotation, area in zip(self._rotations, self._angles, strict=True):
             both = rotation.angles(batch.positions)
             area[: both.size] = both.swapaxes(0, 1).ravel()  # [T, 2, dim / 2]
-        self._x[:n, : self._spec.d_model] = self._weights.rows(self._spec.embedding.name, batch.tokens)
+        embeddings = self._weights.rows(self._spec.embedding.name, batch.tokens)
+        np.multiply(embeddings, self._spec.embedding_scale, out=self._x[:n, : self._spec.d_model], casting="same_kind")
 
     def advance(self, program: Program, to: int, *, predict: bool = False) -> None:
         """Add everything up to and with a router, or after the last one, to the logits; see `Advance`."""

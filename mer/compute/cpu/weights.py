@@ -52,10 +52,11 @@ class DenseWeights:
 
     Args:
         tensors: the checked dense tensors of the file.
+        factors: what vectors are multiplied by, see `ModelSpec.norm_factors`.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, TensorInfo], factors: Mapping[str, float]) -> None:
+        self._tensors, self._factors = tensors, factors
         self._memory = Memory(dense_bytes(tensors))
         self._address = {name: self._memory.cut(_bytes_of(t)) for name, t in tensors.items()}
         self._scratch = Memory(
@@ -112,7 +113,10 @@ class DenseWeights:
         tensor, n_rows = piece.tensor, piece.n_rows
         target = self._address[tensor.name] + piece.first * piece.row_bytes
         if len(tensor.shape) == 1 or not is_tiled(tensor.type):
-            self._memory.view(target, len(raw))[:] = raw
+            stored = self._memory.view(target, len(raw))
+            stored[:] = raw
+            if tensor.name in self._factors:
+                stored.view(np.float32)[:] *= np.float32(self._factors[tensor.name])
             return
         program = Program()
         program.add(

@@ -120,6 +120,8 @@ class DeviceForward:
         self._inputs = inputs
         self._masks = {window: tuple(group.mask(window) for group in inputs.groups) for window in self._windows}
         self._x = self._weights.rows(self._spec.embedding.name, inputs.tokens)
+        if self._spec.embedding_scale != 1:
+            self._x = self._x * self._spec.embedding_scale
         self.damaged = torch.zeros_like(inputs.tokens, dtype=torch.bool)
 
     def advance(self, to: int, *, predict: bool = False) -> None:

@@ -87,7 +87,7 @@ async def open_device(
     host = CPUPlace(spec, limits, experts, forward) if hybrid or forward is not None else None
     try:
         if forward is None:
-            weights = DeviceWeights(dense, device)
+            weights = DeviceWeights(dense, device, spec.norm_factors())
             part: DeviceForward | DenseForward = DeviceForward(spec, limits, weights, device, kernels)
         else:
             assert host is not None

@@ -38,10 +38,11 @@ class DeviceWeights:
     Args:
         tensors: the checked dense tensors of the file.
         device: where they are kept.
+        factors: what vectors are multiplied by, see `ModelSpec.norm_factors`.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], device: Device) -> None:
-        self._tensors, self._device = tensors, device
+    def __init__(self, tensors: Mapping[str, TensorInfo], device: Device, factors: Mapping[str, float]) -> None:
+        self._tensors, self._device, self._factors = tensors, device, factors
         self._bytes = {name: device.zeros(t.n_bytes, dtype=torch.uint8) for name, t in tensors.items()}
 
     def matrix(self, name: str) -> DeviceMatrix:
@@ -66,4 +67,7 @@ class DeviceWeights:
     def _place(self, piece: Piece, raw: npt.NDArray[np.uint8]) -> None:
         start = piece.first * piece.row_bytes
         with torch.inference_mode():
-            self._bytes[piece.tensor.name][start : start + len(raw)].copy_(torch.from_numpy(raw))
+            stored = self._bytes[piece.tensor.name][start : start + len(raw)]
+            stored.copy_(torch.from_numpy(raw))
+            if piece.tensor.name in self._factors:
+                stored.view(torch.float32).mul_(self._factors[piece.tensor.name])

@@ -62,7 +62,7 @@ class ReferenceModel:
 
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Return logits, residual stream and routing of one sequence."""
-        x = self.matrix(self.spec.embedding.name).weights[np.asarray(tokens, np.int64)]
+        x = self.spec.embedding_scale * self.matrix(self.spec.embedding.name).weights[np.asarray(tokens, np.int64)]
         hidden, routers, weights = [x], list[F64](), list[F64]()
         experts: list[npt.NDArray[np.int64]] = []
         for layer in self.spec.layers:
@@ -117,7 +117,7 @@ class ReferenceModel:
 
     def norm(self, record: Norm, x: F64) -> F64:
         """Return x [T, D] normalized."""
-        return rms_norm(x, self.vector(record.weight.name), record.eps)
+        return record.factor * rms_norm(x, self.vector(record.weight.name), record.eps)
 
     def head(self, x: F64) -> F64:
         """Return the logits [T, V] of the last layer's residual stream x [T, D]."""

@@ -14,6 +14,8 @@ FAMILIES: Final[tuple[Family, ...]] = (
     experts.MIXTRAL,
     experts.QWEN2_MOE,
     experts.QWEN3_MOE,
+    experts.GRANITE_MOE,
+    experts.GRANITE_SHARED,
 )
 
 CASES: Final[tuple[tuple[Family, str | None], ...]] = tuple(

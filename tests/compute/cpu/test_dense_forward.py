@@ -46,7 +46,7 @@ def through_places(path: Path, n_places: int) -> list[np.ndarray]:
     """
     gguf = read_gguf(path)
     model = check_model(gguf)
-    weights = DenseWeights(model.dense)
+    weights = DenseWeights(model.dense, model.spec.norm_factors())
 
     async def load() -> None:
         with ThreadReader(gguf.paths) as reader:

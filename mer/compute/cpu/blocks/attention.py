@@ -55,7 +55,7 @@ class AttentionBlock:
                 ),
             },
             packed={"input": (t, max(record.q.cols, heads * c))},
-            constants=(*norms, c**-0.5),
+            constants=(*norms, record.scale),
         )
 
     @staticmethod
@@ -125,7 +125,7 @@ class AttentionBlock:
                 n=n,
                 heads=heads,
                 c=head_dim,
-                scale=s.constant(head_dim**-0.5),
+                scale=s.constant(record.scale),
                 kv=self._kv,
                 block_bytes=self._block_bytes,
                 positions=a["positions"],  # [T]

@@ -58,7 +58,7 @@ def attend(record: Attention, cache: LayerCache, inputs: Inputs, q: Tensor, mask
         query = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, G, share * n, C]
         k, v = (cache.gathered(number, group.table) for number in (0, 1))
         every = mask.repeat(1, share, 1)[:, None]  # [S, 1, share * n, positions]
-        attended = functional.scaled_dot_product_attention(query, k, v, attn_mask=every)
+        attended = functional.scaled_dot_product_attention(query, k, v, attn_mask=every, scale=record.scale)
         back = attended.unflatten(2, (share, n)).permute(0, 3, 1, 2, 4)  # [S, n, G, share, C]
         out[group.rows] = back.reshape(rows * n, record.n_heads, record.head_dim)
     return out.flatten(1)

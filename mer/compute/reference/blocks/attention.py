@@ -26,7 +26,7 @@ def attend(record: Attention, weights: Weights, x: F64, kv_type: KVType) -> F64:
     magnitude = 1.0 if record.rope.yarn is None else record.rope.yarn.magnitude
     q, k = (rotated(a, np.arange(len(x)), turns, record.rope.style, magnitude) for a in (q, k))
     k, v = (round_kv(a, kv_type) for a in (k, v))
-    return weights.linear(record.out, attention(q, k, v, record.window).reshape(len(x), -1))
+    return weights.linear(record.out, attention(q, k, v, record.window, scale=record.scale).reshape(len(x), -1))
 
 
 def pair_turns(rope: Rope, factors: npt.ArrayLike | None = None) -> F64:
@@ -88,18 +88,18 @@ def round_kv(x: F64, kv_type: KVType) -> F64:
     return out
 
 
-def attention(q: F64, k: F64, v: F64, window: int | None = None) -> F64:
+def attention(q: F64, k: F64, v: F64, window: int | None = None, *, scale: float | None = None) -> F64:
     """Return causal grouped-query attention [T, H, C] of the last T of S positions.
 
     Queries q [T, H, C] meet keys and values k, v [S, G, C]. Query head h attends
-    with kv head h // (H / G); scores are divided by sqrt(C). With a window, each attends
+    with kv head h // (H / G); scores are multiplied by `scale`, by default 1 / sqrt(C). With a window, each attends
     to that many positions, its own included.
     """
     n_tokens, n_heads, head_dim = q.shape
     n_positions, n_kv_heads, _ = k.shape
     keys = np.repeat(k, n_heads // n_kv_heads, axis=1)
     values = np.repeat(v, n_heads // n_kv_heads, axis=1)
-    scores = np.einsum("thc,shc->hts", q, keys) / np.sqrt(head_dim)
+    scores = np.einsum("thc,shc->hts", q, keys) * (head_dim**-0.5 if scale is None else scale)
     positions = np.arange(n_positions)
     ahead = positions[None, :] - positions[n_positions - n_tokens :, None]  # [T, S]
     unseen = (ahead > 0) | (ahead <= -(window or n_positions))
