@@ -155,17 +155,69 @@ class FeedForward:
             yield from self.gate_by.tensors()
 
 
+class Scoring(enum.Enum):
+    """What an expert's logit says of it."""
+
+    SOFTMAX = "softmax over all"  # its share of the softmax over all E logits
+    CHOSEN = "softmax over the chosen"  # its share of the softmax over the K chosen ones
+    SIGMOID = "sigmoid"  # the logistic sigmoid of its own logit
+
+
+LEAST_SUM: Final = 2.0**-14
+"""By which weights are divided where their sum is less: llama.cpp's number, so that a GGUF gives what it gives there.
+
+transformers adds 1e-20 to the sum instead; the two differ by more than rounding only where the sum is below this one,
+for which all K sigmoids have to be.
+"""
+
+
+@attrs.frozen(kw_only=True)
+class Groups:
+    """Experts in groups of neighbours, of which only the best are chosen from (DeepSeek-AI 2024, "DeepSeek-V3").
+
+    A group's score is the sum of the two largest in it; of equal groups the first one is better.
+    """
+
+    count: int  # divides E into groups of two or more
+    used: int  # groups that are chosen from; they have K experts or more
+
+
+@attrs.frozen(kw_only=True)
+class Routing:
+    """How router logits become weights, and what is done to these."""
+
+    scoring: Scoring
+    groups: Groups | None = None
+    normalize: bool = False  # the K weights are divided by their sum, or by `LEAST_SUM` if that is more
+    scale: float = 1.0  # by which they are then multiplied
+
+    def __attrs_post_init__(self) -> None:
+        if self.scoring is Scoring.CHOSEN and (self.groups or self.normalize):
+            raise ValueError("a softmax over the chosen sums to one already, and says nothing of groups")
+
+
 @attrs.frozen
 class Router:
-    """The choice of a token's experts: the K largest logits, of equal ones the lower number first.
+    """The choice of a token's experts: the K best scores, of equal ones the lower number first.
 
-    An expert's weight is its share of the softmax over all E logits; with `normalize`, divided by the K shares' sum,
-    which is the softmax over the K.
+    Scores are the logits; with a selection bias or groups they are what `Routing.scoring` makes of these plus the bias,
+    in float32. The bias has no part in the weights.
     """
 
     linear: Linear  # [E, D]
     top_k: int  # K
-    normalize: bool
+    routing: Routing
+    selection_bias: Tensor | None = None  # [E]
+
+    def __attrs_post_init__(self) -> None:
+        if self.routing.scoring is Scoring.CHOSEN and self.selection_bias is not None:
+            raise ValueError("a softmax over the chosen makes no scores that a bias could be added to")
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that it reads."""
+        yield from self.linear.tensors()
+        if self.selection_bias is not None:
+            yield self.selection_bias
 
 
 @attrs.frozen
@@ -232,7 +284,7 @@ class Experts:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the dense tensors that it reads, in the order in which a token meets them."""
-        yield from self.router.linear.tensors()
+        yield from self.router.tensors()
         if self.shared is not None:
             yield from self.shared.tensors()
 

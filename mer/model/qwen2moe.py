@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mer.limits import MAX_WIDTH
 from mer.model.keys import Keys
-from mer.model.operators import RopeStyle
+from mer.model.operators import RopeStyle, Routing, Scoring
 from mer.model.spec import ModelSpec
 from mer.model.transformer import Trunk, read_expert_width, read_routing, refuse_dense
 
@@ -23,9 +23,10 @@ def model(keys: Keys) -> ModelSpec:
     keys.ignore("expert_shared_count")  # the width says it all
     keys.neutral("expert_weights_norm", False)
     rope = trunk.rope(RopeStyle.NEOX)
+    routing = Routing(scoring=Scoring.SOFTMAX)
     layers = []
     for i in range(trunk.n_layers):
         shared = trunk.feed_forward(i, shared_ff, "_shexp", gated=True)
-        experts = trunk.experts(i, n, top_k, d_ff, normalize=False, shared=shared)
+        experts = trunk.experts(i, n, top_k, d_ff, routing=routing, shared=shared)
         layers.append(trunk.layer(i, trunk.attention(i, rope, qkv_bias=True), experts))
     return trunk.model(layers)

@@ -32,7 +32,7 @@ def summary(spec: ModelSpec) -> dict[str, Any]:
         "shared_d_ff": routed(lambda it: None if it.shared is None else it.shared.gate.rows),
         "n_experts": spec.n_experts,
         "top_k": spec.top_k,
-        "routing": routed(lambda it: "softmax over the chosen" if it.router.normalize else "softmax over all"),
+        "routing": routed(lambda it: it.router.routing.scoring.value),
         "n_heads": mixer(lambda it: it.n_heads),
         "n_kv_heads": mixer(lambda it: it.n_kv_heads),
         "head_dim": mixer(lambda it: it.head_dim),

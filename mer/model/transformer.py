@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log
+from typing import Final
 
 import attrs
 
@@ -34,6 +35,8 @@ from mer.model.operators import (
     Rope,
     RopeStyle,
     Router,
+    Routing,
+    Scoring,
     Tensor,
     Yarn,
     gated_experts,
@@ -41,6 +44,8 @@ from mer.model.operators import (
 )
 from mer.model.spec import ModelSpec
 from mer.quoting import quoted
+
+OVER_CHOSEN: Final = Routing(scoring=Scoring.CHOSEN)
 
 
 @attrs.frozen(kw_only=True)
@@ -165,11 +170,22 @@ class Trunk:
         return FeedForward(gate, up, self.linear(f"{block}down{suffix}", d, d_ff, bias=bias), by)
 
     def experts(
-        self, layer: int, n: int, top_k: int, d_ff: int, *, normalize: bool = True, shared: FeedForward | None = None
+        self,
+        layer: int,
+        n: int,
+        top_k: int,
+        d_ff: int,
+        *,
+        routing: Routing = OVER_CHOSEN,
+        selection_bias: bool | None = False,
+        shared: FeedForward | None = None,
     ) -> Experts:
-        """Return a layer's routed experts."""
+        """Return a layer's routed experts; for the selection bias see `linear`."""
         linear = Linear(Tensor(f"blk.{layer}.ffn_gate_inp.weight", (n, self.d_model), ROUTER_TYPES))
-        return Experts(Router(linear, top_k, normalize), gated_experts(layer, n, self.d_model, d_ff), shared)
+        name = f"blk.{layer}.exp_probs_b.bias"
+        has_bias = name in self.keys.gguf.tensors if selection_bias is None else selection_bias
+        router = Router(linear, top_k, routing, vector(name, n) if has_bias else None)
+        return Experts(router, gated_experts(layer, n, self.d_model, d_ff), shared)
 
     def layer(self, layer: int, mixer: Attention, ffn: FeedForward | Experts) -> Layer:
         """Return a layer with the usual norms before its two halves."""

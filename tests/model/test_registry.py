@@ -16,6 +16,7 @@ from mer.embedded import embedded_model_path
 from mer.errors import GGUFError, ModelFileError, UnsupportedModel
 from mer.io.gguf import read_gguf
 from mer.limits import MAX_EXPERTS, MAX_EXPERTS_PER_LAYER, MAX_LAYERS, MAX_TOP_K
+from mer.model.operators import Routing, Scoring
 from mer.model.registry import ARCHITECTURES, model_spec
 from mer.model.spec import ModelSpec
 from mer.model.summary import summary
@@ -301,7 +302,7 @@ def test_a_second_width_of_mixtrals_experts_must_say_the_same(tmp_path: Path, wi
 def test_a_qwen2moe_file_gives_its_operators(tmp_path: Path) -> None:
     spec = spec_of(random_gguf(tmp_path / "m.gguf", "qwen2moe"))
     experts = spec.routed[1]
-    assert not experts.router.normalize
+    assert experts.router.routing == Routing(scoring=Scoring.SOFTMAX)
     assert experts.shared is not None
     assert experts.shared.gate_by is not None
     assert (experts.shared.gate.rows, experts.shared.gate_by.weight.shape) == (112, (1, 96))

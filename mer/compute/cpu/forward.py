@@ -23,7 +23,7 @@ from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
 from mer.compute.kernels.pack import pack
-from mer.compute.kernels.router import route
+from mer.compute.kernels.router import route, route_by_score
 from mer.compute.kernels.step import Step
 from mer.compute.messages import Batch, Float32Array, Int32Array, Int64Array, LoadedExpert, Uint8Array
 from mer.compute.state import StateLayout, state_layout
@@ -423,5 +423,6 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += AttentionBlock.steps(kv_type)
-    steps += [pack, rms_norm, gather, swiglu, add_bias, add_gated, fill_rows, combine, route, dispatch]
+    steps += [pack, rms_norm, gather, swiglu, add_bias, add_gated, fill_rows, combine, route]
+    steps += [route_by_score, dispatch]
     return [*steps, begin_reads, await_reads, next_turn]

@@ -140,9 +140,9 @@ class DeviceForward:
         router = self._routers[to]
         self.h = router.normalized(self._x)
         self.ids, logits = router.choose(self.h)
-        self._shares = router.shares(self.ids, logits)
+        self._shares = router.weights(self.ids, logits)
         self._shared_ran = False
-        self.damaged = self.damaged | ~logits.isfinite().all(1)
+        self.damaged = self.damaged | router.damaged(logits)
         self._predicted = None
         if predict and to + 1 < len(self._routers):
             following = self._routers[to + 1]

@@ -27,7 +27,7 @@ from mer.compute.kernels.ir import (
     store_f32,
     store_i32,
 )
-from mer.compute.kernels.numba_api import cgutils, intrinsic
+from mer.compute.kernels.numba_api import cgutils, intrinsic, njit
 from mer.compute.kernels.step import step
 from mer.compute.kernels.words import Words, columns
 
@@ -93,11 +93,11 @@ def _best_below(_ctx: Any, scores: Any, n: Any, below: Any) -> Any:
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
-class RouteWords(Words):
-    """Words of a row of `route`.
+class RouterWords(Words):
+    """Words that the steps of a router have in common.
 
     logits (float32), stride (bytes, whole vectors of 16), n, n_experts, k, ids (int32 [n, k]), weights (float32 [n,
-    k]), damaged (int32 [n], or 0), over_all (1: the weights are shares of all experts).
+    k]), damaged (int32 [n], or 0).
     """
 
     logits: int
@@ -108,10 +108,32 @@ class RouteWords(Words):
     ids: int
     weights: int
     damaged: int
+
+
+class RouteWords(RouterWords):
+    """Words of a row of `route`: over_all (1: the weights are shares of all experts)."""
+
     over_all: int
 
 
-ROUTE = columns(RouteWords)
+class ScoreWords(RouterWords):
+    """Words of a row of `route_by_score`.
+
+    scores (float32 [n, scores_stride], scratch), scores_stride (bytes, whole vectors of 16: for the experts' scores and
+    then for those of the groups), bias (float32 [n_experts], or 0), sigmoid (0: softmax), groups (count << 32 | used,
+    or 0), least (address of the smallest sum that weights are divided by, or 0: they are not), scale (address).
+    """
+
+    scores: int
+    scores_stride: int
+    bias: int
+    sigmoid: int
+    groups: int
+    least: int
+    scale: int
+
+
+ROUTE, SCORE = columns(RouteWords), columns(ScoreWords)
 
 
 @step(RouteWords)
@@ -157,3 +179,89 @@ def route(row: int, _thread: int, _n_threads: int) -> None:
                     total += math.exp(np.float64(score) - np.float64(top))
         for j in range(k):
             store_f32(weights, t * k + j, np.float32(load_f32(weights, t * k + j) / total))
+
+
+@njit
+def _share(logit, sigmoid, top, total):  # type: ignore[no-untyped-def]
+    """Return the logistic sigmoid of a logit, or its share of a softmax."""
+    if sigmoid != 0:
+        return 1.0 / (1.0 + math.exp(-np.float64(logit)))
+    return math.exp(np.float64(logit) - top) / total
+
+
+@njit
+def _leave_best_groups(scores, of_groups, n_experts, count, used):  # type: ignore[no-untyped-def]
+    """Set the scores of all experts to minus infinity whose group is not among the best; see `Groups`."""
+    size = n_experts // count
+    for group in range(count):
+        first, second = np.float32(-np.inf), np.float32(-np.inf)
+        for expert in range(group * size, (group + 1) * size):
+            score = load_f32(scores, expert)
+            if score > first:
+                first, second = score, first
+            elif score > second:
+                second = score
+        store_f32(of_groups, group, first + second)
+    key, kept = _HIGHEST, 0
+    for _ in range(used):
+        key = _best_below(of_groups, count, key)
+        kept |= 1 << (_NUMBER_MASK - (key & _NUMBER_MASK))
+    for expert in range(n_experts):
+        if not kept >> (expert // size) & 1:
+            store_f32(scores, expert, np.float32(-np.inf))
+
+
+@step(ScoreWords)
+def route_by_score(row: int, _thread: int, _n_threads: int) -> None:
+    """As `route`, for weights that are sigmoids, are scaled, or are not what the experts are chosen by.
+
+    Experts are chosen by sigmoid or share plus their bias, rounded to float32, within the best groups. A score that is
+    not finite sets the row's `damaged` too.
+
+    Rows are claimed.
+    """
+    logits, stride, n = load_i64(row, SCORE.logits), load_i64(row, SCORE.stride), load_i64(row, SCORE.n)
+    n_experts, k = load_i64(row, SCORE.n_experts), load_i64(row, SCORE.k)
+    ids, weights, damaged = load_i64(row, SCORE.ids), load_i64(row, SCORE.weights), load_i64(row, SCORE.damaged)
+    scores, scores_stride = load_i64(row, SCORE.scores), load_i64(row, SCORE.scores_stride)
+    bias, sigmoid, groups = load_i64(row, SCORE.bias), load_i64(row, SCORE.sigmoid), load_i64(row, SCORE.groups)
+    least, scale = load_i64(row, SCORE.least), np.float64(load_f32(load_i64(row, SCORE.scale), 0))
+    while True:
+        t = claim_unit(row)
+        if t >= n:
+            return
+        logit, score = logits + t * stride, scores + t * scores_stride
+        top, total = -np.inf, 1.0
+        if sigmoid == 0:
+            for expert in range(n_experts):
+                top = max(top, np.float64(load_f32(logit, expert)))
+            total = 0.0
+            for expert in range(n_experts):
+                total += math.exp(np.float64(load_f32(logit, expert)) - top)
+        by_logit = bias == 0 and groups == 0
+        if by_logit:
+            score = logit
+        else:
+            for expert in range(n_experts):
+                share = _share(load_f32(logit, expert), sigmoid, top, total)
+                if bias != 0:
+                    share += np.float64(load_f32(bias, expert))
+                store_f32(score, expert, np.float32(share))
+        if damaged != 0 and not (_all_finite(logit, n_experts) and (by_logit or _all_finite(score, n_experts))):
+            store_i32(damaged, t, np.int32(1))
+        if groups != 0:
+            after = score + (n_experts + LANES - 1) // LANES * 4 * LANES
+            _leave_best_groups(score, after, n_experts, groups >> 32, groups & 0xFFFFFFFF)
+        key, of_all = _HIGHEST, 0.0
+        for j in range(k):
+            key = _best_below(score, n_experts, key)
+            best_id = _NUMBER_MASK - (key & _NUMBER_MASK)
+            weight = _share(load_f32(logit, best_id), sigmoid, top, total)
+            of_all += weight
+            store_i32(ids, t * k + j, np.int32(best_id))
+            store_f32(weights, t * k + j, np.float32(weight))
+        by = scale
+        if least != 0:
+            by = scale / max(of_all, np.float64(load_f32(least, 0)))
+        for j in range(k):
+            store_f32(weights, t * k + j, np.float32(np.float64(load_f32(weights, t * k + j)) * by))

@@ -94,8 +94,10 @@ class ReferenceModel:
 
     def route(self, record: Experts, h: F64) -> tuple[F64, npt.NDArray[np.int64], F64]:
         """Return the router's logits [T, E], and its choice and weights [T, K]."""
-        logits = h @ self.matrix(record.router.linear.weight.name).weights.T
-        return logits, *route(logits, record.top_k, normalize=record.router.normalize)
+        router = record.router
+        logits = h @ self.matrix(router.linear.weight.name).weights.T
+        bias = None if router.selection_bias is None else self.vector(router.selection_bias.name)
+        return logits, *route(logits, record.top_k, router.routing, bias)
 
     def mixture(self, layer: int, h: F64, expert_ids: npt.NDArray[np.int64], expert_weights: F64) -> F64:
         """Return the weighted sum, in router order, of the experts' outputs for normalized h [T, D]."""

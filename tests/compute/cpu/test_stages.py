@@ -23,6 +23,7 @@ from mer.compute.reference.model import ReferenceModel
 from mer.errors import ComputeError
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
+from mer.model.transformer import OVER_CHOSEN
 from tests._lib.resident import Resident, Split, batch, joined, logits, open_resident, run
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
@@ -270,7 +271,7 @@ async def test_the_next_layers_router_is_applied_to_the_stream_before_the_expert
         router = h @ reference.matrix(f"blk.{layer + 1}.ffn_gate_inp.weight").weights.T
         ranked = -np.sort(-router, axis=-1)[:, :4]
         assert (-np.diff(ranked, axis=-1)).min() > 1e-5, "choose another seed: the routing is too close to call"
-        predictions.append(reference_route(router, 3, normalize=True)[0])
+        predictions.append(reference_route(router, 3, OVER_CHOSEN)[0])
     async with open_resident(path, limits(threads=3)) as it:
         plain = await it.run(batch(TOKENS, outputs=[21]))
         results: list[Done] = []

@@ -36,6 +36,7 @@ from mer.compute.messages import (
 )
 from mer.compute.reference.model import ReferenceModel
 from mer.errors import ComputeError
+from mer.model.transformer import OVER_CHOSEN
 from tests._lib.resident import Experts, batch, joined
 from tests._lib.tiny_models import Type, tiny_model
 from tests._lib.workers import open_cuda
@@ -193,7 +194,7 @@ async def test_predictions_are_the_next_routers(folder: Path) -> None:
             before = x[layer] + reference.attend(reference.spec.layers[layer], x[layer])
             h = rms_norm(before, reference.vector(f"blk.{layer + 1}.ffn_norm.weight"), reference.spec.norm.eps)
             logits = h @ reference.matrix(f"blk.{layer + 1}.ffn_gate_inp.weight").weights.T
-            want, _ = route(logits, reference.spec.top_k, normalize=True)
+            want, _ = route(logits, reference.spec.top_k, OVER_CHOSEN)
             assert done.predicted_ids is not None
             assert np.array_equal(done.predicted_ids, want)
             union = np.unique(done.expert_ids).tolist()

@@ -25,13 +25,15 @@ from mer.compute.reference.products import dequantize, matmul_quantized, quantiz
 from mer.embedded import embedded_model_path
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
-from mer.model.operators import Rope, RopeStyle
+from mer.model.operators import Groups, Rope, RopeStyle, Routing, Scoring
 from mer.model.spec import ModelSpec
+from mer.model.transformer import OVER_CHOSEN
 from tests._lib.quantize import HALVES, decode, encode
 from tests._lib.specs import with_attention, with_rope, with_router
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
 TYPES = sorted(MATRIX_TYPES)
+OVER_ALL = Routing(scoring=Scoring.SOFTMAX)
 
 
 def random_blocks(kind: GGMLType, n_blocks: int, seed: int) -> npt.NDArray[np.uint8]:
@@ -153,8 +155,8 @@ def test_attention_equals_plain_loops() -> None:
 
 @given(hnp.arrays(np.float64, (4, 7), elements=st.floats(-30, 30)), st.integers(1, 7))
 def test_routing_shares_out_one_or_what_the_chosen_have_of_it(logits: npt.NDArray[np.float64], top_k: int) -> None:
-    ids, weights = route(logits, top_k, normalize=True)
-    other_ids, other_weights = route(logits, top_k, normalize=False)
+    ids, weights = route(logits, top_k, OVER_CHOSEN)
+    other_ids, other_weights = route(logits, top_k, OVER_ALL)
     assert np.array_equal(ids, other_ids)
     powers_of_all = np.exp(logits)
     assert np.allclose(
@@ -166,6 +168,22 @@ def test_routing_shares_out_one_or_what_the_chosen_have_of_it(logits: npt.NDArra
         assert list(chosen) == sorted(range(7), key=lambda e: (-row[e], e))[:top_k]
         powers = [math.exp(row[e]) for e in chosen]
         assert np.allclose(shares, np.array(powers) / sum(powers), rtol=1e-9)
+
+
+@given(hnp.arrays(np.float64, (3, 12), elements=st.sampled_from([-7.0, -1.0, 0.5, 2.0])), st.integers(1, 5))
+def test_a_bias_and_groups_choose_and_the_scores_alone_weigh(logits: npt.NDArray[np.float64], top_k: int) -> None:
+    """One expert after the other, of the groups that are left."""
+    bias = np.array([0.5, -1, 0, 0.25, 0, 3, -0.5, 0, 0, 0.125, 1, 0])
+    routing = Routing(scoring=Scoring.SIGMOID, groups=Groups(count=4, used=2), normalize=True, scale=2.5)
+    ids, weights = route(logits, top_k, routing, bias)
+    for row, chosen, got in zip(logits, ids, weights, strict=True):
+        scores = [1 / (1 + math.exp(-x)) for x in row]
+        ranks = [float(np.float32(score + b)) for score, b in zip(scores, bias, strict=True)]
+        of_group = [float(np.float32(sum(sorted(ranks[3 * g : 3 * g + 3])[1:]))) for g in range(4)]
+        best = sorted(range(4), key=lambda g: (-of_group[g], g))[:2]
+        want = sorted((e for e in range(12) if e // 3 in best), key=lambda e: (-ranks[e], e))[:top_k]
+        assert list(chosen) == want
+        assert got == pytest.approx([2.5 * scores[e] / sum(scores[e] for e in want) for e in want])
 
 
 def test_norm_and_silu_by_hand() -> None:
@@ -230,7 +248,7 @@ def test_llama_files_without_the_permutation_are_told_from_good_ones(tmp_path: P
         pytest.param("llama", lambda spec: with_rope(spec, scale=0.5), id="llama-scale"),
         pytest.param("llama", lambda spec: attrs.evolve(spec, norm=attrs.evolve(spec.norm, eps=1e-2)), id="llama-eps"),
         pytest.param("llama", lambda spec: with_router(spec, top_k=1), id="llama-top_k"),
-        pytest.param("llama", lambda spec: with_router(spec, normalize=False), id="llama-shares"),
+        pytest.param("llama", lambda spec: with_router(spec, routing=OVER_ALL), id="llama-shares"),
         pytest.param("qwen3moe", lambda spec: with_rope(spec, style=RopeStyle.INTERLEAVED), id="qwen3moe-style"),
         pytest.param("qwen3moe", lambda spec: with_attention(spec, q_norm=None, k_norm=None), id="qwen3moe-qk_norm"),
         pytest.param("qwen3moe", lambda spec: with_router(spec, top_k=3), id="qwen3moe-top_k"),

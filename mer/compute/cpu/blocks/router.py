@@ -7,8 +7,8 @@ from mer.compute.cpu.experts import RoutedExperts
 from mer.compute.cpu.matrix import FLOAT_BYTES, Activations, float_stride
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits
-from mer.compute.kernels.router import route
-from mer.model.operators import Experts, Norm
+from mer.compute.kernels.router import route, route_by_score
+from mer.model.operators import LEAST_SUM, Experts, Norm, Router, Routing, Scoring
 
 
 class RouterBlock:
@@ -30,8 +30,11 @@ class RouterBlock:
         """Return what it needs of the scratch memory; x and h are everybody's."""
         t, k = limits.batch_tokens, record.top_k
         logits = t * float_stride(record.n)
+        scores = 0 if is_plain(record.router) else t * score_stride(record)
         return Areas(
             sizes={
+                "router_scores": scores,
+                "next_scores": scores,
                 "router": logits,
                 "expert_ids": t * FLOAT_BYTES * k,
                 "expert_weights": t * FLOAT_BYTES * k,
@@ -40,7 +43,7 @@ class RouterBlock:
                 "predicted_ids": t * FLOAT_BYTES * k,
                 "predicted_weights": t * FLOAT_BYTES * k,
             },
-            constants=(norm.eps,),
+            constants=(norm.eps, record.router.routing.scale, LEAST_SUM),
         )
 
     def add(self, program: Program, n: int, ahead: RouterBlock | None) -> None:
@@ -49,33 +52,72 @@ class RouterBlock:
         Both read the residual stream as it is. One after the other they would wait at three more barriers.
         """
         space, a = self._space, self._space.scratch.address
-        targets = [(self, a["h"], a["router"], (a["expert_ids"], a["expert_weights"], a["damaged"]))]
+        targets = [(self, a["h"], a["router"], ("expert_ids", "expert_weights", "router_scores"), a["damaged"])]
         if ahead is not None:
-            results = a["predicted_ids"], a["predicted_weights"], 0
-            targets.append((ahead, a["next_h"], a["next_router"], results))
-        for it, h, _, _ in targets:
+            results = "predicted_ids", "predicted_weights", "next_scores"
+            targets.append((ahead, a["next_h"], a["next_router"], results, 0))
+        for it, h, _, _, _ in targets:
             space.norm(program, it._norm, a["x"], n, h)
         program.barrier()
-        for it, h, logits, _ in targets:
+        for it, h, logits, _, _ in targets:
             gate = space.matrix(it._record.router.linear)
             x = Activations(n, h, float_stride(gate.cols), {})
             space.multiply(program, it._record.router.linear, x, logits)  # [T, E]
         self._experts.prepare_token(program, self._number)
         program.barrier()
-        for it, _, logits, results in targets:
-            e, k = it._record.n, it._record.top_k
-            ids, weights, damaged = results
+        for it, _, logits, results, damaged in targets:
+            ids, weights, scores = (a[name] for name in results)
+            it._choose(program, n, logits, ids, weights, scores, damaged)
+        program.barrier()
+
+    def _choose(self, program: Program, n: int, logits: int, ids: int, weights: int, scores: int, damaged: int) -> None:
+        """Add the step that chooses experts by logits [T, E]: ids and weights [T, K], damaged [T] or 0."""
+        record, space = self._record, self._space
+        e, k, router = record.n, record.top_k, record.router
+        routing, groups, bias = router.routing, router.routing.groups, router.selection_bias
+        if is_plain(router):
             program.add(
                 route.row(
-                    logits=logits,  # [T, E]
+                    logits=logits,
                     stride=float_stride(e),
                     n=n,
                     n_experts=e,
                     k=k,
-                    ids=ids,  # [T, K]
-                    weights=weights,  # [T, K]
-                    damaged=damaged,  # [T]
-                    over_all=int(not it._record.router.normalize),
+                    ids=ids,
+                    weights=weights,
+                    damaged=damaged,
+                    over_all=int(routing.scoring is Scoring.SOFTMAX),
                 )
             )
-        program.barrier()
+            return
+        program.add(
+            route_by_score.row(
+                logits=logits,
+                stride=float_stride(e),
+                n=n,
+                n_experts=e,
+                k=k,
+                ids=ids,
+                weights=weights,
+                damaged=damaged,
+                scores=scores,
+                scores_stride=score_stride(record),
+                bias=0 if bias is None else space.weights.vector(bias.name),  # [E]
+                sigmoid=int(routing.scoring is Scoring.SIGMOID),
+                groups=0 if groups is None else groups.count << 32 | groups.used,
+                least=space.scratch.constant(LEAST_SUM) if routing.normalize else 0,
+                scale=space.scratch.constant(routing.scale),
+            )
+        )
+
+
+def is_plain(router: Router) -> bool:
+    """Return whether `route` does all that a router needs: a softmax, by which the experts are chosen too."""
+    routing, softmax = router.routing, router.routing.scoring is not Scoring.SIGMOID
+    return softmax and router.selection_bias is None and routing == Routing(scoring=routing.scoring)
+
+
+def score_stride(record: Experts) -> int:
+    """Return the bytes from one row of scores to the next, those of groups included."""
+    groups = record.router.routing.groups
+    return float_stride(record.n) + (0 if groups is None else float_stride(groups.count))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mer.compute.cuda.blocks.tools import Tools
-from mer.model.operators import Experts, Norm
+from mer.model.operators import LEAST_SUM, Experts, Norm, Scoring
 
 Tensor = torch.Tensor
 
@@ -27,12 +27,46 @@ class RouterBlock:
         return self._tools.norm(self._norm, x)
 
     def choose(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the choice [T, K], by falling logits and of equal ones the lower number first, and logits [T, E]."""
+        """Return the choice [T, K], by falling scores and of equal ones the lower number first, and logits [T, E]."""
         logits = self._tools.linear(self._router.linear, h, exact=True)
-        return logits.sort(dim=1, descending=True, stable=True).indices[:, : self._router.top_k], logits
+        scores = self._scores(logits)
+        return scores.sort(dim=1, descending=True, stable=True).indices[:, : self._router.top_k], logits
 
-    def shares(self, ids: Tensor, logits: Tensor) -> Tensor:
+    def weights(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Return the weights [T, K] of the chosen experts."""
-        if self._router.normalize:
-            return logits.gather(1, ids).softmax(1)
-        return logits.softmax(1).gather(1, ids)
+        routing = self._router.routing
+        if routing.scoring is Scoring.CHOSEN:
+            weights = logits.gather(1, ids).softmax(1)
+        else:
+            weights = self._shares(logits).gather(1, ids)
+        if routing.normalize:
+            weights = weights / weights.sum(1, keepdim=True).clamp(min=LEAST_SUM)
+        return weights if routing.scale == 1 else weights * routing.scale
+
+    def damaged(self, logits: Tensor) -> Tensor:
+        """Return for which rows a logit [T, E], or what is added to it for the choice, is not finite: [T]."""
+        damaged = ~logits.isfinite().all(1)
+        if self._router.selection_bias is None:
+            return damaged
+        return damaged | ~self._tools.weights.vector(self._router.selection_bias.name).isfinite().all()
+
+    def _shares(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self._router.routing.scoring is Scoring.SIGMOID else logits.softmax(1)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """Return by what experts are chosen, [T, E]."""
+        router = self._router
+        bias, groups = router.selection_bias, router.routing.groups
+        if bias is None and groups is None:
+            return logits
+        scores = self._shares(logits.double())  # rounded once, with the bias: all forms choose alike
+        if bias is not None:
+            scores = scores + self._tools.weights.vector(bias.name)
+        scores = scores.float()
+        if groups is None:
+            return scores
+        parts = scores.view(len(scores), groups.count, -1)
+        of_group = parts.topk(2, dim=2).values.sum(2)
+        order = of_group.sort(dim=1, descending=True, stable=True).indices
+        unused = torch.ones_like(of_group, dtype=torch.bool).scatter(1, order[:, : groups.used], False)
+        return parts.masked_fill(unused[:, :, None], -torch.inf).flatten(1)

@@ -21,7 +21,8 @@ def feed_forward(record: FeedForward, weights: Weights, x: F64) -> F64:
 
 def sigmoid(x: F64) -> F64:
     """Return the logistic sigmoid of x."""
-    out: F64 = 0.5 * (1 + np.tanh(x / 2))
+    power = np.exp(-np.abs(x))
+    out: F64 = np.where(x < 0, power, 1) / (1 + power)
     return out
 
 
