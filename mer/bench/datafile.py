@@ -108,7 +108,7 @@ def open_data(plan: DataPlan) -> DataFile | None:
     if gguf.metadata.get("general.architecture") != ARCHITECTURE or gguf.metadata.get(VERSION_KEY) != VERSION:
         raise GGUFError(plan.path, None, f"not a data file of this version of `mer bench stream`; {remedy}")
     try:
-        experts = map_experts(gguf, dict(enumerate(_experts(plan))))
+        experts = map_experts(gguf, dict(enumerate(expert_weights(plan))))
     except GGUFError as error:
         raise GGUFError(plan.path, error.offset, f"a data file of other experts ({error.reason}); {remedy}") from error
     if any(tensor.type != geometry.type for tensor in gguf.tensors.values()):
@@ -180,7 +180,7 @@ def _write(path: Path, plan: DataPlan, on_progress: Callable[[int, int], None]) 
                 on_progress(done, total)
 
 
-def _experts(plan: DataPlan) -> list[ExpertWeights]:
+def expert_weights(plan: DataPlan) -> list[ExpertWeights]:
     """Return the experts of each layer."""
     shape = plan.n_experts, plan.geometry.d_model, plan.geometry.d_ff
     return [gated_experts(layer, *shape) for layer in range(plan.n_layers)]
@@ -188,7 +188,7 @@ def _experts(plan: DataPlan) -> list[ExpertWeights]:
 
 def _matrices(plan: DataPlan) -> Iterator[tuple[str, int, int]]:
     """Yield name, rows and columns of every matrix in the order of the file: expert by expert."""
-    for experts in _experts(plan):
+    for experts in expert_weights(plan):
         for expert in range(experts.n):
             for matrix in experts.matrices:
                 yield matrix.single(expert), matrix.rows, matrix.cols

@@ -9,7 +9,7 @@ from typing import NoReturn
 import numpy as np
 import trio
 
-from mer.bench.datafile import DataFile
+from mer.bench.datafile import DataFile, expert_weights
 from mer.bench.workload import Workload
 from mer.compute.cpu.experts import RoutedExperts, expert_areas
 from mer.compute.cpu.forward import matrix_types, steps_for
@@ -48,10 +48,11 @@ class StreamForward:
     def __init__(self, workload: Workload, data: DataFile, n_threads: int) -> None:
         limits = Limits(batch_tokens=1, outputs=1, sequences=1, sequence_blocks=1, kv_blocks=1, threads=n_threads)
         top_k, d = workload.widest, float_stride(data.plan.geometry.d_model)
+        weights = expert_weights(data.plan)
         own = Areas({"x": d, "expert_weights": FLOAT_BYTES * top_k})
-        areas = Areas.union([own, expert_areas(data.experts, top_k, limits)])
+        areas = Areas.union([own, expert_areas(data.experts, weights, top_k, limits)])
         self._scratch = s = Scratch(areas, matrix_types((), data.experts), limits.planes)
-        self._experts = RoutedExperts(data.experts, top_k, limits, s)
+        self._experts = RoutedExperts(data.experts, weights, top_k, limits, s)
         self._d_model, self.threads = data.plan.geometry.d_model, n_threads
         self.n_routed, self.staged_pairs = workload.n_layers, self._experts.staged_pairs
         self._events: tuple[Event, ...] = workload.events

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from math import inf, pi, sqrt
 from typing import Final
 
 import attrs
@@ -135,9 +136,31 @@ class Attention:
         yield from self.out.tensors()
 
 
+@attrs.frozen(kw_only=True)
+class Activation:
+    """How a gated network joins its halves (Shazeer 2020), g = gate(x) and u = up(x), into what `down` reads.
+
+    First g = min(g, limit) and u = clamp(u, -limit, limit); then
+
+        g * sigmoid(alpha * (g + beta * g**3)) * (u + shift)
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float = inf
+    shift: float = 0.0
+
+
+SWIGLU: Final = Activation()
+"""silu(g) * u."""
+
+GEGLU: Final = Activation(alpha=2 * sqrt(2 / pi), beta=0.044715)
+"""gelu(g) * u in the tanh form of Hendrycks and Gimpel (2016), as (1 + tanh(z)) / 2 is sigmoid(2 z)."""
+
+
 @attrs.frozen
 class FeedForward:
-    """A gated network whose weights are always in memory: down(silu(gate(x)) * up(x)) (Shazeer 2020).
+    """A gated network whose weights are always in memory: down of gate and up, joined by the activation.
 
     With `gate_by`, the result is multiplied by the logistic sigmoid of that row's product with x.
     """
@@ -146,6 +169,7 @@ class FeedForward:
     up: Linear  # [F, D]
     down: Linear  # [D, F]
     gate_by: Linear | None = None  # [1, D]
+    activation: Activation = SWIGLU
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that it reads, in the order in which a token meets them."""
@@ -247,13 +271,14 @@ class ExpertWeights:
 
     n: int  # E
     matrices: tuple[ExpertMatrix, ...]  # gate [F, D], up [F, D], down [D, F]
+    activation: Activation = SWIGLU  # of gate and up
 
 
-def gated_experts(layer: int, n: int, d_model: int, d_ff: int) -> ExpertWeights:
+def gated_experts(layer: int, n: int, d_model: int, d_ff: int, *, activation: Activation = SWIGLU) -> ExpertWeights:
     """Return the matrices of n gated networks, with the names that llama.cpp gives them."""
     block = f"blk.{layer}.ffn_"
     shapes = (("gate", d_ff, d_model), ("up", d_ff, d_model), ("down", d_model, d_ff))
-    return ExpertWeights(n, tuple(ExpertMatrix(block + name, rows, cols) for name, rows, cols in shapes))
+    return ExpertWeights(n, tuple(ExpertMatrix(block + name, rows, cols) for name, rows, cols in shapes), activation)
 
 
 @attrs.frozen

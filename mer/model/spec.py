@@ -8,7 +8,7 @@ from functools import cached_property
 
 import attrs
 
-from mer.model.operators import Attention, Experts, Layer, Linear, Norm, Tensor
+from mer.model.operators import Attention, Experts, ExpertWeights, Layer, Linear, Norm, Tensor
 
 _NUMBER = re.compile(r"blk\.\d+\.")
 
@@ -49,6 +49,11 @@ class ModelSpec:
     def routed(self) -> Mapping[int, Experts]:
         """The experts of each layer that has routed ones, by the layer's number in the file, in order."""
         return {number: layer.ffn for number, layer in enumerate(self.layers) if isinstance(layer.ffn, Experts)}
+
+    @cached_property
+    def expert_weights(self) -> tuple[ExpertWeights, ...]:
+        """The routed experts' weights of each routed layer."""
+        return tuple(experts.weights for experts in self.routed.values())
 
     @property
     def n_routed(self) -> int:

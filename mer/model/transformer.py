@@ -26,6 +26,8 @@ from mer.limits import (
 from mer.model.keys import Keys
 from mer.model.operators import (
     ROUTER_TYPES,
+    SWIGLU,
+    Activation,
     Attention,
     Experts,
     FeedForward,
@@ -161,13 +163,20 @@ class Trunk:
         )
 
     def feed_forward(
-        self, layer: int, d_ff: int, suffix: str = "", *, gated: bool = False, bias: bool | None = False
+        self,
+        layer: int,
+        d_ff: int,
+        suffix: str = "",
+        *,
+        gated: bool = False,
+        bias: bool | None = False,
+        activation: Activation = SWIGLU,
     ) -> FeedForward:
         """Return a network of dense weights, such as `ffn_gate` or, with a suffix, `ffn_gate_shexp`."""
         block, d = f"blk.{layer}.ffn_", self.d_model
         gate, up = (self.linear(f"{block}{name}{suffix}", d_ff, d, bias=bias) for name in ("gate", "up"))
         by = Linear(Tensor(f"{block}gate_inp{suffix}.weight", (1, d), ROUTER_TYPES)) if gated else None
-        return FeedForward(gate, up, self.linear(f"{block}down{suffix}", d, d_ff, bias=bias), by)
+        return FeedForward(gate, up, self.linear(f"{block}down{suffix}", d, d_ff, bias=bias), by, activation)
 
     def experts(
         self,
@@ -179,13 +188,14 @@ class Trunk:
         routing: Routing = OVER_CHOSEN,
         selection_bias: bool | None = False,
         shared: FeedForward | None = None,
+        activation: Activation = SWIGLU,
     ) -> Experts:
         """Return a layer's routed experts; for the selection bias see `linear`."""
         linear = Linear(Tensor(f"blk.{layer}.ffn_gate_inp.weight", (n, self.d_model), ROUTER_TYPES))
         name = f"blk.{layer}.exp_probs_b.bias"
         has_bias = name in self.keys.gguf.tensors if selection_bias is None else selection_bias
         router = Router(linear, top_k, routing, vector(name, n) if has_bias else None)
-        return Experts(router, gated_experts(layer, n, self.d_model, d_ff), shared)
+        return Experts(router, gated_experts(layer, n, self.d_model, d_ff, activation=activation), shared)
 
     def layer(self, layer: int, mixer: Attention, ffn: FeedForward | Experts) -> Layer:
         """Return a layer with the usual norms before its two halves."""

@@ -192,7 +192,8 @@ class HostPlanner(Planner):
     def _scratch_bytes(self, limits: Limits) -> int:
         n_bytes = sizes.host_bytes(self._spec, limits)
         if self._hybrid:
-            n_bytes += expert_areas(self._experts, self._spec.top_k, limits).n_bytes(self._kinds, limits.planes)
+            areas = expert_areas(self._experts, self._spec.expert_weights, self._spec.top_k, limits)
+            n_bytes += areas.n_bytes(self._kinds, limits.planes)
         return n_bytes
 
     def choose(self, floor: int) -> tuple[int, Limits]:

@@ -20,13 +20,14 @@ from mer.compute.cpu.matrix import (
     rows_entry,
 )
 from mer.compute.cpu.program import Program
-from mer.compute.cpu.scratch import Areas, Limits, Scratch
-from mer.compute.kernels.elementwise import gather, swiglu
+from mer.compute.cpu.scratch import Areas, Limits, Scratch, activation_constants
+from mer.compute.kernels.elementwise import activate, gather
 from mer.compute.kernels.entry import ENTRY_WORDS, PAIR, RAW_INNER, RAW_OUTER, ROW, ZERO, flags
 from mer.compute.kernels.step import Row
 from mer.compute.messages import Int32Array, LoadedExpert, Stage
 from mer.errors import ComputeError
 from mer.io.extents import ExpertMap, ExpertPart
+from mer.model.operators import ExpertWeights
 
 _STAGES = {Stage.OUTER: 0, Stage.WHOLE: 1, Stage.INNER: 2}  # the order of a table's entries
 _RAW = {Stage.OUTER: RAW_OUTER, Stage.WHOLE: RAW_INNER | RAW_OUTER, Stage.INNER: RAW_INNER}
@@ -40,7 +41,7 @@ class _Steps:
 
     prepare: tuple[Row, ...]  # bring the tokens' activations into the form that gate and up read
     inner: tuple[Row, ...]  # gate and up
-    activate: Row  # SwiGLU, and the packing for down
+    activate: Row  # gate and up joined, and the packing for down
     outer: Row  # down
 
 
@@ -52,26 +53,30 @@ class RoutedExperts:
 
     Args:
         experts: types and shapes of the routed experts, at least one.
+        weights: of each layer's, how they are computed.
         top_k: experts that a token uses.
         limits: the largest batch.
         scratch: its memory.
     """
 
-    def __init__(self, experts: ExpertMap, top_k: int, limits: Limits, scratch: Scratch) -> None:
+    def __init__(
+        self, experts: ExpertMap, weights: Sequence[ExpertWeights], top_k: int, limits: Limits, scratch: Scratch
+    ) -> None:
         self._top_k, self._limits, self._scratch = top_k, limits, scratch
         self._d_model, self._d_ff = widths(experts)
         self._raw = RawRoom(scratch.address["raw"], _raw_bytes(experts))
         self.staged_pairs = limits.ffn_rows(top_k)
-        made: dict[tuple[tuple[object, int, int], ...], tuple[_Steps, _Steps]] = {}
+        made: dict[tuple[object, ...], tuple[_Steps, _Steps]] = {}
         self._steps: list[list[tuple[_Steps, _Steps]]] = []  # of each expert: for one token, for more
         self._sizes: list[list[int]] = []  # of each layer: blocks in which gate and up take activations
-        for layer in experts.experts:
+        for layer, record in zip(experts.experts, weights, strict=True):
             self._sizes.append(block_sizes(p.type for e in layer for p in e.parts[:2]))
             self._steps.append([])
             for expert in layer:
-                key = tuple((p.type, p.rows, p.cols) for p in expert.parts)
+                key = record.activation, *((p.type, p.rows, p.cols) for p in expert.parts)
                 if key not in made:
-                    made[key] = self._make(expert.parts, one=True), self._make(expert.parts, one=False)
+                    one, more = (self._make(expert.parts, record, one=it) for it in (True, False))
+                    made[key] = one, more
                 self._steps[-1].append(made[key])
         # whether all experts of a layer have matrices of the same types and shapes
         self.alike = all(steps == layer[0] for layer in self._steps for steps in layer)
@@ -81,7 +86,7 @@ class RoutedExperts:
         self._places, self._order = scratch.ints("places"), scratch.ints("order")
 
     @staticmethod
-    def areas(experts: ExpertMap, top_k: int, limits: Limits) -> Areas:
+    def areas(experts: ExpertMap, weights: Sequence[ExpertWeights], top_k: int, limits: Limits) -> Areas:
         """Return what the experts need of the scratch memory; h and the router's results are the router's."""
         d_model, d_ff = widths(experts)
         t, r, d, f = limits.batch_tokens, limits.ffn_rows(top_k), float_stride(d_model), float_stride(d_ff)
@@ -103,9 +108,10 @@ class RoutedExperts:
                 "raw": limits.threads * _raw_bytes(experts),  # an expert's rows as they are in the file
             },
             packed={"input": (r, d_model), "inner": (r, d_ff)},
+            constants=tuple(it for record in weights for it in activation_constants(record.activation)),
         )
 
-    def _make(self, parts: Sequence[ExpertPart], *, one: bool) -> _Steps:
+    def _make(self, parts: Sequence[ExpertPart], record: ExpertWeights, *, one: bool) -> _Steps:
         """Return the steps for batches of one token, whose activations `prepare_token` has prepared, or of more.
 
         They are made once for each shape, and told their table when they are added. Made again for each job they would
@@ -133,13 +139,14 @@ class RoutedExperts:
                 product(matrix, x, a["gate"] + number * between, f, threads, flags(number, x=source), raw=raw)
                 for number, matrix in enumerate((gate, up))
             ]
-        sizes = block_sizes([down.type])
+        sizes, numbers = block_sizes([down.type]), s.activation(record.activation)
         if sizes:
-            activate = s.packed["inner"][sizes[0]].pack(self._d_ff, a["gate"], f, up=between)
+            area = s.packed["inner"][sizes[0]]
+            joined = area.pack(self._d_ff, a["gate"], f, up=between, activation=numbers)
         else:
-            activate = swiglu.row(gate=a["gate"], up=a["up"], stride=f)
+            joined = activate.row(gate=a["gate"], up=a["up"], stride=f, activation=numbers)
         outer = product(down, z, a["y"], d, threads, flags(2, out=PAIR), raw=raw)  # [T * K, D]
-        return _Steps(tuple(prepare), tuple(inner), activate, outer)
+        return _Steps(tuple(prepare), tuple(inner), joined, outer)
 
     def prepare_token(self, program: Program, layer: int) -> None:
         """Add the packing of `h` for the layer's experts, if the batch is one token; experts may follow a barrier."""
@@ -256,10 +263,10 @@ class RoutedExperts:
         program.barrier()
 
 
-def expert_areas(experts: ExpertMap, top_k: int, limits: Limits) -> Areas:
+def expert_areas(experts: ExpertMap, weights: Sequence[ExpertWeights], top_k: int, limits: Limits) -> Areas:
     """Return the scratch memory of routed experts that run without the dense part of their model."""
     rows = {"h": limits.batch_tokens * float_stride(widths(experts)[0])}
-    return Areas.union([Areas(rows), RoutedExperts.areas(experts, top_k, limits)])
+    return Areas.union([Areas(rows), RoutedExperts.areas(experts, weights, top_k, limits)])
 
 
 def widths(experts: ExpertMap) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from mer.compute.cpu.program import Memory, Program
 from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.cpu.weights import DenseWeights
 from mer.compute.kernels.dispatch import dispatch
-from mer.compute.kernels.elementwise import add_bias, add_gated, combine, fill_rows, gather, rms_norm, swiglu
+from mer.compute.kernels.elementwise import activate, add_bias, add_gated, combine, fill_rows, gather, rms_norm
 from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
@@ -68,7 +68,7 @@ class Forward:
         self._batch: Batch | None = None
         self._routed_experts: RoutedExperts | None = None
         if spec.routed:
-            self._routed_experts = RoutedExperts(experts, spec.top_k, limits, self.scratch)
+            self._routed_experts = RoutedExperts(experts, spec.expert_weights, spec.top_k, limits, self.scratch)
         self._ropes = _ropes(spec)
         self._between: list[list[Block]] = [[]]  # what runs up to each router, and after the last one
         self._routers: list[RouterBlock] = []
@@ -402,7 +402,7 @@ def scratch_areas(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> Areas:
         else:
             parts.append(FeedForwardBlock.areas(ffn, ffn_norm, limits))
     if spec.routed:
-        parts.append(RoutedExperts.areas(experts, spec.top_k, limits))
+        parts.append(RoutedExperts.areas(experts, spec.expert_weights, spec.top_k, limits))
     return Areas.union(parts)
 
 
@@ -423,6 +423,6 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += AttentionBlock.steps(kv_type)
-    steps += [pack, rms_norm, gather, swiglu, add_bias, add_gated, fill_rows, combine, route]
+    steps += [pack, rms_norm, gather, activate, add_bias, add_gated, fill_rows, combine, route]
     steps += [route_by_score, dispatch]
     return [*steps, begin_reads, await_reads, next_turn]

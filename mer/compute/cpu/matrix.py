@@ -78,13 +78,14 @@ class PackedArea:
         xq, xs, xsum = map(memory.cut, cls.sizes(fmt, rows, cols, planes))
         return cls(fmt.block_weights, fmt.sums_per_block, xq, xs, xsum, planes)
 
-    def pack(self, cols: int, x: int, stride: int, *, index: int = 0, up: int = 0) -> Row:
-        """Return the step that packs rows of `cols` float32 at x."""
+    def pack(self, cols: int, x: int, stride: int, *, index: int = 0, up: int = 0, activation: int = 0) -> Row:
+        """Return the step that packs rows of `cols` float32 at x, or what an activation makes of them and of `up`."""
         return pack.row(
             x=x,
             x_stride=stride,
             index=index,
             up=up,
+            activation=activation,
             n_blocks=cols // self.block_weights,
             block_weights=self.block_weights,
             sums_per_block=self.sums_per_block,

@@ -38,9 +38,9 @@ class CPUPlace:
     def __init__(self, spec: ModelSpec, limits: Limits, experts: ExpertMap, forward: Forward | None = None) -> None:
         self._spec, self._experts = spec, experts
         if forward is None:
-            areas = expert_areas(experts, spec.top_k, limits)
+            areas = expert_areas(experts, spec.expert_weights, spec.top_k, limits)
             self._scratch = Scratch(areas, matrix_types((), experts), limits.planes)
-            routed = RoutedExperts(experts, spec.top_k, limits, self._scratch)
+            routed = RoutedExperts(experts, spec.expert_weights, spec.top_k, limits, self._scratch)
             self._routed: RoutedExperts | None = routed
             self._run = routed.run
         else:

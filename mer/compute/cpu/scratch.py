@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -10,14 +11,17 @@ import numpy.typing as npt
 
 from mer.compute.cpu.matrix import FLOAT_BYTES, PackedArea
 from mer.compute.cpu.program import Memory
+from mer.compute.kernels.activation import NUMBERS
 from mer.compute.kernels.attention import split_tokens
 from mer.compute.kernels.matmul import block_format
 from mer.compute.kernels.tile import BlockFormat
 from mer.config import KVType
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
+from mer.model.operators import SWIGLU, Activation
 
 RESIDENT_ROWS = 16
+Constant: TypeAlias = float | tuple[float, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -52,14 +56,14 @@ class Areas:
 
     sizes: Mapping[str, int] = attrs.field(factory=dict)  # bytes
     packed: Mapping[str, tuple[int, int]] = attrs.field(factory=dict)  # rows and columns of packed activations
-    constants: tuple[float, ...] = ()  # that steps read by address
+    constants: tuple[Constant, ...] = ()  # that steps read by address
 
     @classmethod
     def union(cls, parts: Iterable[Areas]) -> Areas:
         """Return what all parts need together: of areas with one name, the largest."""
         sizes: dict[str, int] = {}
         packed: dict[str, tuple[int, int]] = {}
-        constants: dict[float, None] = {}
+        constants: dict[Constant, None] = {}
         for part in parts:
             for name, n_bytes in part.sizes.items():
                 sizes[name] = max(n_bytes, sizes.get(name, 0))
@@ -71,15 +75,23 @@ class Areas:
 
     def n_bytes(self, kinds: Iterable[GGMLType], planes: int) -> int:
         """Return the bytes of all areas, for activations that meet matrices of these types."""
-        total = sum(round_up(size, 64) for size in self.sizes.values()) + round_up(
-            len(self.constants) * FLOAT_BYTES, 64
-        )
+        total = sum(round_up(size, 64) for size in self.sizes.values())
+        total += round_up(len(_numbers(self.constants)) * FLOAT_BYTES, 64)
         formats = _formats(kinds)
         for rows, cols in self.packed.values():
             for fmt in formats.values():
                 sizes = PackedArea.sizes(fmt, rows, round_up(cols, fmt.block_weights), planes)
                 total += sum(round_up(size, 64) for size in sizes)
         return total
+
+
+def activation_constants(record: Activation) -> tuple[Constant, ...]:
+    """Return the numbers of an activation as a constant, in the order that kernels read them; none for SwiGLU."""
+    return () if record == SWIGLU else (tuple(getattr(record, name) for name in NUMBERS),)
+
+
+def _numbers(constants: Iterable[Constant]) -> list[float]:
+    return [number for it in constants for number in (it if isinstance(it, tuple) else (it,))]
 
 
 def _formats(kinds: Iterable[GGMLType]) -> dict[int, BlockFormat]:
@@ -108,14 +120,22 @@ class Scratch:
             }
             for name, (rows, cols) in areas.packed.items()
         }
-        values = self.memory.floats(self.memory.cut(len(areas.constants) * FLOAT_BYTES), len(areas.constants))
-        values[:] = areas.constants
-        first = int(values.ctypes.data)
-        self._constants = {value: first + FLOAT_BYTES * number for number, value in enumerate(areas.constants)}
+        numbers = _numbers(areas.constants)
+        address = self.memory.cut(len(numbers) * FLOAT_BYTES)
+        self.memory.floats(address, len(numbers))[:] = numbers
+        self._constants: dict[Constant, int] = {}
+        for constant in areas.constants:
+            self._constants[constant] = address
+            address += FLOAT_BYTES * len(_numbers([constant]))
 
-    def constant(self, value: float) -> int:
-        """Return the address of a float32 that the areas name."""
+    def constant(self, value: Constant) -> int:
+        """Return the address of a float32 that the areas name, or of several that they name as one constant."""
         return self._constants[value]
+
+    def activation(self, record: Activation) -> int:
+        """Return the address of an activation's numbers, which the areas name, or 0 for SwiGLU."""
+        constants = activation_constants(record)
+        return self.constant(constants[0]) if constants else 0
 
     def ints(self, name: str) -> npt.NDArray[np.int32]:
         """Return an area as int32."""

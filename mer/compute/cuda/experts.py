@@ -16,6 +16,7 @@ from mer.compute.cuda.vram import DeviceSlot, VRAMTier
 from mer.compute.messages import LoadedExpert
 from mer.compute.places import Pairs
 from mer.io.extents import ExpertMap, ExpertPart
+from mer.model.operators import ExpertWeights
 
 Tensor = torch.Tensor
 
@@ -46,6 +47,7 @@ class DeviceExperts:
         device: holds them.
         kernels: compute.
         experts: types and shapes.
+        weights: of each layer's experts, how they are computed.
         classes: the sizes of the slots.
         counts: slots of each class to keep experts in; there are `STAGING_SLOTS` more of each.
         hybrid: whether experts may come as the CPU kernels have re-arranged them.
@@ -56,6 +58,7 @@ class DeviceExperts:
         device: Device,
         kernels: TorchKernels,
         experts: ExpertMap,
+        weights: Sequence[ExpertWeights],
         classes: VRAMClasses,
         counts: Sequence[int],
         *,
@@ -67,7 +70,9 @@ class DeviceExperts:
             for count, size in zip(counts, classes.slot_bytes, strict=True)
         ]
         self._parts = [[extents.parts for extents in layer] for layer in experts.experts]
-        self._cuts = [[_cut(parts) for parts in layer] for layer in self._parts]
+        self._cuts = [
+            [_cut(parts, record) for parts in layer] for layer, record in zip(self._parts, weights, strict=True)
+        ]
         self.alike = all(cut == layer[0] for layer in self._cuts for cut in layer)
         sizes = [tile_layout(parts).n_bytes for layer in self._parts for parts in layer]
         room = max(sizes, default=0) if hybrid else 0
@@ -151,7 +156,7 @@ class DeviceExperts:
         return arrival
 
 
-def _cut(parts: Sequence[ExpertPart]) -> ExpertCut:
+def _cut(parts: Sequence[ExpertPart], record: ExpertWeights) -> ExpertCut:
     layout = file_layout(parts)
     gate, up, down = parts
     return ExpertCut(
@@ -159,4 +164,5 @@ def _cut(parts: Sequence[ExpertPart]) -> ExpertCut:
         shapes=((gate.rows, gate.cols), (up.rows, up.cols), (down.rows, down.cols)),
         offsets=layout.offsets,
         sizes=layout.sizes,
+        activation=record.activation,
     )

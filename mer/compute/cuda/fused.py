@@ -66,11 +66,11 @@ class TritonKernels(TorchKernels):
 
     def _launch(self, like: DeviceExpert, work: Tensor, h: Tensor, y: Tensor) -> None:
         """Compute pairs, given as [P, 5], with experts of one form."""
-        n, (gate, up, down) = len(work), (like.gate, like.up, like.down)
+        n, (gate, up, down), act = len(work), (like.gate, like.up, like.down), like.activation
         inner = torch.empty((n, gate.rows), dtype=torch.float32, device=h.device)
         kernels.gate_up[_grid(gate, n)](
             work, h, inner, gate.rows, gate.cols, gate.raw.shape[1], up.raw.shape[1], int(gate.type), int(up.type),
-            kernels.R, num_warps=kernels.WARPS,
+            act.alpha, act.beta, act.limit, act.shift, kernels.R, num_warps=kernels.WARPS,
         )  # fmt: skip
         kernels.down[_grid(down, n)](
             work, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), kernels.R, num_warps=kernels.WARPS
@@ -86,4 +86,4 @@ def _is_fused(expert: DeviceExpert) -> bool:
 
 
 def _key(expert: DeviceExpert) -> tuple[object, ...]:
-    return tuple((m.type, m.rows, m.cols) for m in (expert.gate, expert.up, expert.down))
+    return expert.activation, *((m.type, m.rows, m.cols) for m in (expert.gate, expert.up, expert.down))

@@ -92,7 +92,7 @@ async def open_device(
         else:
             assert host is not None
             part = DenseForward(spec, forward, host)
-        slots = DeviceExperts(device, kernels, experts, classes, counts, hybrid=hybrid)
+        slots = DeviceExperts(device, kernels, experts, spec.expert_weights, classes, counts, hybrid=hybrid)
         tier = VRAMTier(policy, classes, counts)
         places: list[ExpertPlace[Any]]  # of tensors or of arrays, as the dense part has its rows
         if isinstance(part, DeviceForward):

@@ -12,24 +12,26 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
+from mer.compute.cuda.activation import activated
 from mer.compute.cuda.dequantize import dequantize
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.sizes import CHUNK_WEIGHTS
 from mer.compute.cuda.weights import DeviceMatrix
 from mer.io.ggml import GGMLType
+from mer.model.operators import SWIGLU, Activation
 
 Tensor = torch.Tensor
 
 
 @attrs.frozen(eq=False)
 class DeviceExpert:
-    """An expert's matrices on the device."""
+    """An expert's matrices on the device, and how gate and up are joined."""
 
     gate: DeviceMatrix
     up: DeviceMatrix
     down: DeviceMatrix
+    activation: Activation = SWIGLU
 
 
 @attrs.frozen(eq=False)
@@ -76,8 +78,8 @@ class TorchKernels:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def ffn(self, expert: DeviceExpert, x: Tensor) -> Tensor:
-        """Return down(silu(gate(x)) * up(x)) [n, D] of x [n, D] (Shazeer 2020)."""
-        inner = functional.silu(self.matmul(expert.gate, x)) * self.matmul(expert.up, x)
+        """Return what an expert gives [n, D] for x [n, D]."""
+        inner = activated(expert.activation, self.matmul(expert.gate, x), self.matmul(expert.up, x))
         return self.matmul(expert.down, inner)
 
     def experts(self, works: Sequence[Work], h: Tensor, y: Tensor) -> None:
@@ -103,12 +105,13 @@ class TorchKernels:
 
 @attrs.frozen
 class ExpertCut:
-    """How the three matrices lie in a slot: types and shapes, and where each begins."""
+    """How the three matrices lie in a slot: types and shapes, and where each begins; and how they are computed."""
 
     types: tuple[GGMLType, GGMLType, GGMLType]  # gate, up, down
     shapes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     offsets: tuple[int, int, int]
     sizes: tuple[int, int, int]
+    activation: Activation = SWIGLU
 
     def expert(self, raw: Tensor) -> DeviceExpert:
         """Return the matrices in the bytes of a slot."""
@@ -116,4 +119,4 @@ class ExpertCut:
             DeviceMatrix.of(kind, *shape, raw[offset : offset + size])
             for kind, shape, offset, size in zip(self.types, self.shapes, self.offsets, self.sizes, strict=True)
         )
-        return DeviceExpert(gate, up, down)
+        return DeviceExpert(gate, up, down, self.activation)

@@ -224,14 +224,38 @@ def matvec(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gate_up(  # type: ignore[no-untyped-def]
-    work, x, inner, n_rows, cols, gate_bytes, up_bytes, GATE: tl.constexpr, UP: tl.constexpr, R: tl.constexpr
+    work,
+    x,
+    inner,
+    n_rows,
+    cols,
+    gate_bytes,
+    up_bytes,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    R: tl.constexpr,
 ):
-    """inner[p] = silu(gate @ x) * (up @ x), for work [P, 5]: row of x, row of y, addresses of gate, up and down."""
+    """inner[p] = activation of gate @ x and up @ x; grid (row groups, P).
+
+    work is [P, 5]: row of x, row of y, addresses of gate, up and down. The activation's numbers are constants, so that
+    those of SwiGLU leave nothing of what others need.
+    """
     row, p = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)
     at = x + tl.load(work + p * 5) * cols
     gate = _dot(tl.load(work + p * 5 + 2), row, n_rows, at, cols, gate_bytes, GATE, R)
     up = _dot(tl.load(work + p * 5 + 3), row, n_rows, at, cols, up_bytes, UP, R)
-    tl.store(inner + p * n_rows + row, gate * tl.sigmoid(gate) * up, mask=row < n_rows)
+    if float("inf") > LIMIT:  # not by `tl.minimum`, which makes a number of NaN
+        gate, up = tl.where(gate > LIMIT, LIMIT, gate), tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    z = gate if ALPHA == 1 else ALPHA * gate
+    if BETA != 0:
+        z *= 1 + BETA * gate * gate
+    if SHIFT != 0:
+        up += SHIFT
+    tl.store(inner + p * n_rows + row, gate * tl.sigmoid(z) * up, mask=row < n_rows)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Steps on rows of float32: RMSNorm, row gathering, SwiGLU, biases, and weighted sums of outputs."""
+"""Steps on rows of float32: RMSNorm, row gathering, activations, biases, and weighted sums of outputs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 
+from mer.compute.kernels.activation import join_halves
 from mer.compute.kernels.claim import chunk_of, claim_unit
 from mer.compute.kernels.entry import COUNT, PAIR, ROW, TableWords, entry_of
 from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64
 from mer.compute.kernels.step import step
-from mer.compute.kernels.vector import add_scaled, dot, scale_product, swiglu16
+from mer.compute.kernels.vector import add_scaled, dot, scale_product
 from mer.compute.kernels.words import Words, columns
 
 _MIN_VECTORS = 16  # a run of fewer vectors takes less time than claiming it
@@ -98,28 +99,31 @@ def gather(row: int, _thread: int, _n_threads: int) -> None:
         first += n
 
 
-class SwigluWords(TableWords):
-    """Words of a row of `swiglu`.
+class ActivateWords(TableWords):
+    """Words of a row of `activate`.
 
-    table, n_entries (see `TableWords`), gate, up, stride (bytes, whole vectors of 16).
+    table, n_entries (see `TableWords`), gate, up, stride (bytes, whole vectors of 16), activation (address of its
+    numbers, or 0: SwiGLU).
     """
 
     gate: int
     up: int
     stride: int
+    activation: int
 
 
-SWIGLU = columns(SwigluWords)
+ACTIVATE = columns(ActivateWords)
 
 
-@step(SwigluWords)
-def swiglu(row: int, _thread: int, n_threads: int) -> None:
-    """Write gate = silu(gate) * up for each entry's own rows of float32.
+@step(ActivateWords)
+def activate(row: int, _thread: int, n_threads: int) -> None:
+    """Write gate = activation of gate and up for each entry's own rows of float32.
 
     Runs of vectors are claimed.
     """
-    table, n_entries = load_i64(row, SWIGLU.table), load_i64(row, SWIGLU.n_entries)
-    gate, up, stride = load_i64(row, SWIGLU.gate), load_i64(row, SWIGLU.up), load_i64(row, SWIGLU.stride)
+    table, n_entries = load_i64(row, ACTIVATE.table), load_i64(row, ACTIVATE.n_entries)
+    gate, up, stride = load_i64(row, ACTIVATE.gate), load_i64(row, ACTIVATE.up), load_i64(row, ACTIVATE.stride)
+    activation = load_i64(row, ACTIVATE.activation)
     item, before = claim_unit(row), 0
     for number in range(n_entries):
         entry = entry_of(row, table, number)
@@ -129,7 +133,7 @@ def swiglu(row: int, _thread: int, n_threads: int) -> None:
         while item < before + runs:
             first = (item - before) * chunk
             last = min(first + chunk, vectors)
-            swiglu16(gate + begin + 64 * first, up + begin + 64 * first, 16 * (last - first))
+            join_halves(gate + begin + 64 * first, up + begin + 64 * first, 16 * (last - first), activation)
             item = claim_unit(row)
         before += runs
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from mer.compute.kernels.activation import join_halves
 from mer.compute.kernels.claim import chunk_of, claim_unit
 from mer.compute.kernels.entry import COUNT, PAIR, ROW, TableWords, entry_of
 from mer.compute.kernels.ir import load_i32, load_i64, store_f32, store_i32
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import step
-from mer.compute.kernels.vector import amax, quantize16, quantize16_high, quantize16_low, swiglu16
+from mer.compute.kernels.vector import amax, quantize16, quantize16_high, quantize16_low
 from mer.compute.kernels.words import columns
 
 _TINY = np.float32(2.0**-126)  # the reciprocal of a smaller scale may be infinite; such blocks become zero
@@ -61,14 +62,15 @@ class PackWords(TableWords):
     """Words of a row of `pack`.
 
     table, n_entries (see `TableWords`), x, x_stride (bytes), index (of x, int32 for each (token, choice) pair, or 0 for
-    the entry's own rows), up (bytes from a row of x to its partner, or 0), n_blocks, block_weights, sums_per_block, xq,
-    xs, xsum, planes.
+    the entry's own rows), up (bytes from a row of x to its partner, or 0), activation (of both: address of its numbers,
+    or 0: SwiGLU), n_blocks, block_weights, sums_per_block, xq, xs, xsum, planes.
     """
 
     x: int
     x_stride: int
     index: int = 0
     up: int = 0
+    activation: int = 0
     n_blocks: int
     block_weights: int
     sums_per_block: int
@@ -85,11 +87,12 @@ PACK = columns(PackWords)
 def pack(row: int, _thread: int, n_threads: int) -> None:
     """Quantize rows of float32 into packed blocks; runs of an entry's (row, block) pairs are claimed.
 
-    The rows of an entry are its own of x, and are packed together. With `up`, first x = silu(x) * up in place.
+    The rows of an entry are its own of x, and are packed together. With `up`, x first becomes the activation of both.
     """
     table, n_entries = load_i64(row, PACK.table), load_i64(row, PACK.n_entries)
     x, x_stride, index = load_i64(row, PACK.x), load_i64(row, PACK.x_stride), load_i64(row, PACK.index)
     up, n_blocks, size = load_i64(row, PACK.up), load_i64(row, PACK.n_blocks), load_i64(row, PACK.block_weights)
+    activation = load_i64(row, PACK.activation)
     sums, planes = load_i64(row, PACK.sums_per_block), load_i64(row, PACK.planes)
     xq, xs, xsum = load_i64(row, PACK.xq), load_i64(row, PACK.xs), load_i64(row, PACK.xsum)
     unit, before = claim_unit(row), 0
@@ -106,7 +109,7 @@ def pack(row: int, _thread: int, n_threads: int) -> None:
                 source = load_i32(index, pair + t) if index != 0 else own + t
                 block = x + source * x_stride + 4 * size * k
                 if up != 0:
-                    swiglu16(block, block + up, size)
+                    join_halves(block, block + up, size, activation)
                 first, columns = column_tile(t, n)
                 tile = (own + first) * n_blocks + k * columns
                 place, plane = tile + t - first, planes * tile + t - first

@@ -1,4 +1,4 @@
-"""Float32 vector pieces that other kernels are made of: dot products, exponentials, sigmoid gates, quantized blocks."""
+"""Float32 vector pieces that other kernels are made of: dot products, exponentials, quantized blocks."""
 
 from __future__ import annotations
 
@@ -155,22 +155,6 @@ def add_scaled(_ctx: Any, out: Any, x: Any, factor: Any, n: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, types.int64), codegen
-
-
-@intrinsic
-def swiglu16(_ctx: Any, gate: Any, up: Any, n: Any) -> Any:
-    """Write gate = gate / (1 + e**-gate) * up for `n` floats, a multiple of 16."""
-
-    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-        gate, up, n = args
-        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
-            offset = b.mul(loop.index, i64(64))
-            g = load(b, gate, offset, V16F32, 4)
-            denominator = b.fadd(exp_vector(b, b.fsub(const(V16F32, -0.0), g)), const(V16F32, 1.0))
-            store(b, b.fmul(b.fdiv(g, denominator), load(b, up, offset, V16F32, 4)), gate, offset)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def larger_magnitudes(b: Any, most: Any, vector: Any) -> Any:

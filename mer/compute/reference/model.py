@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mer.compute.reference.blocks.attention import attend
-from mer.compute.reference.blocks.feed_forward import feed_forward, silu
+from mer.compute.reference.blocks.feed_forward import activated, feed_forward
 from mer.compute.reference.blocks.norm import rms_norm
 from mer.compute.reference.blocks.router import route
 from mer.compute.reference.products import F64, Matrix
@@ -114,8 +114,9 @@ class ReferenceModel:
         """Return what an expert of a routed layer gives for normalized h [T, D]."""
         gate, up, down = map(self._weights.part, self.experts.experts[layer][expert].parts)
         int8 = self.int8_activations
-        inner = silu(gate.matmul(h, int8_activations=int8)) * up.matmul(h, int8_activations=int8)
-        return down.matmul(inner, int8_activations=int8)
+        activation = self.spec.expert_weights[layer].activation
+        g, u = (matrix.matmul(h, int8_activations=int8) for matrix in (gate, up))
+        return down.matmul(activated(activation, g, u), int8_activations=int8)
 
     def norm(self, record: Norm, x: F64) -> F64:
         """Return x [T, D] normalized."""

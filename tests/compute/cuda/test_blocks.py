@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from mer.compute.cpu.program import Memory, Program
+from mer.compute.cuda.activation import activated
 from mer.compute.cuda.dequantize import dequantize, file_order, stored_bytes
 from mer.compute.kernels.interleave import FIELDS, ROWS
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS
 from mer.compute.kernels.runtime import run_alone
+from mer.compute.reference.blocks.feed_forward import activated as reference_activated
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
+from mer.model.operators import GEGLU, SWIGLU, Activation
 from tests._lib.quantize import HALVES, Type
 from tests._lib.steps import row_of
 
@@ -61,6 +64,18 @@ def test_tiles_go_back_to_the_order_of_the_file(kind: GGMLType, rows: int) -> No
     stored = tiles.view(tiles.address, n_bytes)
     assert not np.array_equal(stored[: raw.size], raw.ravel())
     assert np.array_equal(file_order(kind, torch.from_numpy(stored.copy()), rows).numpy(), raw)
+
+
+@pytest.mark.parametrize(
+    "record", [SWIGLU, GEGLU, Activation(limit=1.5), Activation(alpha=1.702, beta=0.03, limit=7.0, shift=1.0)]
+)
+def test_activations_by_their_numbers(record: Activation) -> None:
+    gate, up = np.random.default_rng(1).normal(size=(2, 5, 40)).astype(np.float32) * 5
+    gate[2, 3], up[3, 1] = np.nan, np.nan
+    got = activated(record, torch.from_numpy(gate), torch.from_numpy(up)).numpy()
+    want = reference_activated(record, gate.astype(np.float64), up.astype(np.float64))
+    assert np.allclose(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert np.isnan(got).sum() == 2
 
 
 def test_types_without_tiles_stay() -> None:

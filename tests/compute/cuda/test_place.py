@@ -38,7 +38,9 @@ class Side:
         self.device = Device(TORCH_CPU)
         spec, experts = self.reference.spec, self.reference.experts
         classes = vram_classes(experts)
-        slots = DeviceExperts(self.device, TorchKernels(self.device), experts, classes, (SLOTS,), hybrid=True)
+        slots = DeviceExperts(
+            self.device, TorchKernels(self.device), experts, spec.expert_weights, classes, (SLOTS,), hybrid=True
+        )
         self.tier = VRAMTier(LayerLRU(spec.n_routed, SLOTS), classes, (SLOTS,))
         self.on_device = dense_on_device
         self.y = self.device.zeros(IDS.size, spec.d_model)

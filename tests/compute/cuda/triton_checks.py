@@ -17,8 +17,10 @@ from mer.compute.cuda.layout import ALIGNMENT
 from mer.compute.cuda.products import DeviceExpert, ExpertCut, Work
 from mer.compute.cuda.triton_kernels import KINDS
 from mer.compute.cuda.weights import DeviceMatrix
+from mer.compute.reference.blocks.feed_forward import activated
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
+from mer.model.operators import GEGLU, SWIGLU, Activation
 from tests._lib.quantize import Type
 from tests.compute.cuda.test_blocks import random_bytes
 
@@ -56,17 +58,21 @@ def check_matvec() -> None:
             assert_near(kernels.matmul(it, torch.from_numpy(x)), x @ weights(it).T, f"{kind.name} {rows}x{cols}x{n}")
 
 
-def expert_of(kinds: tuple[GGMLType, GGMLType, GGMLType], d: int, f: int, seed: int) -> DeviceExpert:
+def expert_of(
+    kinds: tuple[GGMLType, GGMLType, GGMLType], d: int, f: int, seed: int, activation: Activation
+) -> DeviceExpert:
     """Return an expert of random bytes."""
     gate, up, down = kinds
-    return DeviceExpert(matrix(gate, f, d, seed), matrix(up, f, d, seed + 1), matrix(down, d, f, seed + 2))
+    return DeviceExpert(matrix(gate, f, d, seed), matrix(up, f, d, seed + 1), matrix(down, d, f, seed + 2), activation)
 
 
 def ffn(expert: DeviceExpert, x: np.ndarray) -> np.ndarray:
     """Return an expert's output in float64."""
     g, u = x @ weights(expert.gate).T, x @ weights(expert.up).T
-    inner = g / (1 + np.exp(-g)) * u
-    return np.asarray(inner @ weights(expert.down).T)
+    return np.asarray(activated(expert.activation, g, u) @ weights(expert.down).T)
+
+
+ACTIVATIONS = (SWIGLU, GEGLU, Activation(alpha=1.702, limit=0.7, shift=1.0), Activation(limit=0.5))
 
 
 FORMS = [
@@ -86,7 +92,7 @@ def check_experts() -> None:
     pairs = rng.permutation(24)
     works, want, first = [], np.full((24, 256), 7.0), 0
     for number, n in enumerate((1, 3, 9, 2)):
-        expert = expert_of(FORMS[number % 2], 256, 256, seed=10 * number)
+        expert = expert_of(FORMS[number % 2], 256, 256, seed=10 * number, activation=ACTIVATIONS[number])
         mine = pairs[first : first + n]
         first += n
         numbers = np.stack([mine, mine // 2])
@@ -102,7 +108,8 @@ def check_chosen() -> None:
     kernels = TritonKernels(Device(TORCH_CPU))
     rng = np.random.default_rng(6)
     for number, form in enumerate(FORMS):
-        experts = [expert_of(form, 256, 256, seed=100 * number + 10 * i) for i in range(4)]
+        activation = ACTIVATIONS[number]
+        experts = [expert_of(form, 256, 256, seed=100 * number + 10 * i, activation=activation) for i in range(4)]
         sizes = tuple(m.raw.numel() for m in (experts[0].gate, experts[0].up, experts[0].down))
         offsets = (0, round_up(sizes[0], ALIGNMENT), round_up(sizes[0], ALIGNMENT) + round_up(sizes[1], ALIGNMENT))
         slab = torch.zeros((5, offsets[2] + round_up(sizes[2], ALIGNMENT)), dtype=torch.uint8)
@@ -115,6 +122,7 @@ def check_chosen() -> None:
             shapes=((first.gate.rows, 256), (first.up.rows, 256), (256, first.down.cols)),
             offsets=offsets,
             sizes=(sizes[0], sizes[1], sizes[2]),
+            activation=activation,
         )
         h = (rng.normal(0.1, 1, (3, 256)) / 16).astype(np.float32)
         slots = rng.integers(1, 5, (3, 2))
@@ -131,10 +139,12 @@ def check_compile() -> None:
     from triton.compiler import ASTSource
 
     numbers = dict.fromkeys(("n_rows", "cols", "gate_bytes", "up_bytes"), "i32")
-    constants = dict.fromkeys(("GATE", "UP", "R"), "constexpr")
+    numbers_of = {name.upper(): getattr(GEGLU, name) for name in ("alpha", "beta", "limit", "shift")}
+    constants = dict.fromkeys(("GATE", "UP", "R", *numbers_of), "constexpr")
     signature = {"work": "*i64", "x": "*fp32", "inner": "*fp32"} | numbers | constants
     for kind in sorted(KINDS):
-        source = ASTSource(triton_kernels.gate_up, signature, {"GATE": kind, "UP": kind, "R": triton_kernels.R})
+        values = {"GATE": kind, "UP": kind, "R": triton_kernels.R} | numbers_of
+        source = ASTSource(triton_kernels.gate_up, signature, values)
         options = {"num_warps": triton_kernels.WARPS}
         assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
 

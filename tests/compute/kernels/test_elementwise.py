@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import types
 
-from mer.compute.kernels.elementwise import combine, gather, rms_norm, swiglu
+from mer.compute.kernels.activation import NUMBERS
+from mer.compute.kernels.elementwise import activate, combine, gather, rms_norm
 from mer.compute.kernels.ir import V16F32, load, load_i64, store
 from mer.compute.kernels.numba_api import intrinsic
 from mer.compute.kernels.step import step
 from mer.compute.kernels.vector import exp_of_negative, exp_vector
 from mer.compute.kernels.words import Words, columns
-from mer.compute.reference.blocks.feed_forward import silu
+from mer.compute.reference.blocks.feed_forward import activated, silu
 from mer.compute.reference.blocks.norm import rms_norm as reference_norm
+from mer.model.operators import GEGLU, SWIGLU, Activation
 from tests._lib.steps import F32, Areas, address, run_step
 
 
@@ -180,13 +182,13 @@ def test_swiglu(n_threads: int) -> None:
     result = areas.floats(len(gate) // 16, 16)
     result[:] = gate.reshape(-1, 16)
     entries = areas.put_entries([(5, 0, 0), (9, 100, 0), (len(result) - 300, 300, 0)])
-    run_step(swiglu, entries, 3, address(result), areas.put(up), 64, n_threads=n_threads)
+    run_step(activate, entries, 3, address(result), areas.put(up), 64, 0, n_threads=n_threads)
     areas.check()
     untouched = np.ones(len(result), bool)
     for rows in (slice(5), slice(100, 109), slice(300, None)):
         untouched[rows] = False
     assert np.array_equal(result[untouched].ravel(), gate.reshape(-1, 16)[untouched].ravel())
-    run_step(swiglu, areas.put_entries([(95, 5, 0), (191, 109, 0)]), 2, address(result), areas.put(up), 64)
+    run_step(activate, areas.put_entries([(95, 5, 0), (191, 109, 0)]), 2, address(result), areas.put(up), 64, 0)
     result = result.reshape(-1)
     want = silu(gate.astype(np.float64)) * up
     precise = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up  # silu loses digits far below 0
@@ -194,6 +196,34 @@ def test_swiglu(n_threads: int) -> None:
     assert np.allclose(result[ordinary], precise[ordinary], rtol=5 * 2.0**-23, atol=1e-44)
     assert np.allclose(result[~np.isnan(gate)], want[~np.isnan(gate)], rtol=1e-5, atol=1e-12)
     assert np.array_equal(np.isnan(result), np.isnan(gate))
+
+
+ACTIVATIONS = {
+    "swiglu": SWIGLU,
+    "geglu": GEGLU,
+    "clamped": Activation(limit=1.5),
+    "every number": Activation(alpha=1.702, beta=0.03, limit=7.0, shift=1.0),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_by_their_numbers(name: str) -> None:
+    record = ACTIVATIONS[name]
+    rng = np.random.default_rng(7)
+    gate, up = (rng.normal(size=(2, 6, 64)) * 6).astype(np.float32)
+    gate[0, :5], up[0, 3:8] = [np.nan, 1e30, -1e30, 90, -90], [1, 1e30, -1e30, np.nan, 90]
+    areas = Areas()
+    result = areas.floats(6, 64)
+    result[:] = gate
+    numbers = areas.put(np.array([getattr(record, name) for name in NUMBERS], np.float32))
+    run_step(activate, areas.put_entries([(6, 0, 0)]), 1, address(result), areas.put(up), 256, numbers, n_threads=2)
+    areas.check()
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = activated(record, gate.astype(np.float64), up.astype(np.float64))
+        near = np.abs(result - want) <= 1e-6 * np.abs(want) + 1e-6
+    assert np.array_equal(np.isnan(result), np.isnan(gate) | np.isnan(up))
+    # 1e-30 of a number of 1e30 is what the smallest power leaves of it
+    assert near[~np.isnan(result) & (np.abs(want) < 1e20)].all()
 
 
 # --- rows -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mer.compute.kernels.elementwise import swiglu
+from mer.compute.kernels.elementwise import activate
 from mer.compute.kernels.pack import pack
 from tests._lib.steps import F32, Areas, address, run_step
 
@@ -45,8 +45,8 @@ def packed(x: F32, size: int, sums: int, planes: int, *, index: list[int] | None
     scales, partial = areas.floats(n * n_blocks), areas.ints(planes * n * n_blocks, sums)
     rows = 0 if index is None else areas.put(np.array(index, np.int32))
     run_step(
-        pack, areas.put_entries([(n, 0, 0)]), 1, areas.put_rows(x), 4 * (-(-x.shape[1] // 16) * 16), rows, 0, n_blocks,
-        size, sums, address(q), address(scales), address(partial), planes, n_threads=n_threads,
+        pack, areas.put_entries([(n, 0, 0)]), 1, areas.put_rows(x), 4 * (-(-x.shape[1] // 16) * 16), rows, 0, 0,
+        n_blocks, size, sums, address(q), address(scales), address(partial), planes, n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     weights = np.array([1] if planes == 1 else [128, 1])[:, None]
@@ -135,13 +135,13 @@ def test_chosen_rows(planes: int, n_threads: int) -> None:
         check(x, size, sums, planes, index=[6, 0, 0, 3, 5, 1, 2, 6, 6, 4, 1], n_threads=n_threads)
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize(("n_threads", "numbers"), [(1, None), (3, None), (3, (1.702, 0.1, 1.5, 1.0))])
 @every_precision
 @every_form
 def test_entries_are_packed_each_for_itself_in_rows_of_their_own(
-    size: int, sums: int, planes: int, n_threads: int
+    size: int, sums: int, planes: int, n_threads: int, numbers: tuple[float, ...] | None
 ) -> None:
-    """With `up`, what is packed is silu(x) * up, and x holds it."""
+    """With `up`, what is packed is the activation of x and up, and x holds it."""
     rng = np.random.default_rng(4)
     n_blocks, stride = 2, 4 * 2 * size
     gate, up = rng.normal(size=(2, 12, 2 * size)).astype(np.float32)
@@ -150,13 +150,14 @@ def test_entries_are_packed_each_for_itself_in_rows_of_their_own(
     both[:12], both[12:] = gate, up
     activated = areas.floats(12, 2 * size)
     activated[:] = gate
-    run_step(swiglu, areas.put_entries([(12, 0, 0)]), 1, address(activated), areas.put(up), stride)
+    by = 0 if numbers is None else areas.put(np.array(numbers, np.float32))
+    run_step(activate, areas.put_entries([(12, 0, 0)]), 1, address(activated), areas.put(up), stride, by)
     widths = (planes * size, 4, 4 * planes * sums)  # bytes of a block's values, scale and sums
     room = [areas.room(width * 12 * n_blocks) for width in widths]
     entries = [(3, 9, 0), (0, 4, 0), (5, 2, 3)]
     run_step(
-        pack, areas.put_entries(entries), 3, address(both), stride, 0, 12 * stride, n_blocks, size, sums,
-        *map(address, room), planes, n_threads=n_threads,
+        pack, areas.put_entries(entries), 3, address(both), stride, 0, 12 * stride, by, n_blocks, size,
+        sums, *map(address, room), planes, n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     rows = [part.reshape(12, n_blocks * width) for part, width in zip(room, widths, strict=True)]
@@ -165,8 +166,8 @@ def test_entries_are_packed_each_for_itself_in_rows_of_their_own(
         alone = Areas()
         want = [alone.room(width * n * n_blocks) for width in widths]
         run_step(
-            pack, alone.put_entries([(n, 0, 0)]), 1, alone.put(activated[first : first + n]), stride, 0, 0, n_blocks,
-            size, sums, *map(address, want), planes,
+            pack, alone.put_entries([(n, 0, 0)]), 1, alone.put(activated[first : first + n]), stride, 0, 0, 0,
+            n_blocks, size, sums, *map(address, want), planes,
         )  # fmt: skip
         for part, expected in zip(rows, want, strict=True):
             assert np.array_equal(part[first : first + n].ravel(), expected)
@@ -181,7 +182,7 @@ def test_rows_of_an_entry_are_chosen_by_its_pairs() -> None:
     q, scales, partial = areas.room(5 * 64), areas.floats(5, 2), areas.ints(5, 2)
     run_step(
         pack, areas.put_entries([(1, 4, 2), (2, 0, 3)]), 2, areas.put(x), 256, areas.put(np.array(index, np.int32)), 0,
-        2, 32, 1, address(q), address(scales), address(partial), 1,
+        0, 2, 32, 1, address(q), address(scales), address(partial), 1,
     )  # fmt: skip
     areas.check()
     largest = np.abs(x.reshape(4, 2, 32)).max(-1) / np.float32(127)

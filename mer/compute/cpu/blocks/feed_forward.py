@@ -5,8 +5,8 @@ from __future__ import annotations
 from mer.compute.cpu.blocks.workspace import Workspace
 from mer.compute.cpu.matrix import Activations, block_sizes, float_stride, rows_entry
 from mer.compute.cpu.program import Program
-from mer.compute.cpu.scratch import Areas, Limits
-from mer.compute.kernels.elementwise import add_gated, swiglu
+from mer.compute.cpu.scratch import Areas, Limits, activation_constants
+from mer.compute.kernels.elementwise import activate, add_gated
 from mer.model.operators import FeedForward, Norm
 
 
@@ -34,7 +34,8 @@ class FeedForwardBlock:
         if record.gate_by is not None:
             sizes |= {"gated": t * float_stride(d_model), "gate_logit": t * float_stride(1)}
         packed = {"input": (t, d_model), "dense_inner": (t, d_ff)}
-        return Areas(sizes, packed, () if norm is None else (norm.eps,))
+        eps = () if norm is None else (norm.eps,)
+        return Areas(sizes, packed, (*eps, *activation_constants(record.activation)))
 
     def add(self, program: Program, n: int, n_blocks: int) -> None:
         """Add the steps; see `Block`.
@@ -60,12 +61,13 @@ class FeedForwardBlock:
             space.multiply(program, record.gate_by, h, a["gate_logit"])  # [T, 1]
         program.barrier()
         inner = Activations(n, a["dense_gate"], f, s.packed["dense_inner"])  # [T, F]
-        sizes = block_sizes([down.type])
+        sizes, numbers = block_sizes([down.type]), s.activation(record.activation)
         if sizes:
             area, between = s.packed["dense_inner"][sizes[0]], a["dense_up"] - a["dense_gate"]
-            program.add_alone(area.pack(down.cols, a["dense_gate"], f, up=between), rows_entry(n))  # [T, F]
+            joined = area.pack(down.cols, a["dense_gate"], f, up=between, activation=numbers)
         else:
-            program.add_alone(swiglu.row(gate=a["dense_gate"], up=a["dense_up"], stride=f), rows_entry(n))  # [T, F]
+            joined = activate.row(gate=a["dense_gate"], up=a["dense_up"], stride=f, activation=numbers)
+        program.add_alone(joined, rows_entry(n))  # [T, F]
         own = record.gate_by is None  # nothing is to be done to the result before it is added to x
         space.seed(program, record.down, n, a["x"] if own else a["gated"], add=own)
         program.barrier()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
+from mer.compute.cuda.activation import activated
 from mer.compute.cuda.blocks.tools import Tools
 from mer.model.operators import FeedForward, Norm
 
@@ -27,7 +27,7 @@ class FeedForwardBlock:
         """Return what is added to the residual stream, [T, D]."""
         record, tools = self._record, self._tools
         h = x if self._norm is None else tools.norm(self._norm, x)
-        inner = functional.silu(tools.linear(record.gate, h)) * tools.linear(record.up, h)
+        inner = activated(record.activation, tools.linear(record.gate, h), tools.linear(record.up, h))
         out = tools.linear(record.down, inner)
         if record.gate_by is None:
             return out
