@@ -17,7 +17,6 @@ from mer.errors import MerError
 from mer.io.files import IoMode, ModelFile
 from mer.io.gguf import GGUFFile, read_gguf
 from mer.json_text import json_text
-from mer.model.experts import is_expert_tensor
 from mer.model.loading import Model, check_model
 from mer.model.summary import summary
 from mer.plan.device import choose_device
@@ -102,7 +101,7 @@ def describe(gguf: GGUFFile) -> dict[str, Any]:
     kv_type = default_kv_type(model.dense.values(), experts)
     report["kv_type"] = kv_type
     report["kv_bytes_per_token"] = kv_layout(spec, kv_type).block_bytes // KV_TILE
-    report["dense_bytes"] = sum(t.n_bytes for t in gguf.tensors.values() if not is_expert_tensor(t.name))
+    report["dense_bytes"] = sum(t.n_bytes for t in model.dense.values())
     return report
 
 

@@ -19,22 +19,34 @@ if TYPE_CHECKING:
 
 
 def dense_tensors(spec: ModelSpec, gguf: GGUFFile) -> Mapping[str, TensorInfo]:
-    """Return every tensor of the file but the routed experts' by name, all of them checked.
+    """Return every dense tensor of the model by name, all of them checked.
 
-    Shapes in the result have all their axes, even where the file leaves out a slowest axis of length one.
+    Shapes in the result have all their axes, even where the file leaves out a slowest axis of length one. Of a tensor
+    that the file stores for several uses, each use is one in the result, at its own offset.
 
     Raises:
         GGUFError: a tensor is missing or has a shape that contradicts the hyperparameters.
         UnsupportedModel: a tensor has a type that cannot be used here, or the model does not know it.
     """
     known = spec.tensors()
+    stored = {tensor.stored for tensor in known.values()}
     for name in gguf.tensors:
-        if name not in known and not is_expert_tensor(name):
+        if name not in stored and not is_expert_tensor(name) and not spec.skips(name):
             raise UnsupportedModel(_why_unexpected(name, spec), gguf.paths[gguf.tensors[name].file])
     return {name: _checked(gguf, tensor) for name, tensor in known.items()}
 
 
 def _checked(gguf: GGUFFile, needed: Tensor) -> TensorInfo:
+    within = needed.within
+    if within is None:
+        return _whole(gguf, needed)
+    whole = _whole(gguf, Tensor(within.name, (within.of, *needed.shape[1:]), needed.types))
+    row_bytes = whole.n_bytes // within.of
+    offset, n_bytes = whole.offset + within.first * row_bytes, needed.shape[0] * row_bytes
+    return attrs.evolve(whole, name=needed.name, shape=needed.shape, offset=offset, n_bytes=n_bytes)
+
+
+def _whole(gguf: GGUFFile, needed: Tensor) -> TensorInfo:
     name, shape = needed.name, needed.shape
     tensor = gguf.tensors.get(name)
     if tensor is None:

@@ -12,6 +12,7 @@ import attrs
 import numpy as np
 
 from mer.errors import GGUFError, UnsupportedModel
+from mer.limits import MAX_LAYERS
 from mer.model.neutral import NEUTRAL_VALUES, is_neutral
 from mer.quoting import echo, quoted
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile, MetadataValue
 
 REQUIRED: Final = object()
+_N_BLOCKS: Final = "block_count"  # never an array
 
 
 class Keys:
@@ -28,14 +30,20 @@ class Keys:
 
     Args:
         gguf: the file; its `general.architecture` is the prefix of the keys.
-        n_layers_key: the key of the number of layers, which is never an array.
     """
 
-    def __init__(self, gguf: GGUFFile, n_layers_key: str = "block_count") -> None:
+    def __init__(self, gguf: GGUFFile) -> None:
         self.gguf = gguf
         self.architecture = gguf.get_str("general.architecture")
-        self._n_layers_key = n_layers_key
         self._asked: set[str] = set()
+        self._n_blocks = self.integer(_N_BLOCKS, maximum=MAX_LAYERS)
+        # blocks that predict further tokens: files count them among the layers
+        self.n_skipped = self.integer("nextn_predict_layers", minimum=0, maximum=self._n_blocks, default=0)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return self._n_blocks - self.n_skipped
 
     def name(self, key: str) -> str:
         """Return the full name of a key."""
@@ -132,14 +140,13 @@ class Keys:
         self._asked.add(key)
         full = self.name(key)
         array = self.gguf.metadata.get(full)
-        if key == self._n_layers_key or not isinstance(array, np.ndarray):
+        if key == _N_BLOCKS or not isinstance(array, np.ndarray):
             return self.gguf
-        n_layers = self.gguf.get_int(self.name(self._n_layers_key))
-        if len(array) != n_layers:
+        if len(array) != self._n_blocks:
             raise self.error(
-                key, f"is an array of {len(array)} numbers; it must be one number, or {n_layers} equal ones"
+                key, f"is an array of {len(array)} numbers; it must be one number, or {self._n_blocks} equal ones"
             )
-        differs = (array != array[0]).nonzero()[0]
+        differs = (array[: self.n_layers] != array[0]).nonzero()[0]
         if len(differs):
             layer = int(differs[0])
             raise self.unsupported(

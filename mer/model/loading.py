@@ -42,5 +42,5 @@ def check_model(gguf: GGUFFile) -> Model:
     """
     spec = model_spec(gguf)
     dense = dense_tensors(spec, gguf)
-    experts = map_experts(gguf, {layer: it.weights for layer, it in spec.routed.items()})
+    experts = map_experts(gguf, {layer: it.weights for layer, it in spec.routed.items()}, spec.skips)
     return Model(gguf=gguf, spec=spec, dense=dense, experts=experts)

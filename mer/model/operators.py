@@ -21,17 +21,35 @@ ROUTER_TYPES: Final = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
 
 
 @attrs.frozen
+class Rows:
+    """Neighbouring rows of a tensor, or elements of a vector, which a file stores as one for several uses."""
+
+    name: str  # of that tensor
+    first: int
+    of: int  # that it has in all
+
+
+@attrs.frozen
 class Tensor:
-    """A dense tensor that a model reads: its name in the file, its shape, and the types that it may have."""
+    """A dense tensor that a model reads: its name in the file, its shape, and the types that it may have.
+
+    With `within` the file has no tensor of that name: its rows are some of another one's.
+    """
 
     name: str
     shape: tuple[int, ...]  # slowest axis first
     types: frozenset[GGMLType] = MATRIX_TYPES
+    within: Rows | None = None
+
+    @property
+    def stored(self) -> str:
+        """The name of the tensor that the file has."""
+        return self.name if self.within is None else self.within.name
 
 
-def vector(name: str, n: int) -> Tensor:
+def vector(name: str, n: int, within: Rows | None = None) -> Tensor:
     """Return a float32 vector of n elements."""
-    return Tensor(name, (n,), VECTOR_TYPES)
+    return Tensor(name, (n,), VECTOR_TYPES, within)
 
 
 @attrs.frozen
@@ -246,16 +264,20 @@ class Router:
 
 @attrs.frozen
 class ExpertMatrix:
-    """One matrix of every expert of a layer: E slices of one tensor `STEM_exps`, or E tensors `STEM.0` and so on."""
+    """One matrix of every expert of a layer: E slices of one tensor `STEM_exps`, or E tensors `STEM.0` and so on.
+
+    With `within`, of each of the E slices of that tensor it is some rows.
+    """
 
     stem: str  # blk.3.ffn_gate
     rows: int
     cols: int
+    within: Rows | None = None
 
     @property
     def merged(self) -> str:
         """The name of the tensor that holds it for all experts."""
-        return f"{self.stem}_exps.weight"
+        return f"{self.stem}_exps.weight" if self.within is None else self.within.name
 
     def single(self, expert: int) -> str:
         """Return the name of the tensor that holds it for one expert."""
@@ -274,11 +296,21 @@ class ExpertWeights:
     activation: Activation = SWIGLU  # of gate and up
 
 
-def gated_experts(layer: int, n: int, d_model: int, d_ff: int, *, activation: Activation = SWIGLU) -> ExpertWeights:
-    """Return the matrices of n gated networks, with the names that llama.cpp gives them."""
+def gated_experts(
+    layer: int, n: int, d_model: int, d_ff: int, *, activation: Activation = SWIGLU, fused: bool = False
+) -> ExpertWeights:
+    """Return the matrices of n gated networks, with the names that llama.cpp gives them.
+
+    With `fused`, each expert's rows of up follow those of gate in one tensor.
+    """
     block = f"blk.{layer}.ffn_"
-    shapes = (("gate", d_ff, d_model), ("up", d_ff, d_model), ("down", d_model, d_ff))
-    return ExpertWeights(n, tuple(ExpertMatrix(block + name, rows, cols) for name, rows, cols in shapes), activation)
+    gate, up = (Rows(f"{block}gate_up_exps.weight", i * d_ff, 2 * d_ff) if fused else None for i in (0, 1))
+    matrices = (
+        ExpertMatrix(block + "gate", d_ff, d_model, gate),
+        ExpertMatrix(block + "up", d_ff, d_model, up),
+        ExpertMatrix(block + "down", d_model, d_ff),
+    )
+    return ExpertWeights(n, matrices, activation)
 
 
 @attrs.frozen

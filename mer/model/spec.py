@@ -10,7 +10,7 @@ import attrs
 
 from mer.model.operators import Attention, Experts, ExpertWeights, Layer, Linear, Norm, Tensor
 
-_NUMBER = re.compile(r"blk\.\d+\.")
+_NUMBER = re.compile(r"blk\.(\d+)\.", re.ASCII)
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -29,6 +29,7 @@ class ModelSpec:
     layers: tuple[Layer, ...]
     norm: Norm
     head: Linear  # [V, D]; the embedding again where the file has no output head
+    n_skipped: int = 0  # blocks of the file after these layers, which predict further tokens and are not run
 
     @property
     def vocab_size(self) -> int:
@@ -97,6 +98,12 @@ class ModelSpec:
         """Return what the weights of norms are multiplied by when they are loaded, where it is not 1, by tensor."""
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms())]
         return {norm.weight.name: norm.factor for norm in norms if norm.factor != 1}
+
+    def skips(self, name: str) -> bool:
+        """Return whether a tensor belongs to a block that is not run."""
+        match = _NUMBER.match(name)
+        number = -1 if match is None else int(match[1][:9])
+        return len(self.layers) <= number < len(self.layers) + self.n_skipped
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return every dense tensor by name, in the order in which a token meets them."""

@@ -5,7 +5,7 @@ An architecture's file makes its layers of what `Trunk` gives and adds what is i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log
 from typing import Final
 
@@ -18,7 +18,6 @@ from mer.limits import (
     MAX_EXPERTS_PER_LAYER,
     MAX_HEAD_DIM,
     MAX_HEADS,
-    MAX_LAYERS,
     MAX_TOP_K,
     MAX_VOCAB,
     MAX_WIDTH,
@@ -38,6 +37,7 @@ from mer.model.operators import (
     RopeStyle,
     Router,
     Routing,
+    Rows,
     Scoring,
     Tensor,
     Yarn,
@@ -64,16 +64,24 @@ class Trunk:
     vocab_size: int
     context_length: int
     window: int | None
+    n_skipped: int
 
     @classmethod
     def read(cls, keys: Keys) -> Trunk:
         """Read the sizes, each checked against the others.
 
+        The last blocks of some files predict further tokens (MTP); they are not layers here.
+
         Raises:
             GGUFError: a hyperparameter is missing, out of range or contradicts another one.
-            UnsupportedModel: layers differ, or keys are longer than values.
+            UnsupportedModel: layers differ, keys are longer than values, or there is nothing but MTP blocks.
         """
-        n_layers = keys.integer("block_count", maximum=MAX_LAYERS)
+        n_layers, n_skipped = keys.n_layers, keys.n_skipped
+        if n_skipped and (not n_layers or "blk.0.attn_norm.weight" not in keys.gguf.tensors):
+            raise keys.unsupported(
+                "a file of the blocks that predict further tokens (MTP), without the model that they belong to; "
+                "use the model's own file"
+            )
         d_model = keys.integer("embedding_length", maximum=MAX_WIDTH)
         n_heads = keys.integer("attention.head_count", maximum=MAX_HEADS)
         n_kv_heads = keys.integer("attention.head_count_kv", maximum=MAX_HEADS, default=n_heads)
@@ -94,6 +102,7 @@ class Trunk:
             vocab_size=_vocab_size(keys),
             context_length=context,
             window=window if 0 < window < context else None,
+            n_skipped=n_skipped,
         )
 
     def norm(self, name: str, n: int | None = None, *, factor: float = 1.0) -> Norm:
@@ -105,9 +114,29 @@ class Trunk:
 
         With None for `bias`, models of the architecture differ in that, and the file has the tensor or not.
         """
-        tensor = f"{name}.bias"
-        has_bias = tensor in self.keys.gguf.tensors if bias is None else bias
-        return Linear(Tensor(f"{name}.weight", (rows, cols)), vector(tensor, rows) if has_bias else None)
+        has_bias = f"{name}.bias" in self.keys.gguf.tensors if bias is None else bias
+        return Linear(Tensor(f"{name}.weight", (rows, cols)), vector(f"{name}.bias", rows) if has_bias else None)
+
+    def joined(self, name: str, parts: Mapping[str, int], cols: int, *, bias: bool | None = False) -> list[Linear]:
+        """Return linear maps of so many rows each, by the names of their tensors, which the file may store as one.
+
+        Args:
+            name: of that one.
+            parts: rows of each map by its own name, in the order in which the one has them.
+            cols: columns of them all.
+            bias: see `linear`.
+        """
+        tensors, of = self.keys.gguf.tensors, sum(parts.values())
+        if f"{name}.weight" not in tensors:
+            return [self.linear(part, rows, cols, bias=bias) for part, rows in parts.items()]
+        has_bias = f"{name}.bias" in tensors if bias is None else bias
+        linears, first = [], 0
+        for part, rows in parts.items():
+            weight, its_bias = (Rows(f"{name}.{kind}", first, of) for kind in ("weight", "bias"))
+            linear = Linear(Tensor(f"{part}.weight", (rows, cols), within=weight))
+            linears.append(attrs.evolve(linear, bias=vector(f"{part}.bias", rows, its_bias) if has_bias else None))
+            first += rows
+        return linears
 
     def rope(self, style: RopeStyle, *, factors: bool = False, whole_pairs: bool = True) -> Rope:
         """Read how positions rotate the heads.
@@ -147,10 +176,12 @@ class Trunk:
         """Return a layer's attention; for the biases see `linear`. By default scores are divided by sqrt(C)."""
         block, d, c = f"blk.{layer}.attn_", self.d_model, self.head_dim
         q_dim, kv_dim = self.n_heads * c, self.n_kv_heads * c
+        parts = {block + "q": q_dim, block + "k": kv_dim, block + "v": kv_dim}
+        q, k, v = self.joined(block + "qkv", parts, d, bias=qkv_bias)
         return Attention(
-            q=self.linear(block + "q", q_dim, d, bias=qkv_bias),
-            k=self.linear(block + "k", kv_dim, d, bias=qkv_bias),
-            v=self.linear(block + "v", kv_dim, d, bias=qkv_bias),
+            q=q,
+            k=k,
+            v=v,
             out=self.linear(block + "output", d, q_dim, bias=out_bias),
             n_heads=self.n_heads,
             n_kv_heads=self.n_kv_heads,
@@ -195,7 +226,9 @@ class Trunk:
         name = f"blk.{layer}.exp_probs_b.bias"
         has_bias = name in self.keys.gguf.tensors if selection_bias is None else selection_bias
         router = Router(linear, top_k, routing, vector(name, n) if has_bias else None)
-        return Experts(router, gated_experts(layer, n, self.d_model, d_ff, activation=activation), shared)
+        fused = f"blk.{layer}.ffn_gate_up_exps.weight" in self.keys.gguf.tensors
+        weights = gated_experts(layer, n, self.d_model, d_ff, activation=activation, fused=fused)
+        return Experts(router, weights, shared)
 
     def layer(self, layer: int, mixer: Attention, ffn: FeedForward | Experts) -> Layer:
         """Return a layer with the usual norms before its two halves."""
@@ -216,6 +249,7 @@ class Trunk:
             embedding_scale=embedding_scale,
             layers=tuple(layers),
             norm=self.norm("output_norm", factor=logit_scale),
+            n_skipped=self.n_skipped,
             head=Linear(Tensor("output.weight", shape) if "output.weight" in gguf.tensors else embedding),
         )
 

@@ -185,6 +185,31 @@ def build(family: Family, seed: int = 0, variant: str | None = None) -> Any:
     return model.eval()
 
 
+def with_fused(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the tensors with Q, K and V, and gate and up of the experts, as one each."""
+    out = dict(tensors)
+    for name in tensors:
+        if ".attn_q." in name:
+            parts = [out.pop(name.replace(".attn_q.", f".attn_{part}.")) for part in "qkv"]
+            out[name.replace(".attn_q.", ".attn_qkv.")] = np.concatenate(parts)
+        elif "ffn_gate_exps." in name:
+            parts = [out.pop(name.replace("gate_exps", f"{part}_exps")) for part in ("gate", "up")]
+            out[name.replace("gate_exps", "gate_up_exps")] = np.concatenate(parts, 1)
+    return out
+
+
+def predictor(tensors: Mapping[str, Array], config: Any) -> dict[str, Array]:
+    """Return the tensors of a block that predicts the token after the next one."""
+    last, d = config.num_hidden_layers - 1, config.hidden_size
+    block = {
+        name.replace(f"blk.{last}.", f"blk.{last + 1}."): array
+        for name, array in tensors.items()
+        if name.startswith(f"blk.{last}.")
+    }
+    more = {"eh_proj.weight": (d, 2 * d), "enorm.weight": (d,), "hnorm.weight": (d,), "shared_head_norm.weight": (d,)}
+    return block | {f"blk.{last + 1}.nextn.{name}": np.ones(shape, np.float32) for name, shape in more.items()}
+
+
 def write(
     path: Path,
     family: Family,
@@ -193,6 +218,8 @@ def write(
     variant: str | None = None,
     weight_type: Type = Type.F32,
     metadata: Mapping[str, Any] | None = None,
+    fused: bool = False,
+    predicting: bool = False,
 ) -> FamilyModel:
     """Write a family's tiny model and return it.
 
@@ -203,6 +230,8 @@ def write(
         variant: name of one of its variants.
         weight_type: of the matrices whose rows are whole blocks of it; of the router never.
         metadata: more keys, under their full names.
+        fused: store Q, K and V as one tensor, with their biases, and gate and up of the experts.
+        predicting: add a block that predicts further tokens: the last layer again, and what such blocks have beside.
     """
     model = build(family, seed, variant)
     config = model.config
@@ -210,20 +239,28 @@ def write(
     writer = gguf.GGUFWriter(path, family.arch)
     keys = {f"{family.arch}.{key}": value for key, value in family.keys(config).items()}
     keys |= {"general.name": f"tiny {family.arch}"} | sentencepiece_tokenizer(config.vocab_size) | dict(metadata or {})
+    if predicting:
+        keys |= {f"{family.arch}.block_count": config.num_hidden_layers + 1, f"{family.arch}.nextn_predict_layers": 1}
     for key, value in keys.items():
         add_key(writer, key, value)
+    tensors: dict[str, Array] = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if any(part in name for part in family.absent):
             continue
-        for target, array in rename(name, tensor.numpy().astype(np.float32)):
-            kind = weight_type
-            if array.ndim == 1 or "gate_inp" in target or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-                kind = Type.F32
-            if target.endswith(".bias"):
-                kind = Type.F32
-            writer.add_tensor(target, encode(np.ascontiguousarray(array), kind), raw_dtype=kind)
+        tensors |= rename(name, tensor.numpy().astype(np.float32))
+    if fused:
+        tensors = with_fused(tensors)
+    if predicting:
+        tensors |= predictor(tensors, config)
+    for target, array in tensors.items():
+        kind = weight_type
+        if array.ndim == 1 or "gate_inp" in target or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = Type.F32
+        if target.endswith(".bias"):
+            kind = Type.F32
+        writer.add_tensor(target, encode(np.ascontiguousarray(array), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
