@@ -66,6 +66,27 @@ class Keys:
             return default
         return self._uniform(key).get_int(self.name(key), minimum=minimum, maximum=maximum)
 
+    def per_layer(self, key: str, *, maximum: int, minimum: int = 0, default: object = REQUIRED) -> tuple[int, ...]:
+        """Return an integer for each layer; a key that is one number gives it to all, and booleans are 0 and 1.
+
+        Raises:
+            GGUFError: it is missing and has no default, is no integer, is out of bounds, or has another length.
+        """
+        n_layers = self.gguf.get_int(self.name(self._n_layers_key))
+        array = self.gguf.metadata.get(self.name(key))
+        if not isinstance(array, np.ndarray):
+            return (self.integer(key, maximum=maximum, minimum=minimum, default=default),) * n_layers
+        self._asked.add(key)
+        if array.dtype.kind not in "iub":
+            raise self.error(key, "is an array of something else than integers or booleans")
+        if len(array) != n_layers:
+            raise self.error(key, f"is an array of {len(array)} numbers; there are {n_layers} layers")
+        numbers = tuple(int(number) for number in array.tolist())
+        for layer, number in enumerate(numbers):
+            if not minimum <= number <= maximum:
+                raise self.error(key, f"is {number} in layer {layer}; it must be from {minimum} to {maximum}")
+        return numbers
+
     def real(self, key: str, *, maximum: float, default: object = REQUIRED) -> float:
         """Return a float that is finite, above zero and at most `maximum`.
 

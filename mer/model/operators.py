@@ -141,6 +141,7 @@ class Attention:
     k_norm: Norm | None  # [C]
     window: int | None  # positions that a token attends to, its own included; None: all before it
     scale: float  # what the products of queries and keys are multiplied by, 1 / sqrt(C) as a rule
+    v_eps: float | None = None  # each head of V is normalized without a weight, with this eps
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that it reads, in the order in which a token meets them."""
@@ -317,12 +318,18 @@ def gated_experts(
 class Experts:
     """Routed experts, each a gated network as `FeedForward`; the router's weights scale what they give.
 
-    A `shared` network adds its result for every token, before theirs.
+    A `shared` network adds its result for every token, before theirs. Experts, shared network and router read the
+    layer's `ffn_norm`, unless one of the latter two has a norm of its own. What experts give together, and what the
+    shared network gives, may each be normalized before the two are added.
     """
 
     router: Router
     weights: ExpertWeights
     shared: FeedForward | None = None
+    router_norm: Norm | None = None
+    shared_norm: Norm | None = None
+    routed_post: Norm | None = None
+    shared_post: Norm | None = None
 
     @property
     def n(self) -> int:
@@ -345,25 +352,61 @@ class Experts:
         if self.shared is not None:
             yield from self.shared.tensors()
 
+    def norms(self) -> Iterator[Norm]:
+        """Yield its norms."""
+        for norm in (self.router_norm, self.shared_norm, self.routed_post, self.shared_post):
+            if norm is not None:
+                yield norm
+
+    def adds_to_x(self, addition: Addition) -> bool:
+        """Whether outputs can be added to the residual stream one by one: nothing is done to their sum before.
+
+        A shared network with a norm of its own reads the stream, so that the stream has to stay until it has run.
+        """
+        return addition.plain and not any((self.routed_post, self.shared_post, self.shared_norm))
+
+
+@attrs.frozen
+class Addition:
+    """How y, what half a layer gives, gets into the residual stream: x = (x + norm(y)) * scale."""
+
+    norm: Norm | None = None
+    scale: Tensor | None = None  # [1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether y is added as it is, so that products can add to x themselves."""
+        return self.norm is None and self.scale is None
+
+
+PLAIN: Final = Addition()
+
 
 @attrs.frozen
 class Layer:
-    """x += mixer(mixer_norm(x)), then x += ffn(ffn_norm(x))."""
+    """x plus mixer(mixer_norm(x)), then plus ffn(ffn_norm(x)); how they are added, `Addition` says."""
 
     mixer_norm: Norm
     mixer: Attention
     ffn_norm: Norm
     ffn: FeedForward | Experts
+    mixer_add: Addition = PLAIN
+    ffn_add: Addition = PLAIN
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the dense tensors that it reads, in the order in which a token meets them."""
-        yield self.mixer_norm.weight
+        yield from (norm.weight for norm in self.norms())
         yield from self.mixer.tensors()
-        yield self.ffn_norm.weight
         yield from self.ffn.tensors()
+        for addition in (self.mixer_add, self.ffn_add):
+            if addition.scale is not None:
+                yield addition.scale
 
     def norms(self) -> Iterator[Norm]:
         """Yield its norms."""
-        for norm in (self.mixer_norm, self.mixer.q_norm, self.mixer.k_norm, self.ffn_norm):
+        mixer = self.mixer_norm, self.mixer.q_norm, self.mixer.k_norm, self.mixer_add.norm
+        for norm in (*mixer, self.ffn_norm, self.ffn_add.norm):
             if norm is not None:
                 yield norm
+        if isinstance(self.ffn, Experts):
+            yield from self.ffn.norms()

@@ -30,6 +30,7 @@ class ModelSpec:
     norm: Norm
     head: Linear  # [V, D]; the embedding again where the file has no output head
     n_skipped: int = 0  # blocks of the file after these layers, which predict further tokens and are not run
+    softcap: float | None = None  # c: logits are c * tanh(logits / c)
 
     @property
     def vocab_size(self) -> int:

@@ -11,6 +11,7 @@ from mer.compute.cpu.blocks.attention import KV_KINDS, AttentionBlock, angle_byt
 from mer.compute.cpu.blocks.feed_forward import FeedForwardBlock
 from mer.compute.cpu.blocks.head import HeadBlock
 from mer.compute.cpu.blocks.router import RouterBlock
+from mer.compute.cpu.blocks.total import TotalBlock
 from mer.compute.cpu.blocks.workspace import Block, Workspace
 from mer.compute.cpu.experts import RoutedExperts
 from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride, is_tiled
@@ -18,7 +19,19 @@ from mer.compute.cpu.program import Memory, Program
 from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.cpu.weights import DenseWeights
 from mer.compute.kernels.dispatch import dispatch
-from mer.compute.kernels.elementwise import activate, add_bias, add_gated, combine, fill_rows, gather, rms_norm
+from mer.compute.kernels.elementwise import (
+    activate,
+    add_bias,
+    add_gated,
+    add_rows,
+    cap_rows,
+    clear_rows,
+    combine,
+    fill_rows,
+    gather,
+    normalize_heads,
+    rms_norm,
+)
 from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
@@ -72,6 +85,7 @@ class Forward:
         self._ropes = _ropes(spec)
         self._between: list[list[Block]] = [[]]  # what runs up to each router, and after the last one
         self._routers: list[RouterBlock] = []
+        self._totals: list[TotalBlock] = []
         self._make_blocks()
         token_bytes = weights.used_bytes(tied_head=spec.tied_head)
         if spec.routed:
@@ -95,11 +109,13 @@ class Forward:
         self._logits = s.floats("logits").reshape(limits.outputs, -1)
 
     def _make_blocks(self) -> None:
-        spec, space = self._spec, Workspace(self._limits, self.scratch, self._weights)
+        spec = self._spec
+        space = Workspace(self._limits, self.scratch, self._weights, spec.d_model)
         for layer, offset in zip(spec.layers, self._layout.offsets, strict=True):
             mixer = AttentionBlock(
                 layer.mixer,
                 layer.mixer_norm,
+                layer.mixer_add,
                 space,
                 kv=self._kv.address + offset,
                 block_bytes=self._layout.block_bytes,
@@ -110,13 +126,11 @@ class Forward:
                 assert self._routed_experts is not None
                 number = len(self._routers)
                 self._routers.append(RouterBlock(layer.ffn, layer.ffn_norm, space, self._routed_experts, number))
+                self._totals.append(TotalBlock(layer.ffn, layer.ffn_add, space))
                 self._between.append([])
             else:
-                self._between[-1].append(FeedForwardBlock(layer.ffn, layer.ffn_norm, space))
-        self._head = HeadBlock(spec.head, spec.norm, space)
-        self._shared = [
-            None if it.shared is None else FeedForwardBlock(it.shared, None, space) for it in spec.routed.values()
-        ]
+                self._between[-1].append(FeedForwardBlock(layer.ffn, layer.ffn_norm, layer.ffn_add, space))
+        self._head = HeadBlock(spec.head, spec.norm, spec.softcap, space)
         self._shared_ran = False  # in the routed layer under way
 
     @property
@@ -266,9 +280,8 @@ class Forward:
 
     def run_shared(self, program: Program, layer: int) -> None:
         """Add the network that a routed layer's experts share, if it has one and has not run yet."""
-        shared = self._shared[layer]
-        if shared is not None and not self._shared_ran:
-            shared.add(program, len(self.batch.tokens), 0)
+        if not self._shared_ran:
+            self._totals[layer].add_shared(program, len(self.batch.tokens))
             self._shared_ran = True
 
     def run_resident(self, program: Program, layer: int, addresses: Int64Array, reads: Loan | None = None) -> None:
@@ -355,22 +368,9 @@ class Forward:
         return every[self._routed_from : stop or n_layers].copy(), not stop
 
     def combine(self, program: Program, layer: int) -> None:
-        """Add the shared network of a routed layer, unless it has run, and then its experts' weighted outputs to x."""
+        """Add the shared network of a routed layer, unless it has run, and then its experts' weighted outputs."""
         self.run_shared(program, layer)
-        a, d = self.scratch.address, float_stride(self._spec.d_model)
-        program.add(
-            combine.row(
-                x=a["x"],  # [T, D]
-                stride=d,
-                n=len(self.batch.tokens),
-                padded_d=d // FLOAT_BYTES,
-                y=a["y"],  # [T * K, D]
-                weights=a["expert_weights"],  # [T, K]
-                places=a["places"],  # [T, K]
-                k=self._top_k,
-            )
-        )
-        program.barrier()
+        self._totals[layer].add(program, len(self.batch.tokens))
 
 
 def kv_layout(spec: ModelSpec, kv_type: KVType) -> StateLayout:
@@ -391,16 +391,15 @@ def scratch_areas(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> Areas:
         "damaged": t * FLOAT_BYTES,  # rows whose router logits were not finite
         **{area: angle_bytes(rope, limits) for rope, area in _ropes(spec).items()},
     }
-    parts = [Areas(common), HeadBlock.areas(spec.head, spec.norm, limits)]
+    parts = [Areas(common), HeadBlock.areas(spec.head, spec.norm, spec.softcap, limits)]
     for layer in spec.distinct_layers:
         ffn, ffn_norm = layer.ffn, layer.ffn_norm
-        parts.append(AttentionBlock.areas(layer.mixer, layer.mixer_norm, limits))
+        parts.append(AttentionBlock.areas(layer.mixer, layer.mixer_norm, layer.mixer_add, limits))
         if isinstance(ffn, Experts):
             parts.append(RouterBlock.areas(ffn, ffn_norm, limits))
-            if ffn.shared is not None:
-                parts.append(FeedForwardBlock.areas(ffn.shared, None, limits))
+            parts.append(TotalBlock.areas(ffn, layer.ffn_add, limits))
         else:
-            parts.append(FeedForwardBlock.areas(ffn, ffn_norm, limits))
+            parts.append(FeedForwardBlock.areas(ffn, ffn_norm, layer.ffn_add, limits))
     if spec.routed:
         parts.append(RoutedExperts.areas(experts, spec.expert_weights, spec.top_k, limits))
     return Areas.union(parts)
@@ -424,5 +423,5 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += AttentionBlock.steps(kv_type)
     steps += [pack, rms_norm, gather, activate, add_bias, add_gated, fill_rows, combine, route]
-    steps += [route_by_score, dispatch]
+    steps += [route_by_score, dispatch, add_rows, cap_rows, clear_rows, normalize_heads]
     return [*steps, begin_reads, await_reads, next_turn]

@@ -23,7 +23,7 @@ from mer.compute.cuda.weights import DeviceWeights
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.messages import Batch, Float32Array, Int32Array, Uint8Array
 from mer.compute.places import Pairs
-from mer.model.operators import Attention, Experts
+from mer.model.operators import Addition, Attention, Experts
 from mer.model.rope import Rotation, rotations
 from mer.model.spec import ModelSpec
 
@@ -51,9 +51,10 @@ class DeviceForward:
         self._kv = KVCache(kv_layout(spec, limits.kv_type), limits.kv_blocks, limits.kv_type, device)
         self._ropes = list(dict.fromkeys(layer.mixer.rope for layer in spec.layers))
         self._rotations: list[Rotation] = []  # of `_ropes`, made once the weights are there
-        self._between: list[list[tuple[Attention, AttentionBlock] | FeedForwardBlock]] = [[]]
+        self._between: list[list[tuple[Attention | None, AttentionBlock | FeedForwardBlock, Addition]]] = [[]]
         self._routers: list[RouterBlock] = []
         self._shared: list[FeedForwardBlock | None] = []
+        self._sums: list[tuple[Experts, Addition]] = []  # what becomes of the outputs of experts and shared network
         self._make_blocks()
         self._windows = dict.fromkeys(layer.mixer.window for layer in spec.layers)
         self._inputs: Inputs | None = None
@@ -63,20 +64,24 @@ class DeviceForward:
         self.y = device.zeros(limits.batch_tokens * spec.top_k, spec.d_model)  # expert outputs, one row for each pair
         self._predicted: Tensor | None = None
         self._shared_ran = False  # in the routed layer under way
+        self._shared_y: Tensor | None = None  # what it has given, unless it has been added to x
 
     def _make_blocks(self) -> None:
         tools = self._tools
         for layer, cache in zip(self._spec.layers, self._kv.layers, strict=True):
             rope = self._ropes.index(layer.mixer.rope)
             mixer = AttentionBlock(layer.mixer, layer.mixer_norm, tools, cache, rope)
-            self._between[-1].append((layer.mixer, mixer))
+            self._between[-1].append((layer.mixer, mixer, layer.mixer_add))
             if isinstance(layer.ffn, Experts):
-                shared = layer.ffn.shared
-                self._routers.append(RouterBlock(layer.ffn, layer.ffn_norm, tools))
-                self._shared.append(None if shared is None else FeedForwardBlock(shared, None, tools))
+                record, shared = layer.ffn, layer.ffn.shared
+                self._routers.append(RouterBlock(record, layer.ffn_norm, tools))
+                block = None if shared is None else FeedForwardBlock(shared, record.shared_norm, tools)
+                self._shared.append(block)
+                self._sums.append((record, layer.ffn_add))
                 self._between.append([])
             else:
-                self._between[-1].append(FeedForwardBlock(layer.ffn, layer.ffn_norm, tools))
+                ffn = FeedForwardBlock(layer.ffn, layer.ffn_norm, tools)
+                self._between[-1].append((None, ffn, layer.ffn_add))
 
     def begin(self, batch: Batch) -> None:
         """Take over a batch."""
@@ -127,26 +132,29 @@ class DeviceForward:
     def advance(self, to: int, *, predict: bool = False) -> None:
         """Run everything up to and with a router, or after the last one, to the logits; see `Advance`."""
         inputs = self._batch()
-        for block in self._between[to]:
-            if isinstance(block, tuple):
-                record, mixer = block
-                self._x = self._x + mixer(self._x, inputs, self._masks[record.window])
+        for record, block, addition in self._between[to]:
+            if isinstance(block, AttentionBlock):
+                assert record is not None
+                y = block(self._x, inputs, self._masks[record.window])
             else:
-                self._x = self._x + block(self._x)
+                y = block(self._x)
+            self._x = self._tools.added(addition, self._x, y)
         if to == len(self._routers):
             h = self._tools.norm(self._spec.norm, self._x[inputs.outputs])
             self.outputs = self._tools.linear(self._spec.head, h)
+            if self._spec.softcap is not None:
+                self.outputs = self._spec.softcap * torch.tanh(self.outputs / self._spec.softcap)
             return
         router = self._routers[to]
         self.h = router.normalized(self._x)
-        self.ids, logits = router.choose(self.h)
+        self.ids, logits = router.choose(self._x, self.h)
         self._shares = router.weights(self.ids, logits)
         self._shared_ran = False
         self.damaged = self.damaged | router.damaged(logits)
         self._predicted = None
         if predict and to + 1 < len(self._routers):
             following = self._routers[to + 1]
-            self._predicted, _ = following.choose(following.normalized(self._x))
+            self._predicted, _ = following.choose(self._x, following.normalized(self._x))
 
     def routed(self) -> Routed:
         """Return the last router's choice, in one transfer; waits for the device."""
@@ -162,9 +170,15 @@ class DeviceForward:
     def run_shared(self, layer: int) -> None:
         """Add the network that a routed layer's experts share, if it has one and has not run yet."""
         shared = self._shared[layer]
-        if shared is not None and not self._shared_ran:
-            self._x = self._x + shared(self.h)
-            self._shared_ran = True
+        if shared is None or self._shared_ran:
+            return
+        record, addition = self._sums[layer]
+        y = shared(self.h if record.shared_norm is None else self._x)
+        if record.adds_to_x(addition):
+            self._x = self._x + y
+        else:
+            self._shared_y = y if record.shared_post is None else self._tools.norm(record.shared_post, y)
+        self._shared_ran = True
 
     def take(self, pairs: Pairs, experts: Sequence[int], y: Tensor) -> None:
         """Take over expert outputs y [n, D]; see `Division.compute`."""
@@ -174,8 +188,19 @@ class DeviceForward:
         """Add the shared network, unless it has run, and then the weighted expert outputs, in router order."""
         self.run_shared(layer)
         parts = self.y[: self.ids.numel()].view(*self._shares.shape, -1) * self._shares[:, :, None]
-        for rank in range(parts.shape[1]):
-            self._x = self._x + parts[:, rank]
+        record, addition = self._sums[layer]
+        if record.adds_to_x(addition):
+            for rank in range(parts.shape[1]):
+                self._x = self._x + parts[:, rank]
+            return
+        total = parts[:, 0]
+        for rank in range(1, parts.shape[1]):
+            total = total + parts[:, rank]
+        if record.routed_post is not None:
+            total = self._tools.norm(record.routed_post, total)
+        if self._shared_y is not None:
+            total, self._shared_y = self._shared_y + total, None
+        self._x = self._tools.added(addition, self._x, total)
 
     def results(self) -> tuple[Float32Array, Int32Array]:
         """Return logits [N, V], and damaged rows; waits for the device."""

@@ -9,12 +9,23 @@ import numpy as np
 from mer.compute.kernels.activation import join_halves
 from mer.compute.kernels.claim import chunk_of, claim_unit
 from mer.compute.kernels.entry import COUNT, PAIR, ROW, TableWords, entry_of
-from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64
+from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64, store_f32, zero_bytes
+from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import step
-from mer.compute.kernels.vector import add_scaled, dot, scale_product
+from mer.compute.kernels.vector import add_scaled, cap16, dot, scale_product
 from mer.compute.kernels.words import Words, columns
 
 _MIN_VECTORS = 16  # a run of fewer vectors takes less time than claiming it
+
+
+@njit
+def inverse_rms(x, d, eps):  # type: ignore[no-untyped-def]
+    """Return 1 / sqrt(mean(x**2) + eps) of d floats."""
+    whole = d // 16 * 16
+    square = dot(x, x, whole)
+    for i in range(whole, d):
+        square += load_f32(x, i) * load_f32(x, i)
+    return np.float32(1) / np.float32(math.sqrt(square / np.float32(d) + eps))
 
 
 class NormWords(Words):
@@ -50,16 +61,13 @@ def rms_norm(row: int, _thread: int, _n_threads: int) -> None:
     n, d, weight = load_i64(row, NORM.n), load_i64(row, NORM.d), load_i64(row, NORM.weight)
     eps = load_f32(load_i64(row, NORM.eps), 0)
     out, out_stride = load_i64(row, NORM.out), load_i64(row, NORM.out_stride)
-    whole, padded = d // 16 * 16, (d + 15) // 16 * 16
+    padded = (d + 15) // 16 * 16
     while True:
         t = claim_unit(row)
         if t >= n:
             return
         source = x + (load_i32(index, t) if index != 0 else t) * x_stride
-        square = dot(source, source, whole)
-        for i in range(whole, d):
-            square += load_f32(source, i) * load_f32(source, i)
-        scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(d) + eps))
+        scale = inverse_rms(source, d, eps)
         scale_product(out + t * out_stride, source, weight, scale, padded)
 
 
@@ -256,3 +264,141 @@ def add_bias(row: int, _thread: int, _n_threads: int) -> None:
         if t >= n:
             return
         add_scaled(out + t * stride, bias, np.float32(1), stride // 4)
+
+
+class ClearWords(Words):
+    """Words of a row of `clear_rows`.
+
+    x, stride (bytes, whole vectors of 16), n.
+    """
+
+    x: int
+    stride: int
+    n: int
+
+
+CLEAR = columns(ClearWords)
+
+
+@step(ClearWords)
+def clear_rows(row: int, _thread: int, _n_threads: int) -> None:
+    """Write zeros to rows, for steps that add to what is there.
+
+    Rows are claimed.
+    """
+    x, stride, n = load_i64(row, CLEAR.x), load_i64(row, CLEAR.stride), load_i64(row, CLEAR.n)
+    while True:
+        t = claim_unit(row)
+        if t >= n:
+            return
+        zero_bytes(x + t * stride, stride)
+
+
+class AdditionWords(Words):
+    """Words of a row of `add_rows`.
+
+    x, stride (bytes, of x and y, whole vectors of 16), n, d, y, norm (float32 weight of d, padded like a row, or 0),
+    eps (address of a float32), scale (address of a float32, or 0).
+    """
+
+    x: int
+    stride: int
+    n: int
+    d: int
+    y: int
+    norm: int
+    eps: int
+    scale: int
+
+
+ADDITION = columns(AdditionWords)
+
+
+@step(AdditionWords)
+def add_rows(row: int, _thread: int, _n_threads: int) -> None:
+    """Write x = (x + norm(y)) * scale for rows of d floats; see `Addition`. With a norm, y is normalized in place.
+
+    Rows are claimed.
+    """
+    x, stride, n = load_i64(row, ADDITION.x), load_i64(row, ADDITION.stride), load_i64(row, ADDITION.n)
+    d, y, norm = load_i64(row, ADDITION.d), load_i64(row, ADDITION.y), load_i64(row, ADDITION.norm)
+    eps, scale = load_f32(load_i64(row, ADDITION.eps), 0), load_i64(row, ADDITION.scale)
+    padded = stride // 4
+    while True:
+        t = claim_unit(row)
+        if t >= n:
+            return
+        to, source = x + t * stride, y + t * stride
+        if norm != 0:
+            scale_product(source, source, norm, inverse_rms(source, d, eps), padded)
+        add_scaled(to, source, np.float32(1), padded)
+        if scale != 0:
+            for i in range(d):
+                store_f32(to, i, load_f32(to, i) * load_f32(scale, 0))
+
+
+class HeadsWords(Words):
+    """Words of a row of `normalize_heads`.
+
+    values (float32 [n, heads, c], rows at a stride), stride (bytes), n, heads, c, eps (address of a float32).
+    """
+
+    values: int
+    stride: int
+    n: int
+    heads: int
+    c: int
+    eps: int
+
+
+HEADS = columns(HeadsWords)
+
+
+@step(HeadsWords)
+def normalize_heads(row: int, _thread: int, _n_threads: int) -> None:
+    """Divide each head of each row by its root mean square, in place.
+
+    Heads are claimed. They lie side by side without padding, so that whole vectors would reach into the next one.
+    """
+    values, stride = load_i64(row, HEADS.values), load_i64(row, HEADS.stride)
+    n, heads, c = load_i64(row, HEADS.n), load_i64(row, HEADS.heads), load_i64(row, HEADS.c)
+    eps = load_f32(load_i64(row, HEADS.eps), 0)
+    while True:
+        item = claim_unit(row)
+        if item >= n * heads:
+            return
+        head = values + item // heads * stride + 4 * c * (item % heads)
+        factor = inverse_rms(head, c, eps)
+        for i in range(c):
+            store_f32(head, i, load_f32(head, i) * factor)
+
+
+class CapWords(Words):
+    """Words of a row of `cap_rows`.
+
+    x, stride (bytes, whole vectors of 16), n, cap (address of a float32).
+    """
+
+    x: int
+    stride: int
+    n: int
+    cap: int
+
+
+CAP = columns(CapWords)
+
+
+@step(CapWords)
+def cap_rows(row: int, _thread: int, n_threads: int) -> None:
+    """Write x = cap * tanh(x / cap).
+
+    Runs of vectors are claimed.
+    """
+    x, vectors = load_i64(row, CAP.x), load_i64(row, CAP.stride) // 64 * load_i64(row, CAP.n)
+    cap = load_f32(load_i64(row, CAP.cap), 0)
+    chunk = chunk_of(vectors, n_threads, _MIN_VECTORS)
+    while True:
+        first = claim_unit(row) * chunk
+        if first >= vectors:
+            return
+        cap16(x + 64 * first, cap, 16 * (min(first + chunk, vectors) - first))

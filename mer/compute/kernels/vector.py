@@ -157,6 +157,24 @@ def add_scaled(_ctx: Any, out: Any, x: Any, factor: Any, n: Any) -> Any:
     return types.void(types.int64, types.int64, types.float32, types.int64), codegen
 
 
+@intrinsic
+def cap16(_ctx: Any, x: Any, cap: Any, n: Any) -> Any:
+    """Write x = cap * tanh(x / cap) for `n` floats, a multiple of 16, as cap - 2 cap / (1 + e**(2 x / cap))."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        x, cap, n = args
+        caps = splat(b, cap, V16F32)
+        factor = b.fdiv(const(V16F32, 2.0), caps)
+        with cgutils.for_range(b, b.lshr(n, i64(4)), intp=I64) as loop:
+            offset = b.mul(loop.index, i64(64))
+            power = exp_vector(b, b.fmul(load(b, x, offset, V16F32, 4), factor))
+            rest = b.fdiv(b.fadd(caps, caps), b.fadd(power, const(V16F32, 1.0)))
+            store(b, b.fsub(caps, rest), x, offset)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), codegen
+
+
 def larger_magnitudes(b: Any, most: Any, vector: Any) -> Any:
     """Return in each lane the larger of a magnitude, given as its bits, and that of 16 floats.
 

@@ -23,7 +23,7 @@ from mer.compute.reference.weights import Weights
 from mer.config import KVType
 from mer.io.gguf import read_gguf
 from mer.model.loading import check_model
-from mer.model.operators import Experts, Layer, Norm
+from mer.model.operators import Addition, Experts, Layer, Norm
 
 
 @attrs.frozen
@@ -66,18 +66,21 @@ class ReferenceModel:
         hidden, routers, weights = [x], list[F64](), list[F64]()
         experts: list[npt.NDArray[np.int64]] = []
         for layer in self.spec.layers:
-            x = x + self.attend(layer, x)
+            x = self.add(layer.mixer_add, x, self.attend(layer, x))
             h = self.norm(layer.ffn_norm, x)
             if isinstance(layer.ffn, Experts):
-                logits, chosen, shares = self.route(layer.ffn, h)
-                if layer.ffn.shared is not None:
-                    x = x + feed_forward(layer.ffn.shared, self._weights, h)
-                x = x + self.mixture(len(routers), h, chosen, shares)
+                record = layer.ffn
+                logits, chosen, shares = self.route(record, h, x)
+                y = self.optional(record.routed_post, self.mixture(len(routers), h, chosen, shares))
+                if record.shared is not None:
+                    own = h if record.shared_norm is None else self.norm(record.shared_norm, x)
+                    y = self.optional(record.shared_post, feed_forward(record.shared, self._weights, own)) + y
                 routers.append(logits)
                 experts.append(chosen)
                 weights.append(shares)
             else:
-                x = x + feed_forward(layer.ffn, self._weights, h)
+                y = feed_forward(layer.ffn, self._weights, h)
+            x = self.add(layer.ffn_add, x, y)
             hidden.append(x)
         n_layers, n, top_k = len(routers), len(x), self.spec.top_k
         return Trace(
@@ -92,9 +95,19 @@ class ReferenceModel:
         """Return what a layer's mixer adds to the residual stream x [T, D] of a whole sequence."""
         return attend(layer.mixer, self._weights, self.norm(layer.mixer_norm, x), self.kv_type)
 
-    def route(self, record: Experts, h: F64) -> tuple[F64, npt.NDArray[np.int64], F64]:
-        """Return the router's logits [T, E], and its choice and weights [T, K]."""
+    def add(self, record: Addition, x: F64, y: F64) -> F64:
+        """Return the residual stream after half a layer that gives y."""
+        total = x + self.optional(record.norm, y)
+        return total if record.scale is None else total * self.vector(record.scale.name)[0]
+
+    def optional(self, record: Norm | None, x: F64) -> F64:
+        """Return x normalized if there is a norm."""
+        return x if record is None else self.norm(record, x)
+
+    def route(self, record: Experts, h: F64, x: F64) -> tuple[F64, npt.NDArray[np.int64], F64]:
+        """Return the router's logits [T, E], its choice and weights [T, K], for the stream x with h = ffn_norm(x)."""
         router = record.router
+        h = h if record.router_norm is None else self.norm(record.router_norm, x)
         logits = h @ self.matrix(router.linear.weight.name).weights.T
         bias = None if router.selection_bias is None else self.vector(router.selection_bias.name)
         return logits, *route(logits, record.top_k, router.routing, bias)
@@ -124,7 +137,8 @@ class ReferenceModel:
 
     def head(self, x: F64) -> F64:
         """Return the logits [T, V] of the last layer's residual stream x [T, D]."""
-        return self._weights.linear(self.spec.head, self.norm(self.spec.norm, x))
+        logits, cap = self._weights.linear(self.spec.head, self.norm(self.spec.norm, x)), self.spec.softcap
+        return logits if cap is None else cap * np.tanh(logits / cap)
 
     def matrix(self, name: str) -> Matrix:
         """Return a dense matrix by its tensor's name."""

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from mer.compute.cpu.blocks.workspace import Workspace
+from mer.compute.cpu.blocks.workspace import Workspace, addition_areas
 from mer.compute.cpu.matrix import FLOAT_BYTES, Activations, float_stride
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits
 from mer.compute.kernels.attention import ATTENTION, split_bytes, thread_bytes
+from mer.compute.kernels.elementwise import normalize_heads
 from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND
 from mer.compute.kernels.rope import ROPE_STORE
 from mer.compute.kernels.step import Step
 from mer.config import KVType
-from mer.model.operators import Attention, Norm, Rope, RopeStyle
+from mer.model.operators import Addition, Attention, Norm, Rope, RopeStyle
 
 KV_KINDS: Final[Mapping[KVType, int]] = {"f32": F32_KIND, "f16": F16_KIND, "q8_0": Q8_0_KIND}
 
 
 class AttentionBlock:
-    """x += attention(norm(x)), with keys and values stored on the way.
+    """x plus attention(norm(x)), with keys and values stored on the way.
 
     Args:
         record: the attention.
         norm: before it.
+        addition: how its result is added to x.
         space: memory and weights.
         kv: address of the layer's state in the first KV block.
         block_bytes: from one KV block to the next.
@@ -32,17 +34,26 @@ class AttentionBlock:
     """
 
     def __init__(
-        self, record: Attention, norm: Norm, space: Workspace, *, kv: int, block_bytes: int, angles: str
+        self,
+        record: Attention,
+        norm: Norm,
+        addition: Addition,
+        space: Workspace,
+        *,
+        kv: int,
+        block_bytes: int,
+        angles: str,
     ) -> None:
-        self._record, self._norm, self._space = record, norm, space
+        self._record, self._norm, self._addition, self._space = record, norm, addition, space
         self._kv, self._block_bytes, self._angles = kv, block_bytes, angles
 
     @staticmethod
-    def areas(record: Attention, norm: Norm, limits: Limits) -> Areas:
+    def areas(record: Attention, norm: Norm, addition: Addition, limits: Limits) -> Areas:
         """Return what it needs of the scratch memory; x, h, angles and the batch's tables are everybody's."""
         t, heads, kv_heads, c = limits.batch_tokens, record.n_heads, record.n_kv_heads, record.head_dim
         norms = [it.eps for it in (norm, record.q_norm, record.k_norm) if it is not None]
-        return Areas(
+        v_eps = () if record.v_eps is None else (record.v_eps,)
+        own = Areas(
             sizes={
                 "q_raw": t * float_stride(heads * c),
                 "k_raw": t * float_stride(kv_heads * c),
@@ -55,8 +66,9 @@ class AttentionBlock:
                 ),
             },
             packed={"input": (t, max(record.q.cols, heads * c))},
-            constants=(*norms, record.scale),
+            constants=(*norms, *v_eps, record.scale),
         )
+        return Areas.union([own, addition_areas(addition, record.out.rows, limits)])
 
     @staticmethod
     def steps(kv_type: KVType) -> tuple[Step, ...]:
@@ -90,6 +102,18 @@ class AttentionBlock:
             space.multiply(program, linear, h, out, seeded=True)
         q_stride, kv_stride = float_stride(q.rows), float_stride(k.rows)
         program.barrier()
+        if record.v_eps is not None:
+            program.add(
+                normalize_heads.row(
+                    values=a["v_raw"],  # [T, G * C]
+                    stride=kv_stride,
+                    n=n,
+                    heads=record.n_kv_heads,
+                    c=head_dim,
+                    eps=s.constant(record.v_eps),
+                )
+            )
+            program.barrier()
         norms = [0 if it is None else space.weights.vector(it.weight.name) for it in (record.q_norm, record.k_norm)]
         eps = s.constant((record.q_norm or record.k_norm or self._norm).eps)
         q_norm, k_norm = norms
@@ -144,10 +168,15 @@ class AttentionBlock:
         program.barrier()
         attended = Activations(n, a["attended"], q_stride, s.packed["input"])  # [T, H * C]
         attended.pack(program, o.cols, {o.type})
-        space.seed(program, record.out, n, a["x"], add=True)
+        plain = self._addition.plain
+        out = a["x"] if plain else a["half"]
+        space.seed(program, record.out, n, out, add=plain)
         program.barrier()
-        space.multiply(program, record.out, attended, a["x"], add=True, seeded=True)  # [T, D]
+        space.multiply(program, record.out, attended, out, add=plain, seeded=True)  # [T, D]
         program.barrier()
+        if not plain:
+            space.add(program, self._addition, a["x"], n, out)
+            program.barrier()
 
 
 def _pair_distance(rope: Rope) -> int:

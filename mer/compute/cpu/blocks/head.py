@@ -6,6 +6,7 @@ from mer.compute.cpu.blocks.workspace import Workspace
 from mer.compute.cpu.matrix import Activations, float_stride
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits
+from mer.compute.kernels.elementwise import cap_rows
 from mer.model.operators import Linear, Norm
 
 
@@ -15,17 +16,19 @@ class HeadBlock:
     Args:
         head: the output head.
         norm: before it.
+        softcap: see `ModelSpec`.
         space: memory and weights.
     """
 
-    def __init__(self, head: Linear, norm: Norm, space: Workspace) -> None:
-        self._head, self._norm, self._space = head, norm, space
+    def __init__(self, head: Linear, norm: Norm, softcap: float | None, space: Workspace) -> None:
+        self._head, self._norm, self._softcap, self._space = head, norm, softcap, space
 
     @staticmethod
-    def areas(head: Linear, norm: Norm, limits: Limits) -> Areas:
+    def areas(head: Linear, norm: Norm, softcap: float | None, limits: Limits) -> Areas:
         """Return what it needs of the scratch memory; x and h are everybody's."""
         logits = limits.outputs * float_stride(head.rows)
-        return Areas({"logits": logits}, {"input": (limits.outputs, head.cols)}, (norm.eps,))
+        constants = (norm.eps,) if softcap is None else (norm.eps, softcap)
+        return Areas({"logits": logits}, {"input": (limits.outputs, head.cols)}, constants)
 
     def add(self, program: Program, n: int) -> None:
         """Add the steps for n rows, whose numbers lie in `outputs`."""
@@ -38,3 +41,7 @@ class HeadBlock:
         program.barrier()
         space.multiply(program, self._head, h, a["logits"])  # [N, V]
         program.barrier()
+        if self._softcap is not None:
+            cap = s.constant(self._softcap)
+            program.add(cap_rows.row(x=a["logits"], stride=float_stride(head.rows), n=n, cap=cap))  # [N, V]
+            program.barrier()

@@ -31,8 +31,11 @@ class RouterBlock:
         t, k = limits.batch_tokens, record.top_k
         logits = t * float_stride(record.n)
         scores = 0 if is_plain(record.router) else t * score_stride(record)
+        norms = [it for it in (norm, record.router_norm) if it is not None]
+        own = {} if record.router_norm is None else {"router_h": t * float_stride(norm.weight.shape[0])}
         return Areas(
             sizes={
+                **own,
                 "router_scores": scores,
                 "next_scores": scores,
                 "router": logits,
@@ -43,7 +46,7 @@ class RouterBlock:
                 "predicted_ids": t * FLOAT_BYTES * k,
                 "predicted_weights": t * FLOAT_BYTES * k,
             },
-            constants=(norm.eps, record.router.routing.scale, LEAST_SUM),
+            constants=(*(it.eps for it in norms), record.router.routing.scale, LEAST_SUM),
         )
 
     def add(self, program: Program, n: int, ahead: RouterBlock | None) -> None:
@@ -52,12 +55,16 @@ class RouterBlock:
         Both read the residual stream as it is. One after the other they would wait at three more barriers.
         """
         space, a = self._space, self._space.scratch.address
-        targets = [(self, a["h"], a["router"], ("expert_ids", "expert_weights", "router_scores"), a["damaged"])]
+        own = self._record.router_norm is not None
+        h = a["router_h"] if own else a["h"]
+        targets = [(self, h, a["router"], ("expert_ids", "expert_weights", "router_scores"), a["damaged"])]
         if ahead is not None:
             results = "predicted_ids", "predicted_weights", "next_scores"
             targets.append((ahead, a["next_h"], a["next_router"], results, 0))
+        if own:
+            space.norm(program, self._norm, a["x"], n, a["h"])
         for it, h, _, _, _ in targets:
-            space.norm(program, it._norm, a["x"], n, h)
+            space.norm(program, it._record.router_norm or it._norm, a["x"], n, h)
         program.barrier()
         for it, h, logits, _, _ in targets:
             gate = space.matrix(it._record.router.linear)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import attrs
 
 from mer.compute.cpu.matrix import Activations, Matrix, float_stride, multiply
 from mer.compute.cpu.program import Program
-from mer.compute.cpu.scratch import Limits, Scratch
+from mer.compute.cpu.scratch import Areas, Limits, Scratch
 from mer.compute.cpu.weights import DenseWeights
-from mer.compute.kernels.elementwise import add_bias, fill_rows, rms_norm
-from mer.model.operators import Linear, Norm
+from mer.compute.kernels.elementwise import add_bias, add_rows, fill_rows, rms_norm
+from mer.model.operators import Addition, Linear, Norm
+
+NO_EPS: Final = 0.0  # of an addition without a norm
 
 
 class Block(Protocol):
@@ -28,6 +30,7 @@ class Workspace:
     limits: Limits
     scratch: Scratch
     weights: DenseWeights
+    d_model: int
 
     def matrix(self, linear: Linear) -> Matrix:
         """Return the weights of a linear map."""
@@ -73,3 +76,27 @@ class Workspace:
                 out_stride=stride,
             )
         )
+
+    def add(self, program: Program, addition: Addition, x: int, n: int, y: int) -> None:
+        """Add the step x = (x + norm(y)) * scale for n rows of D float32, which normalizes y in place."""
+        norm, scale = addition.norm, addition.scale
+        program.add(
+            add_rows.row(
+                x=x,  # [T, D]
+                stride=float_stride(self.d_model),
+                n=n,
+                d=self.d_model,
+                y=y,  # [T, D]
+                norm=0 if norm is None else self.weights.vector(norm.weight.name),  # [D]
+                eps=self.scratch.constant(NO_EPS if norm is None else norm.eps),
+                scale=0 if scale is None else self.weights.vector(scale.name),  # [1]
+            )
+        )
+
+
+def addition_areas(addition: Addition, d_model: int, limits: Limits) -> Areas:
+    """Return what the result of half a layer needs before it is added to x."""
+    if addition.plain:
+        return Areas({})
+    eps = NO_EPS if addition.norm is None else addition.norm.eps
+    return Areas({"half": limits.batch_tokens * float_stride(d_model)}, constants=(eps,))

@@ -30,7 +30,7 @@ class AttentionBlock:
         self._record, self._norm, self._tools, self._cache, self._rope = record, norm, tools, cache, rope
 
     def __call__(self, x: Tensor, inputs: Inputs, masks: Sequence[Tensor]) -> Tensor:
-        """Return what is added to x [T, D]; `masks` has one for each group of the batch, for this layer's window."""
+        """Return y for x [T, D]; `masks` has one for each group of the batch, for this layer's window."""
         record, tools = self._record, self._tools
         h = tools.norm(self._norm, x)
         shape = (len(x), -1, record.head_dim)
@@ -39,6 +39,8 @@ class AttentionBlock:
             q = tools.norm(record.q_norm, q)
         if record.k_norm is not None:
             k = tools.norm(record.k_norm, k)
+        if record.v_eps is not None:
+            v = functional.rms_norm(v, (record.head_dim,), None, record.v_eps)
         q, k = (rotated(record.rope, heads, inputs.angles[self._rope]) for heads in (q, k))
         self._cache.store(inputs, k, v)
         return tools.linear(record.out, attend(record, self._cache, inputs, q, masks))

@@ -24,7 +24,7 @@ class FeedForwardBlock:
         self._record, self._norm, self._tools = record, norm, tools
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what is added to the residual stream, [T, D]."""
+        """Return y [T, D]."""
         record, tools = self._record, self._tools
         h = x if self._norm is None else tools.norm(self._norm, x)
         inner = activated(record.activation, tools.linear(record.gate, h), tools.linear(record.up, h))

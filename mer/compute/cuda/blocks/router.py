@@ -20,14 +20,18 @@ class RouterBlock:
     """
 
     def __init__(self, record: Experts, norm: Norm, tools: Tools) -> None:
-        self._router, self._norm, self._tools = record.router, norm, tools
+        self._router, self._norm, self._own_norm, self._tools = record.router, norm, record.router_norm, tools
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return what the router and the experts read, [T, D]."""
+        """Return what the experts read, and the router unless it has a norm of its own, [T, D]."""
         return self._tools.norm(self._norm, x)
 
-    def choose(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the choice [T, K], by falling scores and of equal ones the lower number first, and logits [T, E]."""
+    def choose(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the choice [T, K] for a stream x with h = normalized(x), and logits [T, E].
+
+        The choice falls by scores; of equal ones the lower number is first.
+        """
+        h = h if self._own_norm is None else self._tools.norm(self._own_norm, x)
         logits = self._tools.linear(self._router.linear, h, exact=True)
         scores = self._scores(logits)
         return scores.sort(dim=1, descending=True, stable=True).indices[:, : self._router.top_k], logits

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from mer.compute.cuda.products import TorchKernels
 from mer.compute.cuda.weights import DeviceWeights
-from mer.model.operators import Linear, Norm
+from mer.model.operators import Addition, Linear, Norm
 
 Tensor = torch.Tensor
 
@@ -28,3 +28,8 @@ class Tools:
     def norm(self, norm: Norm, x: Tensor) -> Tensor:
         """Return x normalized along its last axis."""
         return functional.rms_norm(x, (x.shape[-1],), self.weights.vector(norm.weight.name), norm.eps)
+
+    def added(self, addition: Addition, x: Tensor, y: Tensor) -> Tensor:
+        """Return the residual stream x [T, D] after half a layer that gives y."""
+        total = x + (y if addition.norm is None else self.norm(addition.norm, y))
+        return total if addition.scale is None else total * self.weights.vector(addition.scale.name)

@@ -22,6 +22,8 @@ def attend(record: Attention, weights: Weights, x: F64, kv_type: KVType) -> F64:
         q = rms_norm(q, weights.vector(record.q_norm.weight.name), record.q_norm.eps)
     if record.k_norm is not None:
         k = rms_norm(k, weights.vector(record.k_norm.weight.name), record.k_norm.eps)
+    if record.v_eps is not None:
+        v = rms_norm(v, 1.0, record.v_eps)
     turns = pair_turns(record.rope, None if record.rope.factors is None else weights.vector(record.rope.factors.name))
     magnitude = 1.0 if record.rope.yarn is None else record.rope.yarn.magnitude
     q, k = (rotated(a, np.arange(len(x)), turns, record.rope.style, magnitude) for a in (q, k))
