@@ -111,7 +111,11 @@ class RouterWords(Words):
 
 
 class RouteWords(RouterWords):
-    """Words of a row of `route`: over_all (1: the weights are shares of all experts)."""
+    """Words of a row of `route`.
+
+    logits, stride, n, n_experts, k, ids, weights, damaged (see `RouterWords`), over_all (1: the weights are shares of
+    all experts).
+    """
 
     over_all: int
 
@@ -119,9 +123,10 @@ class RouteWords(RouterWords):
 class ScoreWords(RouterWords):
     """Words of a row of `route_by_score`.
 
-    scores (float32 [n, scores_stride], scratch), scores_stride (bytes, whole vectors of 16: for the experts' scores and
-    then for those of the groups), bias (float32 [n_experts], or 0), sigmoid (0: softmax), groups (count << 32 | used,
-    or 0), least (address of the smallest sum that weights are divided by, or 0: they are not), scale (address).
+    logits, stride, n, n_experts, k, ids, weights, damaged (see `RouterWords`), scores (float32 [n, scores_stride],
+    scratch), scores_stride (bytes, whole vectors of 16: for the experts' scores and then for those of the groups), bias
+    (float32 [n_experts], or 0), sigmoid (0: softmax), groups (count << 32 | used, or 0), least (address of the smallest
+    sum that weights are divided by, or 0: they are not), scale (address).
     """
 
     scores: int

@@ -57,7 +57,7 @@ def test_choice_and_weights_are_the_references(routing: Routing, biased: bool) -
     logits[::2] += rng.normal(size=(30, E)).astype(np.float32)
     bias = rng.choice([-0.5, 0, 0.25, 1], E).astype(np.float32) if biased else None
     it = block(routing, logits, bias)
-    ids, seen = it.choose(torch.zeros(60, 8))
+    ids, seen = it.choose(torch.zeros(60, 8), torch.zeros(60, 8))
     want_ids, want = route(logits.astype(np.float64), K, routing, bias)
     assert np.array_equal(ids.numpy(), want_ids)
     assert it.weights(ids, seen).numpy() == pytest.approx(want, rel=1e-5)
@@ -70,7 +70,7 @@ def test_what_is_not_finite_marks_its_row_alone(routing: Routing, bad: float) ->
     logits = np.random.default_rng(1).normal(size=(5, E)).astype(np.float32)
     logits[3, 7] = bad
     it = block(routing, logits, None)
-    ids, seen = it.choose(torch.zeros(5, 8))
+    ids, seen = it.choose(torch.zeros(5, 8), torch.zeros(5, 8))
     assert it.damaged(seen).tolist() == [False, False, False, True, False]
     assert all(len(set(row)) == K for row in ids.tolist())
     want_ids, want = route(np.delete(logits, 3, 0).astype(np.float64), K, routing)
