@@ -72,16 +72,15 @@ class Keys:
         Raises:
             GGUFError: it is missing and has no default, is no integer, is out of bounds, or has another length.
         """
-        n_layers = self.gguf.get_int(self.name(self._n_layers_key))
         array = self.gguf.metadata.get(self.name(key))
         if not isinstance(array, np.ndarray):
-            return (self.integer(key, maximum=maximum, minimum=minimum, default=default),) * n_layers
+            return (self.integer(key, maximum=maximum, minimum=minimum, default=default),) * self.n_layers
         self._asked.add(key)
         if array.dtype.kind not in "iub":
             raise self.error(key, "is an array of something else than integers or booleans")
-        if len(array) != n_layers:
-            raise self.error(key, f"is an array of {len(array)} numbers; there are {n_layers} layers")
-        numbers = tuple(int(number) for number in array.tolist())
+        if len(array) != self._n_blocks:
+            raise self.error(key, f"is an array of {len(array)} numbers; there are {self._n_blocks} layers")
+        numbers = tuple(int(number) for number in array.tolist()[: self.n_layers])
         for layer, number in enumerate(numbers):
             if not minimum <= number <= maximum:
                 raise self.error(key, f"is {number} in layer {layer}; it must be from {minimum} to {maximum}")

@@ -251,16 +251,21 @@ class Router:
     top_k: int  # K
     routing: Routing
     selection_bias: Tensor | None = None  # [E]
+    expert_scale: Tensor | None = None  # [E]: an expert's weight is multiplied by its own in the end
 
     def __attrs_post_init__(self) -> None:
         if self.routing.scoring is Scoring.CHOSEN and self.selection_bias is not None:
             raise ValueError("a softmax over the chosen makes no scores that a bias could be added to")
+        if self.routing.scoring is Scoring.CHOSEN and self.expert_scale is not None:
+            raise ValueError("scales of experts go with a softmax over all, normalized: it gives the same weights")
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that it reads."""
         yield from self.linear.tensors()
         if self.selection_bias is not None:
             yield self.selection_bias
+        if self.expert_scale is not None:
+            yield self.expert_scale
 
 
 @attrs.frozen

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from mer.errors import UnsupportedModel
-from mer.model import granitemoe, llama, qwen2, qwen2moe, qwen3, qwen3moe
+from mer.model import gemma4, granitemoe, llama, qwen2, qwen2moe, qwen3, qwen3moe
 from mer.model.keys import Keys
 from mer.model.spec import ModelSpec
 from mer.quoting import quoted
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mer.io.gguf import GGUFFile
 
 ARCHITECTURES: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
+    "gemma4": gemma4.model,
     "granitemoe": granitemoe.model,
     "llama": llama.model,
     "qwen2": qwen2.model,

@@ -70,7 +70,7 @@ def test_every_architecture_has_a_family() -> None:
 def test_the_reference_gives_the_logits_of_transformers(case: tuple[Family, FamilyModel]) -> None:
     family, model = case
     tokens = tokens_of(family.longer_than)
-    assert relative_error(ReferenceModel(model.path).logits(tokens), model.logits(tokens)) < 1e-5
+    assert relative_error(ReferenceModel(model.path).logits(tokens), model.logits(tokens)) < 3e-5
 
 
 def in_chunks(tokens: list[int], sizes: list[int]) -> list[Batch]:

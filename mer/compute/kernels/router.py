@@ -22,6 +22,7 @@ from mer.compute.kernels.ir import (
     lane_mask,
     load,
     load_f32,
+    load_i32,
     load_i64,
     splat,
     store_f32,
@@ -126,7 +127,7 @@ class ScoreWords(RouterWords):
     logits, stride, n, n_experts, k, ids, weights, damaged (see `RouterWords`), scores (float32 [n, scores_stride],
     scratch), scores_stride (bytes, whole vectors of 16: for the experts' scores and then for those of the groups), bias
     (float32 [n_experts], or 0), sigmoid (0: softmax), groups (count << 32 | used, or 0), least (address of the smallest
-    sum that weights are divided by, or 0: they are not), scale (address).
+    sum that weights are divided by, or 0: they are not), scale (address), expert_scale (float32 [n_experts], or 0).
     """
 
     scores: int
@@ -136,6 +137,7 @@ class ScoreWords(RouterWords):
     groups: int
     least: int
     scale: int
+    expert_scale: int
 
 
 ROUTE, SCORE = columns(RouteWords), columns(ScoreWords)
@@ -231,6 +233,7 @@ def route_by_score(row: int, _thread: int, _n_threads: int) -> None:
     scores, scores_stride = load_i64(row, SCORE.scores), load_i64(row, SCORE.scores_stride)
     bias, sigmoid, groups = load_i64(row, SCORE.bias), load_i64(row, SCORE.sigmoid), load_i64(row, SCORE.groups)
     least, scale = load_i64(row, SCORE.least), np.float64(load_f32(load_i64(row, SCORE.scale), 0))
+    expert_scale = load_i64(row, SCORE.expert_scale)
     while True:
         t = claim_unit(row)
         if t >= n:
@@ -269,4 +272,7 @@ def route_by_score(row: int, _thread: int, _n_threads: int) -> None:
         if least != 0:
             by = scale / max(of_all, np.float64(load_f32(least, 0)))
         for j in range(k):
-            store_f32(weights, t * k + j, np.float32(np.float64(load_f32(weights, t * k + j)) * by))
+            weight = np.float64(load_f32(weights, t * k + j)) * by
+            if expert_scale != 0:
+                weight *= np.float64(load_f32(expert_scale, load_i32(ids, t * k + j)))
+            store_f32(weights, t * k + j, np.float32(weight))

@@ -110,7 +110,10 @@ class ReferenceModel:
         h = h if record.router_norm is None else self.norm(record.router_norm, x)
         logits = h @ self.matrix(router.linear.weight.name).weights.T
         bias = None if router.selection_bias is None else self.vector(router.selection_bias.name)
-        return logits, *route(logits, record.top_k, router.routing, bias)
+        chosen, weights = route(logits, record.top_k, router.routing, bias)
+        if router.expert_scale is not None:
+            weights = weights * self.vector(router.expert_scale.name)[chosen]
+        return logits, chosen, weights
 
     def mixture(self, layer: int, h: F64, expert_ids: npt.NDArray[np.int64], expert_weights: F64) -> F64:
         """Return the weighted sum, in router order, of the experts' outputs for normalized h [T, D]."""

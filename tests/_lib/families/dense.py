@@ -43,6 +43,16 @@ def windowed_keys(config: Any) -> dict[str, Any]:
     return dense_keys(config) | window
 
 
+def llama_factors(model: Any) -> dict[str, Array]:
+    """Return the factors that Llama 3.1's scaling comes to."""
+    rope = model.config.rope_parameters
+    if rope["rope_type"] != "llama3":
+        return {}
+    got = model.model.rotary_emb.inv_freq.numpy().astype(np.float64)
+    plain = rope["rope_theta"] ** (-np.arange(len(got)) / len(got))
+    return {"rope_freqs.weight": (plain / got).astype(np.float32)}
+
+
 LLAMA = Family(
     arch="llama",
     model="LlamaForCausalLM",
@@ -50,7 +60,18 @@ LLAMA = Family(
     settings=common(intermediate_size=160, tie_word_embeddings=False),
     keys=dense_keys,
     rename=llama_names,
+    extra=llama_factors,
     variants={
+        "factors": {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
         "tied": {"tie_word_embeddings": True},
         "biases": {"attention_bias": True, "mlp_bias": True},
         "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},

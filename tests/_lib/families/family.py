@@ -40,6 +40,7 @@ class Family:
         variants: other settings by name, each joined to `settings`; their keys follow from `keys`.
         longer_than: tokens that a prompt must have to come past every window and every original context.
         absent: tensors of transformers' that converters leave out.
+        extra: returns tensors that converters make of a model's settings.
     """
 
     arch: str
@@ -51,6 +52,7 @@ class Family:
     variants: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     longer_than: int = 40
     absent: tuple[str, ...] = ()
+    extra: Callable[[Any], dict[str, Array]] = lambda model: {}
     name: str = attrs.field(default=attrs.Factory(lambda self: self.arch, takes_self=True))
 
 
@@ -243,7 +245,7 @@ def write(
         keys |= {f"{family.arch}.block_count": config.num_hidden_layers + 1, f"{family.arch}.nextn_predict_layers": 1}
     for key, value in keys.items():
         add_key(writer, key, value)
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Array] = dict(family.extra(model))
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

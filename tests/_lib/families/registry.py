@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests._lib.families import dense, experts
+from tests._lib.families import dense, experts, gemma
 from tests._lib.families.family import Family
 
 FAMILIES: Final[tuple[Family, ...]] = (
@@ -16,6 +16,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     experts.QWEN3_MOE,
     experts.GRANITE_MOE,
     experts.GRANITE_SHARED,
+    gemma.GEMMA4,
 )
 
 CASES: Final[tuple[tuple[Family, str | None], ...]] = tuple(

@@ -82,6 +82,7 @@ class RouterBlock:
         record, space = self._record, self._space
         e, k, router = record.n, record.top_k, record.router
         routing, groups, bias = router.routing, router.routing.groups, router.selection_bias
+        factor = router.expert_scale
         if is_plain(router):
             program.add(
                 route.row(
@@ -114,6 +115,7 @@ class RouterBlock:
                 groups=0 if groups is None else groups.count << 32 | groups.used,
                 least=space.scratch.constant(LEAST_SUM) if routing.normalize else 0,
                 scale=space.scratch.constant(routing.scale),
+                expert_scale=0 if factor is None else space.weights.vector(factor.name),  # [E]
             )
         )
 
@@ -121,7 +123,8 @@ class RouterBlock:
 def is_plain(router: Router) -> bool:
     """Return whether `route` does all that a router needs: a softmax, by which the experts are chosen too."""
     routing, softmax = router.routing, router.routing.scoring is not Scoring.SIGMOID
-    return softmax and router.selection_bias is None and routing == Routing(scoring=routing.scoring)
+    own = router.selection_bias is None and router.expert_scale is None
+    return softmax and own and routing == Routing(scoring=routing.scoring)
 
 
 def score_stride(record: Experts) -> int:

@@ -45,7 +45,10 @@ class RouterBlock:
             weights = self._shares(logits).gather(1, ids)
         if routing.normalize:
             weights = weights / weights.sum(1, keepdim=True).clamp(min=LEAST_SUM)
-        return weights if routing.scale == 1 else weights * routing.scale
+        if routing.scale != 1:
+            weights = weights * routing.scale
+        scale = self._router.expert_scale
+        return weights if scale is None else weights * self._tools.weights.vector(scale.name)[ids]
 
     def damaged(self, logits: Tensor) -> Tensor:
         """Return for which rows a logit [T, E], or what is added to it for the choice, is not finite: [T]."""
