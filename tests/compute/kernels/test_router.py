@@ -109,9 +109,14 @@ def test_without_a_place_for_damage_none_is_reported() -> None:
 
 
 def scored(
-    logits: F32, k: int, routing: Routing, bias: F32 | None = None, n_threads: int = 1
+    logits: F32,
+    k: int,
+    routing: Routing,
+    bias: F32 | None = None,
+    n_threads: int = 1,
+    factors: F32 | None = None,
 ) -> tuple[Ints, F32, Ints]:
-    """Return ids [n, k], weights [n, k] and damaged [n]."""
+    """Return ids [n, k], weights [n, k] and damaged [n]; weights are multiplied by their experts' factors [E]."""
     areas = Areas()
     n, n_experts = logits.shape
     ids, weights, damaged = areas.ints(n, k), areas.floats(n, k), areas.ints(n)
@@ -126,7 +131,8 @@ def scored(
         0 if bias is None else areas.put(bias), int(routing.scoring is Scoring.SIGMOID),
         0 if groups is None else groups.count << 32 | groups.used,
         areas.put(np.array([LEAST_SUM], np.float32)) if routing.normalize else 0,
-        areas.put(np.array([routing.scale], np.float32)), n_threads=n_threads,
+        areas.put(np.array([routing.scale], np.float32)), 0 if factors is None else areas.put(factors),
+        n_threads=n_threads,
     )  # fmt: skip
     areas.check()
     return ids.copy(), weights.copy(), damaged.copy()
@@ -149,8 +155,11 @@ def test_any_scores(data: st.DataObject, n_threads: int) -> None:
     logits = data.draw(hnp.arrays(np.float32, (5, n_experts), elements=values), "logits")
     biases = hnp.arrays(np.float32, n_experts, elements=st.sampled_from([-0.5, 0.0, 0.25, 8.0]))
     bias = data.draw(st.none() | biases, "bias")
-    ids, weights, damaged = scored(logits, k, routing, bias, n_threads)
+    factors = data.draw(st.none() | biases, "factors")
+    ids, weights, damaged = scored(logits, k, routing, bias, n_threads, factors)
     want_ids, want_weights = reference_route(logits.astype(np.float64), k, routing, bias)
+    if factors is not None:
+        want_weights = want_weights * factors[want_ids]
     assert np.array_equal(ids, want_ids)
     assert np.allclose(weights, want_weights, rtol=3e-7, atol=1e-45)
     assert not damaged.any()
