@@ -11,6 +11,7 @@ import trio
 
 from mer.bench.datafile import DataFile, expert_weights
 from mer.bench.workload import Workload
+from mer.compute.cpu.biases import ExpertBiases
 from mer.compute.cpu.experts import RoutedExperts, expert_areas
 from mer.compute.cpu.forward import matrix_types, steps_for
 from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride
@@ -52,7 +53,7 @@ class StreamForward:
         own = Areas({"x": d, "expert_weights": FLOAT_BYTES * top_k})
         areas = Areas.union([own, expert_areas(data.experts, weights, top_k, limits)])
         self._scratch = s = Scratch(areas, matrix_types((), data.experts), limits.planes)
-        self._experts = RoutedExperts(data.experts, weights, top_k, limits, s)
+        self._experts = RoutedExperts(data.experts, weights, ExpertBiases(weights).address, top_k, limits, s)
         self._d_model, self.threads = data.plan.geometry.d_model, n_threads
         self.n_routed, self.staged_pairs = workload.n_layers, self._experts.staged_pairs
         self._events: tuple[Event, ...] = workload.events

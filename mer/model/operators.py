@@ -300,12 +300,20 @@ class ExpertWeights:
     n: int  # E
     matrices: tuple[ExpertMatrix, ...]  # gate [F, D], up [F, D], down [D, F]
     activation: Activation = SWIGLU  # of gate and up
+    biases: tuple[Tensor, ...] = ()  # of each matrix [E, rows], added to its product; none without; these are dense
 
 
 def gated_experts(
-    layer: int, n: int, d_model: int, d_ff: int, *, activation: Activation = SWIGLU, fused: bool = False
+    layer: int,
+    n: int,
+    d_model: int,
+    d_ff: int,
+    *,
+    activation: Activation = SWIGLU,
+    fused: bool = False,
+    bias: bool = False,
 ) -> ExpertWeights:
-    """Return the matrices of n gated networks, with the names that llama.cpp gives them.
+    """Return the matrices of n gated networks, and their biases, with the names that llama.cpp gives them.
 
     With `fused`, each expert's rows of up follow those of gate in one tensor.
     """
@@ -316,7 +324,8 @@ def gated_experts(
         ExpertMatrix(block + "up", d_ff, d_model, up),
         ExpertMatrix(block + "down", d_model, d_ff),
     )
-    return ExpertWeights(n, matrices, activation)
+    biases = (Tensor(f"{it.stem}_exps.bias", (n, it.rows), VECTOR_TYPES) for it in matrices if bias)
+    return ExpertWeights(n, matrices, activation, tuple(biases))
 
 
 @attrs.frozen
@@ -354,6 +363,7 @@ class Experts:
     def tensors(self) -> Iterator[Tensor]:
         """Yield the dense tensors that it reads, in the order in which a token meets them."""
         yield from self.router.tensors()
+        yield from self.weights.biases
         if self.shared is not None:
             yield from self.shared.tensors()
 

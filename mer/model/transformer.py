@@ -221,14 +221,20 @@ class Trunk:
         selection_bias: bool | None = False,
         shared: FeedForward | None = None,
         activation: Activation = SWIGLU,
+        bias: bool = False,
     ) -> Experts:
-        """Return a layer's routed experts; for the selection bias see `linear`."""
-        linear = Linear(Tensor(f"blk.{layer}.ffn_gate_inp.weight", (n, self.d_model), ROUTER_TYPES))
+        """Return a layer's routed experts.
+
+        For the selection bias see `linear`; `bias` says whether the router and every matrix of an expert have one.
+        """
+        gate = f"blk.{layer}.ffn_gate_inp"
+        weight = Tensor(f"{gate}.weight", (n, self.d_model), ROUTER_TYPES)
+        linear = Linear(weight, vector(f"{gate}.bias", n) if bias else None)
         name = f"blk.{layer}.exp_probs_b.bias"
         has_bias = name in self.keys.gguf.tensors if selection_bias is None else selection_bias
         router = Router(linear, top_k, routing, vector(name, n) if has_bias else None)
         fused = f"blk.{layer}.ffn_gate_up_exps.weight" in self.keys.gguf.tensors
-        weights = gated_experts(layer, n, self.d_model, d_ff, activation=activation, fused=fused)
+        weights = gated_experts(layer, n, self.d_model, d_ff, activation=activation, fused=fused, bias=bias)
         return Experts(router, weights, shared)
 
     def layer(self, layer: int, mixer: Attention, ffn: FeedForward | Experts) -> Layer:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from mer.compute.cpu.biases import bias_bytes
 from mer.compute.cpu.experts import expert_areas
 from mer.compute.cpu.forward import matrix_types
 from mer.compute.cpu.scratch import Limits
@@ -141,6 +142,9 @@ class DevicePlanner(Planner):
             "dense weights": sizes.dense_bytes(model.dense) if dense else 0,
             "passing experts": sizes.STAGING_SLOTS * sum(classes.slot_bytes),
         }
+        biases = 0 if dense else bias_bytes(model.spec.expert_weights)
+        if biases:
+            self._fixed["expert biases"] = biases
 
     @property
     def least_bytes(self) -> int:
@@ -193,7 +197,7 @@ class HostPlanner(Planner):
         n_bytes = sizes.host_bytes(self._spec, limits)
         if self._hybrid:
             areas = expert_areas(self._experts, self._spec.expert_weights, self._spec.top_k, limits)
-            n_bytes += areas.n_bytes(self._kinds, limits.planes)
+            n_bytes += areas.n_bytes(self._kinds, limits.planes) + bias_bytes(self._spec.expert_weights)
         return n_bytes
 
     def choose(self, floor: int) -> tuple[int, Limits]:

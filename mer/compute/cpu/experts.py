@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import numpy as np
@@ -21,8 +21,8 @@ from mer.compute.cpu.matrix import (
 )
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits, Scratch, activation_constants
-from mer.compute.kernels.elementwise import activate, gather
-from mer.compute.kernels.entry import ENTRY_WORDS, PAIR, RAW_INNER, RAW_OUTER, ROW, ZERO, flags
+from mer.compute.kernels.elementwise import activate, fill_entries, gather
+from mer.compute.kernels.entry import ENTRY_WORDS, EXPERT_BIT, PAIR, RAW_INNER, RAW_OUTER, ROW, ZERO, flags
 from mer.compute.kernels.step import Row
 from mer.compute.messages import Int32Array, LoadedExpert, Stage
 from mer.errors import ComputeError
@@ -39,9 +39,10 @@ _ENTRY_BYTES = 8 * ENTRY_WORDS
 class _Steps:
     """The steps of experts whose matrices have the same types and shapes."""
 
-    prepare: tuple[Row, ...]  # bring the tokens' activations into the form that gate and up read
+    prepare: tuple[Row, ...]  # bring the tokens' activations into the form that gate and up read; their biases
     inner: tuple[Row, ...]  # gate and up
     activate: Row  # gate and up joined, and the packing for down
+    seed: tuple[Row, ...]  # the bias of down
     outer: Row  # down
 
 
@@ -54,16 +55,24 @@ class RoutedExperts:
     Args:
         experts: types and shapes of the routed experts, at least one.
         weights: of each layer's, how they are computed.
+        biases: returns where the biases of that name lie in memory, float32 [E, n].
         top_k: experts that a token uses.
         limits: the largest batch.
         scratch: its memory.
     """
 
     def __init__(
-        self, experts: ExpertMap, weights: Sequence[ExpertWeights], top_k: int, limits: Limits, scratch: Scratch
+        self,
+        experts: ExpertMap,
+        weights: Sequence[ExpertWeights],
+        biases: Callable[[str], int],
+        top_k: int,
+        limits: Limits,
+        scratch: Scratch,
     ) -> None:
         self._top_k, self._limits, self._scratch = top_k, limits, scratch
         self._d_model, self._d_ff = widths(experts)
+        self._biases = biases
         self._raw = RawRoom(scratch.address["raw"], _raw_bytes(experts))
         self.staged_pairs = limits.ffn_rows(top_k)
         made: dict[tuple[object, ...], tuple[_Steps, _Steps]] = {}
@@ -73,7 +82,7 @@ class RoutedExperts:
             self._sizes.append(block_sizes(p.type for e in layer for p in e.parts[:2]))
             self._steps.append([])
             for expert in layer:
-                key = record.activation, *((p.type, p.rows, p.cols) for p in expert.parts)
+                key = record.activation, record.biases, *((p.type, p.rows, p.cols) for p in expert.parts)
                 if key not in made:
                     one, more = (self._make(expert.parts, record, one=it) for it in (True, False))
                     made[key] = one, more
@@ -129,14 +138,22 @@ class RoutedExperts:
                 prepare.append(gather.row(x=a["h"], stride=d, index=a["order"], out=a["gathered"]))  # [R, D]
             for size in block_sizes(kinds):
                 prepare.append(s.packed["input"][size].pack(self._d_model, a["h"], d, index=a["order"]))
-        source = ZERO if one else ROW
+        seed: list[Row] = []
+        if record.biases:
+            gates, ups, downs = (self._biases(tensor.name) for tensor in record.biases)
+            for out, biases in ((a["gate"], gates), (a["up"], ups)):
+                n_bytes = FLOAT_BYTES * self._d_ff
+                prepare.append(fill_entries.row(out=out, stride=f, first=ROW, biases=biases, n_bytes=n_bytes))
+            n_bytes = FLOAT_BYTES * self._d_model
+            seed.append(fill_entries.row(out=a["y"], stride=d, first=PAIR, biases=downs, n_bytes=n_bytes))
+        source, add = ZERO if one else ROW, bool(record.biases)
         between = a["up"] - a["gate"]
         if gate.type == up.type:
-            settings = flags(0, 2, x=source)
+            settings = flags(0, 2, x=source, add=add)
             inner = [product(gate, x, a["gate"], f, threads, settings, out_step=between, raw=raw)]  # [2, R, F]
         else:
             inner = [
-                product(matrix, x, a["gate"] + number * between, f, threads, flags(number, x=source), raw=raw)
+                product(matrix, x, a["gate"] + number * between, f, threads, flags(number, x=source, add=add), raw=raw)
                 for number, matrix in enumerate((gate, up))
             ]
         sizes, numbers = block_sizes([down.type]), s.activation(record.activation)
@@ -145,8 +162,8 @@ class RoutedExperts:
             joined = area.pack(self._d_ff, a["gate"], f, up=between, activation=numbers)
         else:
             joined = activate.row(gate=a["gate"], up=a["up"], stride=f, activation=numbers)
-        outer = product(down, z, a["y"], d, threads, flags(2, out=PAIR), raw=raw)  # [T * K, D]
-        return _Steps(tuple(prepare), tuple(inner), joined, outer)
+        outer = product(down, z, a["y"], d, threads, flags(2, out=PAIR, add=add), raw=raw)  # [T * K, D]
+        return _Steps(tuple(prepare), tuple(inner), joined, tuple(seed), outer)
 
     def prepare_token(self, program: Program, layer: int) -> None:
         """Add the packing of `h` for the layer's experts, if the batch is one token; experts may follow a barrier."""
@@ -201,7 +218,7 @@ class RoutedExperts:
                 group, filled = {}, 0
             raw = (loaded.raw[0] | loaded.raw[1] << 1) & _RAW[stage]
             entries = group.setdefault(steps[number][which], ([], [], []))[_STAGES[stage]]
-            entries += (*loaded.addresses, count, pair if staged else filled, pair, raw, 0)
+            entries += (*loaded.addresses, count, pair if staged else filled, pair, raw | number << EXPERT_BIT, 0)
             filled += count
         self._add(program, group)
 
@@ -221,7 +238,7 @@ class RoutedExperts:
 
     def _stages(self, layer: int) -> tuple[tuple[Row, ...], ...]:
         steps = self._steps[layer][0][self._n_tokens > 1]
-        return steps.prepare, steps.inner, (steps.activate,), (steps.outer,)
+        return steps.prepare, steps.inner, (steps.activate, *steps.seed), (steps.outer,)
 
     def _check(self, loaded: LoadedExpert, layer: int, staged: bool, pairs: int) -> None:
         """Refuse a stage that cannot be computed, and keep account of those that can."""
@@ -257,6 +274,9 @@ class RoutedExperts:
         program.barrier()
         for steps, table, n in inner:
             program.add_on(steps.activate, table, n)
+        for steps, table, n in outer:
+            for made in steps.seed:
+                program.add_on(made, table, n)
         program.barrier()
         for steps, table, n in outer:
             program.add_on(steps.outer, table, n)

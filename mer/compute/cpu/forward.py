@@ -27,6 +27,7 @@ from mer.compute.kernels.elementwise import (
     cap_rows,
     clear_rows,
     combine,
+    fill_entries,
     fill_rows,
     gather,
     normalize_heads,
@@ -81,7 +82,9 @@ class Forward:
         self._batch: Batch | None = None
         self._routed_experts: RoutedExperts | None = None
         if spec.routed:
-            self._routed_experts = RoutedExperts(experts, spec.expert_weights, spec.top_k, limits, self.scratch)
+            self._routed_experts = RoutedExperts(
+                experts, spec.expert_weights, weights.vector, spec.top_k, limits, self.scratch
+            )
         self._ropes = _ropes(spec)
         self._between: list[list[Block]] = [[]]  # what runs up to each router, and after the last one
         self._routers: list[RouterBlock] = []
@@ -223,6 +226,10 @@ class Forward:
                 self._kept_rows.clear()
             self._kept_rows[key] = rows
         program.extend(rows)
+
+    def floats(self, name: str) -> Float32Array:
+        """Return a dense tensor of float32 by its name."""
+        return self._weights.floats(name)
 
     def read_block(self, block: int) -> Uint8Array:
         """Return the KV of a block of all layers, read-only and in place: it lasts while nobody writes to the block."""
@@ -422,6 +429,6 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps = [matmul_step(int(kind), planes) for kind in kinds]
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += AttentionBlock.steps(kv_type)
-    steps += [pack, rms_norm, gather, activate, add_bias, add_gated, fill_rows, combine, route]
+    steps += [pack, rms_norm, gather, activate, add_bias, add_gated, fill_entries, fill_rows, combine, route]
     steps += [route_by_score, dispatch, add_rows, cap_rows, clear_rows, normalize_heads]
     return [*steps, begin_reads, await_reads, next_turn]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
+from mer.compute.cpu.biases import ExpertBiases
 from mer.compute.cpu.experts import RoutedExperts, expert_areas
 from mer.compute.cpu.forward import Forward, matrix_types
 from mer.compute.cpu.matrix import FLOAT_BYTES, float_stride
@@ -40,17 +42,25 @@ class CPUPlace:
         if forward is None:
             areas = expert_areas(experts, spec.expert_weights, spec.top_k, limits)
             self._scratch = Scratch(areas, matrix_types((), experts), limits.planes)
-            routed = RoutedExperts(experts, spec.expert_weights, spec.top_k, limits, self._scratch)
+            self._biases = ExpertBiases(spec.expert_weights)
+            routed = RoutedExperts(
+                experts, spec.expert_weights, self._biases.address, spec.top_k, limits, self._scratch
+            )
             self._routed: RoutedExperts | None = routed
             self._run = routed.run
         else:
             self._scratch, self._routed, self._run = forward.scratch, None, forward.run_experts
+            self._biases = ExpertBiases(())  # the dense part has them
         self._team = Team(limits.threads)
         self._rate = Rate()
         self._program = Program()
         self._spans: list[tuple[int, int]] = []  # pairs of the experts under way
         self._work = 0.0  # bytes, see `_work_bytes`
         self._began_s = 0.0
+
+    def load_biases(self, floats: Callable[[str], npt.ArrayLike]) -> None:
+        """Take over the experts' biases, by the names of their tensors, unless the dense part here has them."""
+        self._biases.load(floats)
 
     def open(self) -> None:
         """Start the threads.

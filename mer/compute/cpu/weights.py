@@ -89,9 +89,8 @@ class DenseWeights:
         return self._address[name]
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:
-        """Return a vector by its tensor name."""
-        (n,) = self._tensors[name].shape
-        return self._memory.floats(self._address[name], n)
+        """Return a tensor of float32 by its name, in its shape and in place."""
+        return self._memory.floats(self._address[name], *self._tensors[name].shape)
 
     def rows(self, name: str, numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Return chosen rows of a matrix as float32 [len(numbers), cols]."""

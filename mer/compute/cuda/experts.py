@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch
 from mer.compute.cuda.dequantize import file_order
 from mer.compute.cuda.device import Device, Event
 from mer.compute.cuda.layout import file_layout, tile_layout
-from mer.compute.cuda.products import DeviceExpert, ExpertCut, TorchKernels, Work
+from mer.compute.cuda.products import Biases, DeviceExpert, ExpertCut, TorchKernels, Work
 from mer.compute.cuda.sizes import STAGING_SLOTS, VRAMClasses
 from mer.compute.cuda.vram import DeviceSlot, VRAMTier
 from mer.compute.messages import LoadedExpert
@@ -48,6 +48,7 @@ class DeviceExperts:
         kernels: compute.
         experts: types and shapes.
         weights: of each layer's experts, how they are computed.
+        vector: returns a dense tensor on the device by its name, float32 [n]: biases, which it may not have read yet.
         classes: the sizes of the slots.
         counts: slots of each class to keep experts in; there are `STAGING_SLOTS` more of each.
         hybrid: whether experts may come as the CPU kernels have re-arranged them.
@@ -59,6 +60,7 @@ class DeviceExperts:
         kernels: TorchKernels,
         experts: ExpertMap,
         weights: Sequence[ExpertWeights],
+        vector: Callable[[str], Tensor],
         classes: VRAMClasses,
         counts: Sequence[int],
         *,
@@ -72,6 +74,10 @@ class DeviceExperts:
         self._parts = [[extents.parts for extents in layer] for layer in experts.experts]
         self._cuts = [
             [_cut(parts, record) for parts in layer] for layer, record in zip(self._parts, weights, strict=True)
+        ]
+        self._biases = [
+            Biases(*(vector(it.name).view(it.shape) for it in record.biases)) if record.biases else None
+            for record in weights
         ]
         self.alike = all(cut == layer[0] for layer in self._cuts for cut in layer)
         sizes = [tile_layout(parts).n_bytes for layer in self._parts for parts in layer]
@@ -115,7 +121,8 @@ class DeviceExperts:
             slots = [[tier.there(number, it).slot for it in range(len(row))] for number, row in enumerate(self._cuts)]
             self._tables = [self._device.to_device(np.array(row, np.int64)) for row in slots]
         kind = self._classes.kind_of(layer, 0)
-        self._kernels.chosen(self._slabs[kind], self._tables[layer][ids], self._cuts[layer][0], h, y)
+        cut, biases = self._cuts[layer][0], self._biases[layer]
+        self._kernels.chosen(self._slabs[kind], self._tables[layer][ids], ids, cut, biases, h, y)
 
     def n_bytes(self, layer: int, expert: int) -> int:
         """Return the bytes of an expert's matrices."""
@@ -123,7 +130,9 @@ class DeviceExperts:
 
     def expert(self, layer: int, slot: DeviceSlot) -> DeviceExpert:
         """Return an expert's matrices in its slot."""
-        return self._cuts[layer][slot.expert].expert(self._slabs[slot.kind][slot.slot])
+        biases = self._biases[layer]
+        own = None if biases is None else biases.of(slot.expert)
+        return self._cuts[layer][slot.expert].expert(self._slabs[slot.kind][slot.slot], own)
 
     def _compute(self, layer: int, slots: Sequence[DeviceSlot], pairs: DevicePairs, h: Tensor, y: Tensor) -> None:
         works = [pairs.work(slot.expert, self.expert(layer, slot)) for slot in slots]

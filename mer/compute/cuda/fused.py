@@ -9,7 +9,7 @@ import torch
 
 from mer.compute.cuda import triton_kernels as kernels
 from mer.compute.cuda.device import Device
-from mer.compute.cuda.products import DeviceExpert, ExpertCut, TorchKernels, Work
+from mer.compute.cuda.products import Biases, DeviceExpert, ExpertCut, TorchKernels, Work
 from mer.compute.cuda.weights import DeviceMatrix
 
 Tensor = torch.Tensor
@@ -44,37 +44,46 @@ class TritonKernels(TorchKernels):
             else:
                 groups.setdefault(_key(work.expert), []).append(work)
         for group in groups.values():
-            table = np.empty((sum(work.n for work in group), 5), np.int64)
+            words = kernels.WORK_WORDS if group[0].expert.biases is None else kernels.BIASED_WORDS
+            table = np.empty((sum(work.n for work in group), words), np.int64)
             first = 0
             for work in group:
                 mine = table[first : first + work.n]
                 mine[:, 0], mine[:, 1] = work.numbers[1], work.numbers[0]
-                mine[:, 2:] = [m.raw.data_ptr() for m in (work.expert.gate, work.expert.up, work.expert.down)]
+                addresses = [m.raw.data_ptr() for m in (work.expert.gate, work.expert.up, work.expert.down)]
+                mine[:, 2:] = addresses + [bias.data_ptr() for bias in work.expert.biases or ()]
                 first += work.n
             self._launch(group[0].expert, self._device.to_device(table), h, y)
 
-    def chosen(self, slab: Tensor, slots: Tensor, cut: ExpertCut, h: Tensor, y: Tensor) -> None:
+    def chosen(
+        self, slab: Tensor, slots: Tensor, ids: Tensor, cut: ExpertCut, biases: Biases | None, h: Tensor, y: Tensor
+    ) -> None:
         """See `TorchKernels.chosen`."""
-        expert = cut.expert(slab[0])
+        expert = cut.expert(slab[0], None if biases is None else biases.of(0))
         if not _is_fused(expert):
-            super().chosen(slab, slots, cut, h, y)
+            super().chosen(slab, slots, ids, cut, biases, h, y)
             return
         pairs = torch.arange(slots.numel(), device=slots.device)
         base = slab.data_ptr() + slots.reshape(-1) * slab.shape[1]
-        work = torch.stack([pairs // slots.shape[1], pairs, *(base + offset for offset in cut.offsets)], 1)
+        columns = [pairs // slots.shape[1], pairs, *(base + offset for offset in cut.offsets)]
+        for rows in () if biases is None else (biases.gate, biases.up, biases.down):
+            columns.append(rows.data_ptr() + ids.reshape(-1) * rows.stride(0) * rows.element_size())
+        work = torch.stack(columns, 1)
         self._launch(expert, work, h, y)
 
     def _launch(self, like: DeviceExpert, work: Tensor, h: Tensor, y: Tensor) -> None:
-        """Compute pairs, given as [P, 5], with experts of one form."""
+        """Compute pairs, given as the kernels want them, with experts of one form."""
+        biased = like.biases is not None
         n, (gate, up, down), act = len(work), (like.gate, like.up, like.down), like.activation
         inner = torch.empty((n, gate.rows), dtype=torch.float32, device=h.device)
         kernels.gate_up[_grid(gate, n)](
             work, h, inner, gate.rows, gate.cols, gate.raw.shape[1], up.raw.shape[1], int(gate.type), int(up.type),
-            act.alpha, act.beta, act.limit, act.shift, kernels.R, num_warps=kernels.WARPS,
+            act.alpha, act.beta, act.limit, act.shift, biased, kernels.R, num_warps=kernels.WARPS,
         )  # fmt: skip
         kernels.down[_grid(down, n)](
-            work, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), kernels.R, num_warps=kernels.WARPS
-        )
+            work, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), biased, kernels.R,
+            num_warps=kernels.WARPS,
+        )  # fmt: skip
 
 
 def _grid(matrix: DeviceMatrix, n: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,11 +89,13 @@ async def open_device(
     try:
         if forward is None:
             weights = DeviceWeights(dense, device, spec.norm_factors())
+            vector: Callable[[str], torch.Tensor] = weights.vector
             part: DeviceForward | DenseForward = DeviceForward(spec, limits, weights, device, kernels)
         else:
             assert host is not None
             part = DenseForward(spec, forward, host)
-        slots = DeviceExperts(device, kernels, experts, spec.expert_weights, classes, counts, hybrid=hybrid)
+            vector = functools.partial(_uploaded, device, forward)
+        slots = DeviceExperts(device, kernels, experts, spec.expert_weights, vector, classes, counts, hybrid=hybrid)
         tier = VRAMTier(policy, classes, counts)
         places: list[ExpertPlace[Any]]  # of tensors or of arrays, as the dense part has its rows
         if isinstance(part, DeviceForward):
@@ -115,6 +118,8 @@ async def open_device(
         ) from error
     if weights is not None:
         await weights.load(reader, on_read)
+        if host is not None:
+            host.load_biases(lambda name: device.to_host(weights.vector(name)))
     await trio.to_thread.run_sync(device.finish_loading)
     return Opened(
         worker=worker,
@@ -122,6 +127,11 @@ async def open_device(
         activations=str(device.gemm_type).removeprefix("torch."),
         pin=device.register,
     )
+
+
+def _uploaded(device: Device, forward: Forward, name: str) -> torch.Tensor:
+    """Return a copy on the device of a dense tensor of float32."""
+    return device.to_device(forward.floats(name))
 
 
 def choose_kernels(device: Device) -> TorchKernels:

@@ -25,6 +25,19 @@ Tensor = torch.Tensor
 
 
 @attrs.frozen(eq=False)
+class Biases:
+    """What is added to the products of a layer's experts, a row for each expert: [E, F], [E, F], [E, D]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def of(self, expert: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows of an expert, or those of an int64 [1], which the host need not know, as [1, F] or [1, D]."""
+        return self.gate[expert], self.up[expert], self.down[expert]
+
+
+@attrs.frozen(eq=False)
 class DeviceExpert:
     """An expert's matrices on the device, and how gate and up are joined."""
 
@@ -32,6 +45,7 @@ class DeviceExpert:
     up: DeviceMatrix
     down: DeviceMatrix
     activation: Activation = SWIGLU
+    biases: tuple[Tensor, Tensor, Tensor] | None = None  # [F], [F], [D]
 
 
 @attrs.frozen(eq=False)
@@ -79,28 +93,36 @@ class TorchKernels:
 
     def ffn(self, expert: DeviceExpert, x: Tensor) -> Tensor:
         """Return what an expert gives [n, D] for x [n, D]."""
-        inner = activated(expert.activation, self.matmul(expert.gate, x), self.matmul(expert.up, x))
-        return self.matmul(expert.down, inner)
+        gate, up = self.matmul(expert.gate, x), self.matmul(expert.up, x)
+        if expert.biases is None:
+            return self.matmul(expert.down, activated(expert.activation, gate, up))
+        of_gate, of_up, of_down = expert.biases
+        return self.matmul(expert.down, activated(expert.activation, gate + of_gate, up + of_up)) + of_down
 
     def experts(self, works: Sequence[Work], h: Tensor, y: Tensor) -> None:
         """Compute experts for their rows of h [T, D] into their rows of y [T * K, D]."""
         for work in works:
             y[work.pairs] = self.ffn(work.expert, h[work.rows])
 
-    def chosen(self, slab: Tensor, slots: Tensor, cut: ExpertCut, h: Tensor, y: Tensor) -> None:
+    def chosen(
+        self, slab: Tensor, slots: Tensor, ids: Tensor, cut: ExpertCut, biases: Biases | None, h: Tensor, y: Tensor
+    ) -> None:
         """Compute for every row of h [T, D] the K experts in these slots into y [T * K, D], without asking the host.
 
         Args:
             slab: uint8 [slots, slot bytes].
             slots: int64 [T, K].
+            ids: int64 [T, K], the numbers of the experts.
             cut: how an expert lies in a slot.
+            biases: of the layer's experts, if they have any.
             h: float32 [T, D].
             y: float32 [T * K, D].
         """
         top_k = slots.shape[1]
-        for pair, slot in enumerate(slots.reshape(-1, 1).unbind()):
+        for pair, (slot, number) in enumerate(zip(slots.reshape(-1, 1), ids.reshape(-1, 1), strict=True)):
             row = pair // top_k
-            y[pair] = self.ffn(cut.expert(slab[slot][0]), h[row : row + 1])[0]
+            expert = cut.expert(slab[slot][0], None if biases is None else biases.of(number))
+            y[pair] = self.ffn(expert, h[row : row + 1])[0]
 
 
 @attrs.frozen
@@ -113,10 +135,10 @@ class ExpertCut:
     sizes: tuple[int, int, int]
     activation: Activation = SWIGLU
 
-    def expert(self, raw: Tensor) -> DeviceExpert:
-        """Return the matrices in the bytes of a slot."""
+    def expert(self, raw: Tensor, biases: tuple[Tensor, Tensor, Tensor] | None) -> DeviceExpert:
+        """Return the matrices in the bytes of a slot, with an expert's biases."""
         gate, up, down = (
             DeviceMatrix.of(kind, *shape, raw[offset : offset + size])
             for kind, shape, offset, size in zip(self.types, self.shapes, self.offsets, self.sizes, strict=True)
         )
-        return DeviceExpert(gate, up, down, self.activation)
+        return DeviceExpert(gate, up, down, self.activation, biases)

@@ -16,6 +16,8 @@ R = 8  # rows of a matrix that a program computes
 WARPS = 1  # of a program: each thread has its share of all rows, and loads an activation once for these
 F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, MXFP4 = (tl.constexpr(kind) for kind in (0, 1, 2, 8, 12, 14, 30, 39))
 KINDS = frozenset({0, 1, 2, 8, 12, 14, 30, 39})  # ggml's ids of the types that have a branch
+WORK_WORDS, BIASED_WORDS = 5, 8  # int64 of a pair that an expert computes
+_WORK_WORDS, _BIASED_WORDS = tl.constexpr(WORK_WORDS), tl.constexpr(BIASED_WORDS)
 _BLOCKS = tl.constexpr(8)  # blocks of 32 weights in one step
 _PLAIN = tl.constexpr(256)  # plain numbers in one step
 
@@ -213,6 +215,12 @@ def _dot(address, row, n_rows, x, cols, row_bytes, KIND: tl.constexpr, R: tl.con
 
 
 @triton.jit
+def _floats(address, row, n_rows):  # type: ignore[no-untyped-def]
+    """Return float32 numbers [R] of the vector at an address, 0 behind its end."""
+    return tl.load(address.to(tl.pointer_type(tl.float32)) + row, mask=row < n_rows, other=0.0)
+
+
+@triton.jit
 def matvec(  # type: ignore[no-untyped-def]
     address, x, out, n_rows, cols, row_bytes, KIND: tl.constexpr, R: tl.constexpr
 ):
@@ -237,17 +245,22 @@ def gate_up(  # type: ignore[no-untyped-def]
     BETA: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
+    BIASED: tl.constexpr,
     R: tl.constexpr,
 ):
     """inner[p] = activation of gate @ x and up @ x; grid (row groups, P).
 
-    work is [P, 5]: row of x, row of y, addresses of gate, up and down. The activation's numbers are constants, so that
-    those of SwiGLU leave nothing of what others need.
+    work is [P, 5]: row of x, row of y, addresses of gate, up and down; or [P, 8] with those of their biases, if
+    BIASED. The activation's numbers are constants, so that those of SwiGLU leave nothing of what others need.
     """
+    work += tl.program_id(1) * (_BIASED_WORDS if BIASED else _WORK_WORDS)
     row, p = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)
-    at = x + tl.load(work + p * 5) * cols
-    gate = _dot(tl.load(work + p * 5 + 2), row, n_rows, at, cols, gate_bytes, GATE, R)
-    up = _dot(tl.load(work + p * 5 + 3), row, n_rows, at, cols, up_bytes, UP, R)
+    at = x + tl.load(work) * cols
+    gate = _dot(tl.load(work + 2), row, n_rows, at, cols, gate_bytes, GATE, R)
+    up = _dot(tl.load(work + 3), row, n_rows, at, cols, up_bytes, UP, R)
+    if BIASED:
+        gate += _floats(tl.load(work + 5), row, n_rows)
+        up += _floats(tl.load(work + 6), row, n_rows)
     if float("inf") > LIMIT:  # not by `tl.minimum`, which makes a number of NaN
         gate, up = tl.where(gate > LIMIT, LIMIT, gate), tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     z = gate if ALPHA == 1 else ALPHA * gate
@@ -260,9 +273,12 @@ def gate_up(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def down(  # type: ignore[no-untyped-def]
-    work, inner, y, n_rows, cols, row_bytes, KIND: tl.constexpr, R: tl.constexpr
+    work, inner, y, n_rows, cols, row_bytes, KIND: tl.constexpr, BIASED: tl.constexpr, R: tl.constexpr
 ):
     """y[pair] = down @ inner[p], for the same work; grid (row groups, P)."""
     row, p = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)
-    sums = _dot(tl.load(work + p * 5 + 4), row, n_rows, inner + p * cols, cols, row_bytes, KIND, R)
-    tl.store(y + tl.load(work + p * 5 + 1) * n_rows + row, sums, mask=row < n_rows)
+    work += p * (_BIASED_WORDS if BIASED else _WORK_WORDS)
+    sums = _dot(tl.load(work + 4), row, n_rows, inner + p * cols, cols, row_bytes, KIND, R)
+    if BIASED:
+        sums += _floats(tl.load(work + 7), row, n_rows)
+    tl.store(y + tl.load(work + 1) * n_rows + row, sums, mask=row < n_rows)

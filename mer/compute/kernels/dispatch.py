@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mer.compute.kernels.claim import claim_unit
-from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, PAIR, RAW, RAW_INNER, RAW_OUTER, ROW, ZERO
+from mer.compute.kernels.entry import COUNT, ENTRY_WORDS, EXPERT_BIT, PAIR, RAW, RAW_INNER, RAW_OUTER, ROW, ZERO
 from mer.compute.kernels.ir import load_i32, load_i64, store_i32, store_i64
 from mer.compute.kernels.job_reads import (
     AWAIT,
@@ -27,11 +27,11 @@ _ENTRY_BYTES = _WORD * ENTRY_WORDS
 
 
 @njit
-def _write_entry(entry, count, place, raw):  # type: ignore[no-untyped-def]
+def _write_entry(entry, expert, count, place, raw):  # type: ignore[no-untyped-def]
     store_i64(entry + _WORD * COUNT, count)
     store_i64(entry + _WORD * ROW, place)
     store_i64(entry + _WORD * PAIR, place)
-    store_i64(entry + _WORD * RAW, raw)
+    store_i64(entry + _WORD * RAW, raw | expert << EXPERT_BIT)
     store_i64(entry + _WORD * ZERO, 0)
 
 
@@ -123,12 +123,12 @@ def dispatch(row: int, _thread: int, _n_threads: int) -> None:
                 entry = table + _ENTRY_BYTES * n_there
                 for matrix in range(MAX_MATRICES):
                     store_i64(entry + _WORD * matrix, load_i64(addresses, MAX_MATRICES * expert + matrix))
-                _write_entry(entry, count, place, 0)
+                _write_entry(entry, expert, count, place, 0)
                 n_there += 1
             else:
                 entry = missing + _ENTRY_BYTES * n_missing
                 store_i64(entry, expert)
-                _write_entry(entry, count, place, RAW_INNER | RAW_OUTER)
+                _write_entry(entry, expert, count, place, RAW_INNER | RAW_OUTER)
                 n_missing += 1
                 readable = readable and first == 0
             place += count

@@ -8,7 +8,7 @@ import numpy as np
 
 from mer.compute.kernels.activation import join_halves
 from mer.compute.kernels.claim import chunk_of, claim_unit
-from mer.compute.kernels.entry import COUNT, PAIR, ROW, TableWords, entry_of
+from mer.compute.kernels.entry import COUNT, EXPERT_BIT, PAIR, RAW, ROW, TableWords, entry_of
 from mer.compute.kernels.ir import copy_bytes, load_f32, load_i32, load_i64, store_f32, zero_bytes
 from mer.compute.kernels.numba_api import njit
 from mer.compute.kernels.step import step
@@ -219,6 +219,44 @@ def add_gated(row: int, _thread: int, _n_threads: int) -> None:
         logit = np.float64(load_f32(logits + t * logit_stride, 0))
         share = np.float32(1.0 / (1.0 + math.exp(-logit)))
         add_scaled(x + t * stride, y + t * stride, share, stride // 4)
+
+
+class FillEntriesWords(TableWords):
+    """Words of a row of `fill_entries`.
+
+    table, n_entries (see `TableWords`), out, stride (bytes), first (word of the entry that gives the first row: ROW or
+    PAIR), biases (float32, one row for each expert), n_bytes (of such a row).
+    """
+
+    out: int
+    stride: int
+    first: int
+    biases: int
+    n_bytes: int
+
+
+FILL_ENTRIES = columns(FillEntriesWords)
+
+
+@step(FillEntriesWords)
+def fill_entries(row: int, _thread: int, _n_threads: int) -> None:
+    """Write to an entry's own rows of results the bias of its expert, for a product that adds to what is there.
+
+    Rows are claimed.
+    """
+    table, n_entries = load_i64(row, FILL_ENTRIES.table), load_i64(row, FILL_ENTRIES.n_entries)
+    out, stride = load_i64(row, FILL_ENTRIES.out), load_i64(row, FILL_ENTRIES.stride)
+    first = load_i64(row, FILL_ENTRIES.first)
+    biases, n_bytes = load_i64(row, FILL_ENTRIES.biases), load_i64(row, FILL_ENTRIES.n_bytes)
+    item, before = claim_unit(row), 0
+    for number in range(n_entries):
+        entry = entry_of(row, table, number)
+        n, own = load_i64(entry, COUNT), load_i64(entry, first)
+        bias = biases + (load_i64(entry, RAW) >> EXPERT_BIT) * n_bytes
+        while item < before + n:
+            copy_bytes(out + (own + item - before) * stride, bias, n_bytes)
+            item = claim_unit(row)
+        before += n
 
 
 class FillWords(Words):

@@ -1,8 +1,9 @@
 """Tables of entries: the matrices, and the rows of the batch, that one step works through.
 
 An entry is 8 int64: up to three addresses of matrices (an expert's gate, up and down), how many rows of the batch they
-concern, the first of these among the inner activations and among the (token, choice) pairs, and which matrices are
-raw: as read from the file. A step names its table; where the table is 0, the one entry lies in the step's own row.
+concern, the first of these among the inner activations and among the (token, choice) pairs, and in one word which
+matrices are raw, as read from the file, and above that the expert's number. A step names its table; where the table is
+0, the one entry lies in the step's own row.
 
 A product step gives out the pieces of all matrices of all its entries by its work counter.
 """
@@ -17,6 +18,7 @@ from mer.compute.kernels.words import ENTRY, Words, columns
 ENTRY_WORDS = 8
 COUNT, ROW, PAIR, RAW, ZERO = range(3, 8)  # words of an entry behind its addresses
 RAW_INNER, RAW_OUTER = 1, 2  # bits of RAW: gate and up; down
+EXPERT_BIT = 8  # of RAW: from here on it is the number of the expert
 
 
 class TableWords(Words):

@@ -109,6 +109,8 @@ class ReferenceModel:
         router = record.router
         h = h if record.router_norm is None else self.norm(record.router_norm, x)
         logits = h @ self.matrix(router.linear.weight.name).weights.T
+        if router.linear.bias is not None:
+            logits = logits + self.vector(router.linear.bias.name)
         bias = None if router.selection_bias is None else self.vector(router.selection_bias.name)
         chosen, weights = route(logits, record.top_k, router.routing, bias)
         if router.expert_scale is not None:
@@ -130,9 +132,11 @@ class ReferenceModel:
         """Return what an expert of a routed layer gives for normalized h [T, D]."""
         gate, up, down = map(self._weights.part, self.experts.experts[layer][expert].parts)
         int8 = self.int8_activations
-        activation = self.spec.expert_weights[layer].activation
-        g, u = (matrix.matmul(h, int8_activations=int8) for matrix in (gate, up))
-        return down.matmul(activated(activation, g, u), int8_activations=int8)
+        record = self.spec.expert_weights[layer]
+        biases = [self.matrix(tensor.name).weights[expert] for tensor in record.biases] or [np.zeros(1)] * 3
+        g, u = (m.matmul(h, int8_activations=int8) + b for m, b in zip((gate, up), biases, strict=False))
+        out: F64 = down.matmul(activated(record.activation, g, u), int8_activations=int8) + biases[-1]
+        return out
 
     def norm(self, record: Norm, x: F64) -> F64:
         """Return x [T, D] normalized."""

@@ -39,7 +39,14 @@ class Side:
         spec, experts = self.reference.spec, self.reference.experts
         classes = vram_classes(experts)
         slots = DeviceExperts(
-            self.device, TorchKernels(self.device), experts, spec.expert_weights, classes, (SLOTS,), hybrid=True
+            self.device,
+            TorchKernels(self.device),
+            experts,
+            spec.expert_weights,
+            lambda name: self.device.to_device(self.reference.vector(name)),
+            classes,
+            (SLOTS,),
+            hybrid=True,
         )
         self.tier = VRAMTier(LayerLRU(spec.n_routed, SLOTS), classes, (SLOTS,))
         self.on_device = dense_on_device

@@ -14,7 +14,7 @@ from mer.compute.cuda import triton_kernels
 from mer.compute.cuda.device import TORCH_CPU, Device
 from mer.compute.cuda.fused import TritonKernels
 from mer.compute.cuda.layout import ALIGNMENT
-from mer.compute.cuda.products import DeviceExpert, ExpertCut, Work
+from mer.compute.cuda.products import Biases, DeviceExpert, ExpertCut, Work
 from mer.compute.cuda.triton_kernels import KINDS
 from mer.compute.cuda.weights import DeviceMatrix
 from mer.compute.reference.blocks.feed_forward import activated
@@ -59,17 +59,24 @@ def check_matvec() -> None:
 
 
 def expert_of(
-    kinds: tuple[GGMLType, GGMLType, GGMLType], d: int, f: int, seed: int, activation: Activation
+    kinds: tuple[GGMLType, GGMLType, GGMLType], d: int, f: int, seed: int, activation: Activation, *, biased: bool
 ) -> DeviceExpert:
     """Return an expert of random bytes."""
     gate, up, down = kinds
-    return DeviceExpert(matrix(gate, f, d, seed), matrix(up, f, d, seed + 1), matrix(down, d, f, seed + 2), activation)
+    matrices = matrix(gate, f, d, seed), matrix(up, f, d, seed + 1), matrix(down, d, f, seed + 2)
+    rng = np.random.default_rng(seed)
+    biases = tuple(torch.from_numpy(rng.normal(size=n).astype(np.float32)) for n in (f, f, d))
+    return DeviceExpert(*matrices, activation, (biases[0], biases[1], biases[2]) if biased else None)
 
 
 def ffn(expert: DeviceExpert, x: np.ndarray) -> np.ndarray:
     """Return an expert's output in float64."""
     g, u = x @ weights(expert.gate).T, x @ weights(expert.up).T
-    return np.asarray(activated(expert.activation, g, u) @ weights(expert.down).T)
+    biases = (
+        [np.float64(0)] * 3 if expert.biases is None else [bias.numpy().astype(np.float64) for bias in expert.biases]
+    )
+    inner = activated(expert.activation, g + biases[0], u + biases[1])
+    return np.asarray(inner @ weights(expert.down).T + biases[2])
 
 
 ACTIVATIONS = (SWIGLU, GEGLU, Activation(alpha=1.702, limit=0.7, shift=1.0), Activation(limit=0.5))
@@ -92,7 +99,9 @@ def check_experts() -> None:
     pairs = rng.permutation(24)
     works, want, first = [], np.full((24, 256), 7.0), 0
     for number, n in enumerate((1, 3, 9, 2)):
-        expert = expert_of(FORMS[number % 2], 256, 256, seed=10 * number, activation=ACTIVATIONS[number])
+        expert = expert_of(
+            FORMS[number % 2], 256, 256, seed=10 * number, activation=ACTIVATIONS[number], biased=number % 2 == 0
+        )
         mine = pairs[first : first + n]
         first += n
         numbers = np.stack([mine, mine // 2])
@@ -108,8 +117,13 @@ def check_chosen() -> None:
     kernels = TritonKernels(Device(TORCH_CPU))
     rng = np.random.default_rng(6)
     for number, form in enumerate(FORMS):
-        activation = ACTIVATIONS[number]
-        experts = [expert_of(form, 256, 256, seed=100 * number + 10 * i, activation=activation) for i in range(4)]
+        activation, biased = ACTIVATIONS[number], number % 2 == 0
+        experts = [
+            expert_of(form, 256, 256, seed=100 * number + 10 * i, activation=activation, biased=biased)
+            for i in range(4)
+        ]
+        rows = [expert.biases for expert in experts if expert.biases is not None]
+        biases = Biases(*map(torch.stack, zip(*rows, strict=True))) if rows else None
         sizes = tuple(m.raw.numel() for m in (experts[0].gate, experts[0].up, experts[0].down))
         offsets = (0, round_up(sizes[0], ALIGNMENT), round_up(sizes[0], ALIGNMENT) + round_up(sizes[1], ALIGNMENT))
         slab = torch.zeros((5, offsets[2] + round_up(sizes[2], ALIGNMENT)), dtype=torch.uint8)
@@ -127,7 +141,8 @@ def check_chosen() -> None:
         h = (rng.normal(0.1, 1, (3, 256)) / 16).astype(np.float32)
         slots = rng.integers(1, 5, (3, 2))
         y = torch.zeros((6, 256))
-        kernels.chosen(slab, torch.from_numpy(slots), cut, torch.from_numpy(h), y)
+        ids = torch.from_numpy(slots - 1)
+        kernels.chosen(slab, torch.from_numpy(slots), ids, cut, biases, torch.from_numpy(h), y)
         want = np.stack([ffn(experts[slots[p // 2, p % 2] - 1], h[p // 2 : p // 2 + 1])[0] for p in range(6)])
         assert_near(y, want, f"chosen {form}")
 
@@ -140,10 +155,10 @@ def check_compile() -> None:
 
     numbers = dict.fromkeys(("n_rows", "cols", "gate_bytes", "up_bytes"), "i32")
     numbers_of = {name.upper(): getattr(GEGLU, name) for name in ("alpha", "beta", "limit", "shift")}
-    constants = dict.fromkeys(("GATE", "UP", "R", *numbers_of), "constexpr")
+    constants = dict.fromkeys(("GATE", "UP", "BIASED", "R", *numbers_of), "constexpr")
     signature = {"work": "*i64", "x": "*fp32", "inner": "*fp32"} | numbers | constants
     for kind in sorted(KINDS):
-        values = {"GATE": kind, "UP": kind, "R": triton_kernels.R} | numbers_of
+        values = {"GATE": kind, "UP": kind, "BIASED": True, "R": triton_kernels.R} | numbers_of
         source = ASTSource(triton_kernels.gate_up, signature, values)
         options = {"num_warps": triton_kernels.WARPS}
         assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numba import types
 
 from mer.compute.kernels.activation import NUMBERS
-from mer.compute.kernels.elementwise import activate, combine, gather, rms_norm
+from mer.compute.kernels.elementwise import activate, combine, fill_entries, gather, rms_norm
+from mer.compute.kernels.entry import EXPERT_BIT, PAIR, ROW
 from mer.compute.kernels.ir import V16F32, load, load_i64, store
 from mer.compute.kernels.numba_api import intrinsic
 from mer.compute.kernels.step import step
@@ -241,6 +242,24 @@ def test_gather(n_threads: int) -> None:
     assert np.array_equal(out[[4, 5]], x[[0, 0]])
     assert np.array_equal(out[:3], x[[3, 1, 2]])
     assert np.isnan(out[[3, 6]]).all()
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("word", [ROW, PAIR])
+def test_biases_go_to_the_rows_of_their_experts(word: int, n_threads: int) -> None:
+    biases = np.random.default_rng(3).normal(size=(7, 21)).astype(np.float32)
+    areas = Areas()
+    out = areas.floats(9, 32)
+    entries = [(2, 4, 1, 5), (0, 0, 0, 1), (3, 0, 3, 2)]  # rows, first row, first pair, expert
+    words = [(0, 0, 0, n, row, pair, 3 | expert << EXPERT_BIT, 0) for n, row, pair, expert in entries]
+    table = areas.put(np.array(words, np.int64))
+    run_step(fill_entries, table, 3, address(out), 128, word, areas.put(biases), 84, n_threads=n_threads)
+    areas.check()
+    want = np.full((9, 32), np.nan, np.float32)
+    for n, row, pair, expert in entries:
+        first = row if word == ROW else pair
+        want[first : first + n, :21] = biases[expert]
+    assert np.array_equal(out, want, equal_nan=True)
 
 
 @settings(max_examples=20, deadline=None)

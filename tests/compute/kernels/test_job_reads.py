@@ -17,7 +17,7 @@ from numba import types
 from mer.compute.cpu.program import Program
 from mer.compute.kernels import job_reads
 from mer.compute.kernels.dispatch import dispatch
-from mer.compute.kernels.entry import TABLE, TableWords
+from mer.compute.kernels.entry import EXPERT_BIT, TABLE, TableWords
 from mer.compute.kernels.job_reads import AWAIT, END, await_reads, next_turn
 from mer.compute.kernels.step import Step, nogil_function
 from mer.compute.kernels.step import step as kernel_step
@@ -417,10 +417,14 @@ def test_dispatch_reads_what_is_missing_unless_something_stands_against_it(obsta
     assert it.reads.control[N_LOGGED] == 1
     entries = areas[1].reshape(8, 8)[:2].tolist()
     addresses = it.reads.addresses[1]
-    assert entries == [[*addresses[1].tolist(), 1, 0, 0, 0, 0], [*addresses[6].tolist(), 1, 2, 2, 0, 0]]
+    numbers = [1 << EXPERT_BIT, 6 << EXPERT_BIT]
+    assert entries == [
+        [*addresses[1].tolist(), 1, 0, 0, numbers[0], 0],
+        [*addresses[6].tolist(), 1, 2, 2, numbers[1], 0],
+    ]
     read = it.reads.take_back()[0]
     assert (read.layer, read.expert, read.victim, read.slot) == (1, 2, (4, 0), 20)
-    assert areas[2].reshape(8, 8)[0].tolist() == [*read.addresses, 1, 1, 1, 3, 0], "it is raw"
+    assert areas[2].reshape(8, 8)[0].tolist() == [*read.addresses, 1, 1, 1, 3 | 2 << EXPERT_BIT, 0]
     assert program.rows[2:4, [TABLE.table, TABLE.n_entries]].tolist() == [[table, 2]] * 2
     assert program.rows[4, AWAIT.first : AWAIT.n_handed + 1].tolist() == [0, 1, 0]
     assert it.reads.used[1].tolist() == [0, *[it.reads.control[SERIAL]] * 2, 0, 0, 0, it.reads.control[SERIAL]]

@@ -63,13 +63,14 @@ class RouterBlock:
             targets.append((ahead, a["next_h"], a["next_router"], results, 0))
         if own:
             space.norm(program, self._norm, a["x"], n, a["h"])
-        for it, h, _, _, _ in targets:
+        for it, h, logits, _, _ in targets:
             space.norm(program, it._record.router_norm or it._norm, a["x"], n, h)
+            space.seed(program, it._record.router.linear, n, logits)
         program.barrier()
         for it, h, logits, _, _ in targets:
             gate = space.matrix(it._record.router.linear)
             x = Activations(n, h, float_stride(gate.cols), {})
-            space.multiply(program, it._record.router.linear, x, logits)  # [T, E]
+            space.multiply(program, it._record.router.linear, x, logits, seeded=True)  # [T, E]
         self._experts.prepare_token(program, self._number)
         program.barrier()
         for it, _, logits, results, damaged in targets:
