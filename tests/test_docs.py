@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import models_page
+
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -40,3 +42,10 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 def test_links_are_found() -> None:
     assert "docs/cache-policies.md" in links(ROOT / "README.md")
     assert "workloads" in anchors(ROOT / "docs" / "bench-stream.md")
+
+
+def test_the_tables_of_models_are_those_of_the_registries() -> None:
+    """If not, `python -m tests.models_page` writes them."""
+    page = models_page.PAGE.read_text(encoding="utf-8")
+    assert models_page.made(page) == page
+    assert len(models_page.MARK.findall(page)) == len(models_page.TABLES)

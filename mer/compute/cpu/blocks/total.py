@@ -1,4 +1,4 @@
-"""What a layer's routed experts and the network that they share add to the residual stream."""
+"""The sum of a layer's routed experts and of the network that they share, and its addition to the residual stream."""
 
 from __future__ import annotations
 
