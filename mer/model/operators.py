@@ -122,11 +122,19 @@ class Rope:
     yarn: Yarn | None = None
 
 
+class HeadNorms(enum.Enum):
+    """Where Q and K are normalized."""
+
+    BEFORE = "each head before RoPE"
+    AFTER = "each head after RoPE"
+    WHOLE = "all heads at once before RoPE"
+
+
 @attrs.frozen(kw_only=True)
 class Attention:
     """Causal grouped-query attention; query head h attends with kv head h // (H / G).
 
-    With `q_norm` and `k_norm` each head of Q and K is normalized before RoPE.
+    With `q_norm` and `k_norm` Q and K are normalized where `norms` says.
     """
 
     q: Linear  # [H * C, D]
@@ -137,8 +145,9 @@ class Attention:
     n_kv_heads: int  # G
     head_dim: int  # C
     rope: Rope
-    q_norm: Norm | None  # [C]
-    k_norm: Norm | None  # [C]
+    q_norm: Norm | None  # [C], or [H * C] for all heads at once
+    k_norm: Norm | None  # [C], or [G * C]
+    norms: HeadNorms = HeadNorms.BEFORE
     window: int | None  # positions that a token attends to, its own included; None: all before it
     scale: float  # what the products of queries and keys are multiplied by, 1 / sqrt(C) as a rule
     v_eps: float | None = None  # each head of V is normalized without a weight, with this eps

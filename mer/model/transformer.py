@@ -30,6 +30,7 @@ from mer.model.operators import (
     Attention,
     Experts,
     FeedForward,
+    HeadNorms,
     Layer,
     Linear,
     Norm,
@@ -169,13 +170,19 @@ class Trunk:
         layer: int,
         rope: Rope,
         *,
-        qk_norm: bool = False,
+        qk_norm: bool | None = False,
+        norms: HeadNorms = HeadNorms.BEFORE,
         qkv_bias: bool | None = False,
         out_bias: bool | None = False,
         scale: float | None = None,
     ) -> Attention:
-        """Return a layer's attention; for the biases see `linear`. By default scores are divided by sqrt(C)."""
+        """Return a layer's attention; for the biases see `linear`. By default scores are divided by sqrt(C).
+
+        With None for `qk_norm`, models of the architecture differ in that, and the file has the norms or not.
+        """
         block, d, c = f"blk.{layer}.attn_", self.d_model, self.head_dim
+        if qk_norm is None:
+            qk_norm = f"{block}q_norm.weight" in self.keys.gguf.tensors
         q_dim, kv_dim = self.n_heads * c, self.n_kv_heads * c
         parts = {block + "q": q_dim, block + "k": kv_dim, block + "v": kv_dim}
         q, k, v = self.joined(block + "qkv", parts, d, bias=qkv_bias)
@@ -188,8 +195,9 @@ class Trunk:
             n_kv_heads=self.n_kv_heads,
             head_dim=c,
             rope=rope,
-            q_norm=self.norm(block + "q_norm", c) if qk_norm else None,
-            k_norm=self.norm(block + "k_norm", c) if qk_norm else None,
+            q_norm=self.norm(block + "q_norm", q_dim if norms is HeadNorms.WHOLE else c) if qk_norm else None,
+            k_norm=self.norm(block + "k_norm", kv_dim if norms is HeadNorms.WHOLE else c) if qk_norm else None,
+            norms=norms,
             window=self.window,
             scale=c**-0.5 if scale is None else scale,
         )
@@ -237,9 +245,9 @@ class Trunk:
         weights = gated_experts(layer, n, self.d_model, d_ff, activation=activation, fused=fused, bias=bias)
         return Experts(router, weights, shared)
 
-    def layer(self, layer: int, mixer: Attention, ffn: FeedForward | Experts) -> Layer:
-        """Return a layer with the usual norms before its two halves."""
-        return Layer(self.norm(f"blk.{layer}.attn_norm"), mixer, self.norm(f"blk.{layer}.ffn_norm"), ffn)
+    def layer(self, layer: int, mixer: Attention, ffn: FeedForward | Experts, *, ffn_norm: str = "ffn_norm") -> Layer:
+        """Return a layer with norms before its two halves; files name the second one in different ways."""
+        return Layer(self.norm(f"blk.{layer}.attn_norm"), mixer, self.norm(f"blk.{layer}.{ffn_norm}"), ffn)
 
     def model(self, layers: Sequence[Layer], *, embedding_scale: float = 1.0, logit_scale: float = 1.0) -> ModelSpec:
         """Return the model of these layers; the output head is the embedding where the file has no other.

@@ -24,22 +24,29 @@ _MIN_VALUES = 512  # heads of fewer values take less time than claiming them
 
 
 @njit
-def _place_head(out, source, c, norm, eps, rope_dim, pair, cos, sin):  # type: ignore[no-untyped-def]
-    """Copy one head of c floats, normalized if `norm` is not 0, and rotate its first rope_dim elements.
+def _normalize(out, source, c, norm, eps):  # type: ignore[no-untyped-def]
+    """Normalize one head of c floats; `out` may be `source`."""
+    square = np.float32(0)
+    for i in range(c):
+        square += load_f32(source, i) * load_f32(source, i)
+    scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(c) + eps))
+    whole = c // 16 * 16
+    scale_product(out, source, norm, scale, whole)
+    for i in range(whole, c):
+        store_f32(out, i, load_f32(source, i) * scale * load_f32(norm, i))
 
-    pair is 1 for pairs (2i, 2i + 1), or rope_dim / 2 for pairs (i, i + rope_dim / 2). `out` may be `source`.
+
+@njit
+def _place_head(out, source, c, norm, last, eps, rope_dim, pair, cos, sin):  # type: ignore[no-untyped-def]
+    """Copy one head of c floats and rotate its first rope_dim elements.
+
+    If `norm` is not 0 it is normalized, before it is rotated or, with `last`, after that. pair is 1 for pairs (2i, 2i +
+    1), or rope_dim / 2 for pairs (i, i + rope_dim / 2). `out` may be `source`.
     """
-    if norm == 0:
+    if norm == 0 or last != 0:
         copy_bytes(out, source, 4 * c)
     else:
-        square = np.float32(0)
-        for i in range(c):
-            square += load_f32(source, i) * load_f32(source, i)
-        scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(c) + eps))
-        whole = c // 16 * 16
-        scale_product(out, source, norm, scale, whole)
-        for i in range(whole, c):
-            store_f32(out, i, load_f32(source, i) * scale * load_f32(norm, i))
+        _normalize(out, source, c, norm, eps)
     turned = rope_dim // 2 // 16 * 16
     rotate(out, pair, cos, sin, turned)
     for i in range(turned, rope_dim // 2):
@@ -47,6 +54,8 @@ def _place_head(out, source, c, norm, eps, rope_dim, pair, cos, sin):  # type: i
         x, y = load_f32(out, first), load_f32(out, first + pair)
         store_f32(out, first, x * load_f32(cos, i) - y * load_f32(sin, i))
         store_f32(out, first + pair, x * load_f32(sin, i) + y * load_f32(cos, i))
+    if norm != 0 and last != 0:
+        _normalize(out, out, c, norm, eps)
 
 
 @njit
@@ -93,7 +102,7 @@ class RopeStoreWords(Words):
     q_raw, k_raw (is changed), v_raw, q_raw_stride, kv_raw_stride (bytes), q (float32 [T, H, C padded to 16]), n (T),
     heads (H << 32 | G), c, rope (rope_dim << 32 | pair), angles (float32 [T, 2, rope_dim / 2]: cosines, sines), q_norm
     (or 0), k_norm (or 0), eps (address), kv (the layer's tiles in block 0), block_bytes, positions (int32 [T]),
-    sequences (int32 [T]), table (int32), max_blocks.
+    sequences (int32 [T]), table (int32), max_blocks, norms_last (1: the norms come after RoPE).
     """
 
     q_raw: int
@@ -116,6 +125,7 @@ class RopeStoreWords(Words):
     sequences: int
     table: int
     max_blocks: int
+    norms_last: int
 
 
 ROPE = columns(RopeStoreWords)
@@ -135,7 +145,7 @@ def _rope_store(row, n_threads, kind):  # type: ignore[no-untyped-def]
     q_norm, k_norm, eps = load_i64(row, ROPE.q_norm), load_i64(row, ROPE.k_norm), load_f32(load_i64(row, ROPE.eps), 0)
     kv, block_bytes = load_i64(row, ROPE.kv), load_i64(row, ROPE.block_bytes)
     positions, sequences = load_i64(row, ROPE.positions), load_i64(row, ROPE.sequences)
-    table, max_blocks = load_i64(row, ROPE.table), load_i64(row, ROPE.max_blocks)
+    table, max_blocks, last = load_i64(row, ROPE.table), load_i64(row, ROPE.max_blocks), load_i64(row, ROPE.norms_last)
     h, g = heads >> 32, heads & 0xFFFFFFFF
     rope_dim, pair = rope >> 32, rope & 0xFFFFFFFF
     q_head, padded = (c + 15) // 16 * 64, (c + 31) // 32 * 32
@@ -153,7 +163,7 @@ def _rope_store(row, n_threads, kind):  # type: ignore[no-untyped-def]
             sin = cos + 2 * rope_dim
             if head < h:
                 source = q_raw + t * q_stride + 4 * c * head
-                _place_head(q + q_head * (t * h + head), source, c, q_norm, eps, rope_dim, pair, cos, sin)
+                _place_head(q + q_head * (t * h + head), source, c, q_norm, last, eps, rope_dim, pair, cos, sin)
                 continue
             tile = head - h  # K tiles, then V tiles
             position = load_i32(positions, t)
@@ -163,7 +173,7 @@ def _rope_store(row, n_threads, kind):  # type: ignore[no-untyped-def]
             scales = target + 64 * padded + 2 * slot
             if tile < g:
                 source = k_raw + t * kv_stride + 4 * c * tile
-                _place_head(source, source, c, k_norm, eps, rope_dim, pair, cos, sin)
+                _place_head(source, source, c, k_norm, last, eps, rope_dim, pair, cos, sin)
                 side = slot // 32 * 32 * c
                 if kind == Q8_0_KIND:
                     _store_head(kind, target, scales, source, c, side + slot % 32 * 2, 1024, 64, 1)

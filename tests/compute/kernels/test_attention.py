@@ -41,6 +41,7 @@ class Shape:
     rope_dim: int
     style: RopeStyle
     norms: bool = False
+    norms_last: bool = False  # after RoPE
     kind: int = F32_KIND
     window: int = 0
 
@@ -115,7 +116,7 @@ class Layer:
         run_step(
             ROPE_STORE[shape.kind], *map(areas.put_rows, (q, k, v)), *strides, address(placed), n, heads,
             shape.head_dim, shape.rope_dim << 32 | pair, areas.put(angles), *self.norms, constants,
-            address(self.kv), block_bytes, *where, n_threads=n_threads,
+            address(self.kv), block_bytes, *where, int(shape.norms_last), n_threads=n_threads,
         )  # fmt: skip
         out = self._attend(areas, placed, where, constants + 4, n_threads, split)
         ends = np.cumsum([end - start for _, start, end in parts])[:-1]
@@ -160,10 +161,12 @@ class Layer:
 def rotated(shape: Shape, sequence: Sequence, norms: F32 | None = None) -> tuple[F64, F64]:
     """Return the reference's Q [T, H, C] and K [T, G, C], normalized and rotated."""
     q, k = (a.astype(np.float64) for a in (sequence.q, sequence.k))
-    if norms is not None:
-        q, k = rms_norm(q, norms[0], EPS), rms_norm(k, norms[1], EPS)
     turns = pair_turns(Rope(shape.rope_dim, BASE, 1.0, shape.style))
-    q, k = (rotate(a, np.arange(len(a)), turns, shape.style) for a in (q, k))
+    for last in (False, True):
+        if norms is not None and last == shape.norms_last:
+            q, k = rms_norm(q, norms[0], EPS), rms_norm(k, norms[1], EPS)
+        if not last:
+            q, k = (rotate(a, np.arange(len(a)), turns, shape.style) for a in (q, k))
     return q, k
 
 
@@ -207,13 +210,14 @@ def close(got: F32, want: F64, kind: int = F32_KIND) -> bool:
 
 
 shapes = st.builds(
-    lambda kv, group, half, rope, style, norms, kind, window: Shape(
+    lambda kv, group, half, rope, style, norms, norms_last, kind, window: Shape(
         heads=kv * group,
         kv_heads=kv,
         head_dim=32 * (1 + half % 2) if kind == Q8_0_KIND else 2 * half,
         rope_dim=2 * min(rope, half),
         style=style,
         norms=norms,
+        norms_last=norms_last,
         kind=kind,
         window=window,
     ),
@@ -222,6 +226,7 @@ shapes = st.builds(
     st.integers(1, 20),
     st.integers(1, 20),
     st.sampled_from(RopeStyle),
+    st.booleans(),
     st.booleans(),
     st.sampled_from(KINDS),
     st.sampled_from([0, 0, 1, 7, 63, 64, 65, 100, 129, 1000]),

@@ -15,7 +15,7 @@ from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND
 from mer.compute.kernels.rope import ROPE_STORE
 from mer.compute.kernels.step import Step
 from mer.config import KVType
-from mer.model.operators import Addition, Attention, Norm, Rope, RopeStyle
+from mer.model.operators import Addition, Attention, HeadNorms, Norm, Rope, RopeStyle
 
 KV_KINDS: Final[Mapping[KVType, int]] = {"f32": F32_KIND, "f16": F16_KIND, "q8_0": Q8_0_KIND}
 
@@ -114,7 +114,14 @@ class AttentionBlock:
                 )
             )
             program.barrier()
-        norms = [0 if it is None else space.weights.vector(it.weight.name) for it in (record.q_norm, record.k_norm)]
+        pairs = (record.q_norm, a["q_raw"]), (record.k_norm, a["k_raw"])
+        norms = [0 if it is None else space.weights.vector(it.weight.name) for it, _ in pairs]
+        if record.norms is HeadNorms.WHOLE:
+            for norm, raw in pairs:
+                if norm is not None:
+                    space.norm(program, norm, raw, n, raw)
+            program.barrier()
+            norms = [0, 0]
         eps = s.constant((record.q_norm or record.k_norm or self._norm).eps)
         q_norm, k_norm = norms
         heads = record.n_heads << 32 | record.n_kv_heads
@@ -140,6 +147,7 @@ class AttentionBlock:
                 sequences=a["sequences"],  # [T]
                 table=a["table"],  # [S, n_blocks]
                 max_blocks=n_blocks,
+                norms_last=int(record.norms is HeadNorms.AFTER),
             )
         )
         program.barrier()

@@ -10,7 +10,7 @@ from torch.nn import functional
 from mer.compute.cuda.blocks.tools import Tools
 from mer.compute.cuda.inputs import Inputs
 from mer.compute.cuda.kv import LayerCache
-from mer.model.operators import Attention, Norm, Rope, RopeStyle
+from mer.model.operators import Attention, HeadNorms, Norm, Rope, RopeStyle
 
 Tensor = torch.Tensor
 
@@ -34,16 +34,24 @@ class AttentionBlock:
         record, tools = self._record, self._tools
         h = tools.norm(self._norm, x)
         shape = (len(x), -1, record.head_dim)
-        q, k, v = (tools.linear(linear, h).view(shape) for linear in (record.q, record.k, record.v))
-        if record.q_norm is not None:
-            q = tools.norm(record.q_norm, q)
-        if record.k_norm is not None:
-            k = tools.norm(record.k_norm, k)
+        q, k, v = (tools.linear(linear, h) for linear in (record.q, record.k, record.v))
+        if record.norms is HeadNorms.WHOLE:
+            q, k = self._normalized(q, k)
+        q, k, v = (heads.view(shape) for heads in (q, k, v))
+        if record.norms is HeadNorms.BEFORE:
+            q, k = self._normalized(q, k)
         if record.v_eps is not None:
             v = functional.rms_norm(v, (record.head_dim,), None, record.v_eps)
         q, k = (rotated(record.rope, heads, inputs.angles[self._rope]) for heads in (q, k))
+        if record.norms is HeadNorms.AFTER:
+            q, k = self._normalized(q, k)
         self._cache.store(inputs, k, v)
         return tools.linear(record.out, attend(record, self._cache, inputs, q, masks))
+
+    def _normalized(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = (q, self._record.q_norm), (k, self._record.k_norm)
+        q, k = (heads if norm is None else self._tools.norm(norm, heads) for heads, norm in pairs)
+        return q, k
 
 
 def attend(record: Attention, cache: LayerCache, inputs: Inputs, q: Tensor, masks: Sequence[Tensor]) -> Tensor:

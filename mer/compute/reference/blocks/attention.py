@@ -10,23 +10,30 @@ from mer.compute.reference.blocks.router import softmax
 from mer.compute.reference.products import F64
 from mer.compute.reference.weights import Weights
 from mer.config import KVType
-from mer.model.operators import Attention, Rope, RopeStyle
+from mer.model.operators import Attention, HeadNorms, Rope, RopeStyle
 
 
 def attend(record: Attention, weights: Weights, x: F64, kv_type: KVType) -> F64:
     """Return what attention gives for the normalized x [T, D] of a whole sequence."""
-    q = weights.linear(record.q, x).reshape(len(x), record.n_heads, record.head_dim)
-    k = weights.linear(record.k, x).reshape(len(x), record.n_kv_heads, record.head_dim)
-    v = weights.linear(record.v, x).reshape(len(x), record.n_kv_heads, record.head_dim)
-    if record.q_norm is not None:
-        q = rms_norm(q, weights.vector(record.q_norm.weight.name), record.q_norm.eps)
-    if record.k_norm is not None:
-        k = rms_norm(k, weights.vector(record.k_norm.weight.name), record.k_norm.eps)
+
+    def normalized(q: F64, k: F64) -> tuple[F64, F64]:
+        pairs = (q, record.q_norm), (k, record.k_norm)
+        q, k = (a if it is None else rms_norm(a, weights.vector(it.weight.name), it.eps) for a, it in pairs)
+        return q, k
+
+    q, k, v = (weights.linear(linear, x) for linear in (record.q, record.k, record.v))
+    if record.norms is HeadNorms.WHOLE:
+        q, k = normalized(q, k)
+    q, k, v = (a.reshape(len(x), -1, record.head_dim) for a in (q, k, v))
+    if record.norms is HeadNorms.BEFORE:
+        q, k = normalized(q, k)
     if record.v_eps is not None:
         v = rms_norm(v, 1.0, record.v_eps)
     turns = pair_turns(record.rope, None if record.rope.factors is None else weights.vector(record.rope.factors.name))
     magnitude = 1.0 if record.rope.yarn is None else record.rope.yarn.magnitude
     q, k = (rotated(a, np.arange(len(x)), turns, record.rope.style, magnitude) for a in (q, k))
+    if record.norms is HeadNorms.AFTER:
+        q, k = normalized(q, k)
     k, v = (round_kv(a, kv_type) for a in (k, v))
     return weights.linear(record.out, attention(q, k, v, record.window, scale=record.scale).reshape(len(x), -1))
 
