@@ -13,6 +13,8 @@ MAX_EXPERTS: Final = 1 << 16
 """Routed experts of all layers together."""
 MAX_TOP_K: Final = 128
 """Experts that a token uses in a layer."""
+MAX_GROUPS: Final = 32
+"""Of a layer's experts."""
 MAX_WIDTH: Final = 1 << 18
 """Of the residual stream (D), and of an expert's hidden layer (F)."""
 MAX_HEADS: Final = 1024

@@ -71,6 +71,8 @@ def _why_unexpected(name: str, spec: ModelSpec) -> str:
     what = f"tensor {quoted(name)}"
     if name == "rope_freqs.weight":
         return f"{what} rescales RoPE's frequencies, which is not implemented; models with plain RoPE work"
+    if name.endswith("_norm.bias"):
+        return f"{what} is of a LayerNorm, which is not implemented; models with RMSNorm work"
     if name.endswith(".bias"):
         return f"{what} is a bias, which is not implemented; '{spec.architecture}' models without biases work"
     if "_shexp." in name:

@@ -41,6 +41,8 @@ class Family:
         longer_than: tokens that a prompt must have to come past every window and every original context.
         absent: tensors of transformers' that converters leave out.
         extra: returns tensors that converters make of a model's settings.
+        fused: whether files store Q, K and V as one tensor, with their biases, and gate and up of the experts.
+        beside: settings of parts beside the language model, whose own settings are then a part too.
     """
 
     arch: str
@@ -53,6 +55,8 @@ class Family:
     longer_than: int = 40
     absent: tuple[str, ...] = ()
     extra: Callable[[Any], dict[str, Array]] = lambda model: {}
+    fused: bool = False
+    beside: Mapping[str, Any] | None = None
     name: str = attrs.field(default=attrs.Factory(lambda self: self.arch, takes_self=True))
 
 
@@ -76,7 +80,7 @@ class FamilyModel:
         tokens = list(prompt)
         for _ in range(n):
             logits = self.logits(tokens)[-1]
-            logits[self.hf.config.eos_token_id] = -np.inf
+            logits[self.hf.config.get_text_config().eos_token_id] = -np.inf
             tokens.append(int(logits.argmax()))
         return tokens[len(prompt) :]
 
@@ -180,6 +184,8 @@ def build(family: Family, seed: int = 0, variant: str | None = None) -> Any:
         warnings.simplefilter("ignore")  # importing them warns of their own dependencies
         import transformers
     settings = {**family.settings, **(family.variants[variant] if variant else {})}
+    if family.beside is not None:
+        settings = {"text_config": settings, **family.beside}
     config = getattr(transformers, family.config)(**settings)
     model = getattr(transformers, family.model)(config)
     random_state(model, seed)
@@ -232,11 +238,11 @@ def write(
         variant: name of one of its variants.
         weight_type: of the matrices whose rows are whole blocks of it; of the router never.
         metadata: more keys, under their full names.
-        fused: store Q, K and V as one tensor, with their biases, and gate and up of the experts.
+        fused: as if the family's files were.
         predicting: add a block that predicts further tokens: the last layer again, and what such blocks have beside.
     """
     model = build(family, seed, variant)
-    config = model.config
+    config = model.config.get_text_config()
     rename = (family.rename or (lambda config: usual_names(family.arch, config.num_hidden_layers)))(config)
     writer = gguf.GGUFWriter(path, family.arch)
     keys = {f"{family.arch}.{key}": value for key, value in family.keys(config).items()}
@@ -252,7 +258,7 @@ def write(
         if any(part in name for part in family.absent):
             continue
         tensors |= rename(name, tensor.numpy().astype(np.float32))
-    if fused:
+    if fused or family.fused:
         tensors = with_fused(tensors)
     if predicting:
         tensors |= predictor(tensors, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests._lib.families import dense, experts, gemma
+from tests._lib.families import dense, experts, gemma, mixtures
 from tests._lib.families.family import Family
 
 FAMILIES: Final[tuple[Family, ...]] = (
@@ -14,6 +14,15 @@ FAMILIES: Final[tuple[Family, ...]] = (
     experts.MIXTRAL,
     experts.QWEN2_MOE,
     experts.QWEN3_MOE,
+    mixtures.BAILING_MOE2,
+    mixtures.DOTS1,
+    mixtures.ERNIE4_5_MOE,
+    mixtures.GLM4_MOE,
+    mixtures.HUNYUAN_MOE,
+    mixtures.MELLUM,
+    mixtures.MINIMAX_M2,
+    mixtures.OLMOE,
+    mixtures.QWEN3_VL_MOE,
     experts.GRANITE_MOE,
     experts.GRANITE_SHARED,
     gemma.GEMMA4,
