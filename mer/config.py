@@ -31,6 +31,7 @@ Activations: TypeAlias = Literal["auto", "int8", "int15"]
 times smaller and whose prefill takes about twice the arithmetic. auto: 15 bits for models with d_model below 2048."""
 
 IoEngine: TypeAlias = Literal["auto", "io_uring", "threads"]
+StreamDense: TypeAlias = Literal["auto", "on", "off"]
 PrefetchMode: TypeAlias = Literal["off", "markov", "gate", "auto"]
 """Which guesses are read: those of Markov chains, of the next layer's router, or of the better one where it pays."""
 
@@ -214,6 +215,15 @@ class EngineConfig(_ModelFile):
         metadata=about(
             "caps the expert slots on the GPU below what its memory allows.",
             Option("Keep at most so many experts on the GPU. [default: what its memory holds]"),
+        ),
+    )
+    stream_dense: StreamDense = attrs.field(
+        default="auto",
+        validator=checks.one_of(*get_args(StreamDense)),
+        metadata=about(
+            'whether the feed-forward networks of a dense model stream from the disk as experts do: "on", "off", or '
+            '"auto", which lets them where the model is larger than the memory.',
+            Option("Whether a dense model's feed-forward networks stream; auto: where the model does not fit."),
         ),
     )
     prefetch: PrefetchMode = attrs.field(

@@ -66,6 +66,7 @@ class Settings:
     activations: str  # precision of activations that meet the weights: int8, int15, or float32 for float weights
     kv_type: str  # of keys and values: f32, f16 or q8_0
     policy: str
+    stream_dense: str  # "on" if the feed-forward networks of a dense model stream, else "off"
     prefetch: str  # mode in force
     heat: str | None  # path of the heat profile in use
     trace: str | None  # path of the routing trace that is being written

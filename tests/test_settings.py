@@ -36,6 +36,7 @@ GIVEN: dict[str, Any] = {
     "activations": "int15",
     "kv_type": "q8_0",
     "prefix_reuse": False,
+    "stream_dense": "off",
     "device": "cpu",
     "prefetch": "markov",
     "policy": "static",

@@ -10,8 +10,7 @@ from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.config import EngineConfig, default_threads
 from mer.json_text import json_text
-from mer.model.loading import load_model
-from mer.plan.plan import MemoryPlan, plan_memory
+from mer.plan.plan import MemoryPlan, load_and_plan
 from mer.plan.vram import VRAMPlan
 from mer.units import format_bytes, format_slots
 
@@ -25,12 +24,10 @@ def plan(path: Path, options: EngineOptions, *, as_json: bool) -> None:
         ConfigError: the settings contradict the model or each other.
     """
     config = EngineConfig(path=path, **options.arguments())
-    model = load_model(config)
-    memory_plan = plan_memory(model, config)
+    model, memory_plan = load_and_plan(config)
     threads = config.threads or default_threads()
-    report = describe(memory_plan) | forecast(
-        memory_plan, disk_bytes_per_s(model.gguf, model.experts), memory_bytes_per_s(threads)
-    )
+    report = describe(memory_plan) | {"stream_dense": model.spec.streams_dense}
+    report |= forecast(memory_plan, disk_bytes_per_s(model.gguf, model.experts), memory_bytes_per_s(threads))
     if as_json:
         print(json_text(report))
     else:
@@ -116,7 +113,8 @@ def _print(report: dict[str, Any]) -> None:
     _print_parts(report)
     slots = format_slots(report["slot_counts"], report["slot_bytes"])
     if report["experts"]:
-        print(f"{slots} for {report['experts']} experts: {report['slots'] / report['experts']:.0%} stay in memory")
+        what = "feed-forward networks of a dense model" if report["stream_dense"] else "experts"
+        print(f"{slots} for {report['experts']} {what}: {report['slots'] / report['experts']:.0%} stay in memory")
     else:
         print("a dense model: no experts, and nothing is read after it has been opened")
     if len(report["slot_bytes"]) > 1 or report["slot_waste"] >= 0.001:

@@ -30,6 +30,7 @@ def dense_tensors(spec: ModelSpec, gguf: GGUFFile) -> Mapping[str, TensorInfo]:
     """
     known = spec.tensors()
     stored = {tensor.stored for tensor in known.values()}
+    stored |= {matrix.merged for it in spec.routed.values() for matrix in it.weights.matrices}
     for name in gguf.tensors:
         if name not in stored and not is_expert_tensor(name) and not spec.skips(name):
             raise UnsupportedModel(_why_unexpected(name, spec), gguf.paths[gguf.tensors[name].file])

@@ -56,7 +56,7 @@ def map_experts(
         columns: list[list[ExpertPart]] = []  # [projection][expert]
         for projection, matrix in zip(PROJECTIONS, weights.matrices, strict=True):
             rows, cols = matrix.rows, matrix.cols
-            if layer in merged_layers:
+            if weights.named or layer in merged_layers:
                 within = matrix.within or Rows(matrix.merged, 0, rows)
                 columns.append(_parts(gguf, within, projection, weights.n, rows, cols))
             else:

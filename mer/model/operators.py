@@ -256,7 +256,7 @@ class Router:
     in float32. The bias has no part in the weights.
     """
 
-    linear: Linear  # [E, D]
+    linear: Linear | None  # [E, D]; None: there is one expert, and every token uses it
     top_k: int  # K
     routing: Routing
     selection_bias: Tensor | None = None  # [E]
@@ -270,7 +270,8 @@ class Router:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that it reads."""
-        yield from self.linear.tensors()
+        if self.linear is not None:
+            yield from self.linear.tensors()
         if self.selection_bias is not None:
             yield self.selection_bias
         if self.expert_scale is not None:
@@ -310,6 +311,11 @@ class ExpertWeights:
     matrices: tuple[ExpertMatrix, ...]  # gate [F, D], up [F, D], down [D, F]
     activation: Activation = SWIGLU  # of gate and up
     biases: tuple[Tensor, ...] = ()  # of each matrix [E, rows], added to its product; none without; these are dense
+
+    @property
+    def named(self) -> bool:
+        """Whether each matrix says itself where it is: the file has no tensors of experts."""
+        return all(matrix.within is not None for matrix in self.matrices)
 
 
 def gated_experts(

@@ -63,6 +63,11 @@ class ModelSpec:
         return len(self.routed)
 
     @property
+    def streams_dense(self) -> bool:
+        """Whether its routed layers are the networks of a dense model; see `mer.model.streamed`."""
+        return any(experts.router.linear is None for experts in self.routed.values())
+
+    @property
     def shared_layers(self) -> frozenset[int]:
         """Routed layers whose experts share a network."""
         return frozenset(number for number, it in enumerate(self.routed.values()) if it.shared is not None)

@@ -23,13 +23,13 @@ from mer.io.mirror import mirror_paths
 from mer.io.open_reader import OpenReader, open_reader
 from mer.io.pool import Priority
 from mer.io.ring_reader import RingReader
-from mer.model.loading import Model, load_model
+from mer.model.loading import Model
 from mer.opening.actors import Guesses, Lending, open_actors, open_expert_actors
 from mer.opening.caching import open_residency
 from mer.opening.prefetching import Experience, load_experience, measured_rate, prefetch_mode
 from mer.opening.settings import settings_in_force
 from mer.opening.worker import Computing, Worker, open_computing
-from mer.plan.plan import MemoryPlan, plan_memory
+from mer.plan.plan import MemoryPlan, load_and_plan
 from mer.sched.fingerprint import model_fingerprint
 from mer.sched.kv import KVBlocks
 from mer.sched.kv_file import KVLayout
@@ -218,8 +218,8 @@ def _load(config: EngineConfig) -> tuple[Model, MemoryPlan, bytes]:
 
     Runs in a thread: where a vocabulary has 250 thousand tokens, the three take a second and more.
     """
-    model = load_model(config)
-    return model, plan_memory(model, config), model_fingerprint(model.gguf)
+    model, plan = load_and_plan(config)
+    return model, plan, model_fingerprint(model.gguf)
 
 
 async def _compute(worker: Worker, engine: Engine) -> None:

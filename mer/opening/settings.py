@@ -49,6 +49,7 @@ def settings_in_force(
         context=plan.context,
         kv_tokens=plan.limits.kv_blocks * KV_TILE,
         prefix_reuse=config.prefix_reuse,
+        stream_dense="on" if model.spec.streams_dense else "off",
         max_sequences=plan.limits.sequences,
         batch_tokens=plan.limits.batch_tokens,
         max_waiting=config.max_waiting,

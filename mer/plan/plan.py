@@ -9,9 +9,9 @@ import attrs
 from mer.compute.cpu.scratch import Limits
 from mer.compute.kernels.kv_layout import KV_TILE
 from mer.config import EngineConfig
-from mer.errors import ConfigError
+from mer.errors import ConfigError, NotEnoughMemory
 from mer.io.extents import SlotClasses
-from mer.model.loading import Model
+from mer.model.loading import Model, check_model, load_model
 from mer.plan.device import DeviceChoice, choose_device
 from mer.plan.memory import Planner
 from mer.plan.vram import VRAMPlan, plan_device
@@ -60,6 +60,27 @@ class MemoryPlan:
     def expected_read_bytes_per_token(self) -> int:
         """Bytes read per decoded token if routing had no locality: every expert as likely as any other."""
         return round(self.expert_bytes_per_token * (1 - self.resident_share))
+
+
+def load_and_plan(config: EngineConfig) -> tuple[Model, MemoryPlan]:
+    """Read a model's header and plan its memory; a dense model may stream where it is too large, see `stream_dense`.
+
+    Raises:
+        ModelFileError: the file is malformed or not supported.
+        NotEnoughMemory: the budget is too small.
+        ConfigError: the settings contradict the model or each other.
+    """
+    model = load_model(config)
+    if model.spec.routed and config.stream_dense == "on":
+        raise ConfigError("stream_dense is on, and the model has experts, which stream anyway; drop it")
+    if config.stream_dense != "on":
+        try:
+            return model, plan_memory(model, config)
+        except NotEnoughMemory:
+            if model.spec.routed or config.stream_dense == "off":
+                raise
+    model = check_model(model.gguf, stream_dense=True)
+    return model, plan_memory(model, config)
 
 
 def plan_memory(model: Model, config: EngineConfig) -> MemoryPlan:

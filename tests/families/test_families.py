@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,15 +107,19 @@ def test_engines_continue_as_transformers_does_whatever_is_in_memory(case: tuple
     want = model.greedy(prompt, 32)
 
     async def generate(slots: int | None) -> tuple[int, ...]:
-        async with mer.open_engine(model.path, memory=MEMORY, slots=slots, batch_tokens=24) as engine:
+        settings: dict[str, Any] = {"memory": MEMORY, "slots": slots, "batch_tokens": 24}
+        if slots and not spec.routed:
+            settings["stream_dense"] = "on"
+        async with mer.open_engine(model.path, **settings) as engine:
+            if slots:
+                assert (engine.statistics().settings.stream_dense == "on") == (not spec.routed)
             done = await engine.generate(prompt, max_tokens=32, ignore_eos=True)
             return done.tokens
 
+    spec = ReferenceModel(model.path).spec
+    counts = [None, spec.top_k + 1, spec.n_experts + 2] if spec.routed else [None, 2, 3]
+
     async def main() -> None:
-        spec = ReferenceModel(model.path).spec
-        counts: list[int | None] = [None]
-        if spec.routed:
-            counts += [spec.top_k + 1, spec.n_experts + 2]
         for slots in counts:
             assert list(await generate(slots)) == want, slots
 

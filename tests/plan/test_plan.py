@@ -22,7 +22,7 @@ from mer.model.loading import Model, load_model
 from mer.plan import memory as planner_module
 from mer.plan import plan as plan_module
 from mer.plan.memory import slot_order
-from mer.plan.plan import MemoryPlan, plan_memory
+from mer.plan.plan import MemoryPlan, load_and_plan, plan_memory
 from mer.units import format_bytes
 from tests._lib.specs import with_attention
 from tests._lib.tiny_models import Type, tiny_model
@@ -330,3 +330,31 @@ def test_page_tables_grow_with_the_rest(models: Models) -> None:
     rest = made.used_bytes - made.parts["page tables"]
     assert rest > 1 << 30
     assert made.parts["page tables"] >= rest // 4096 * 8  # an entry for each page
+
+
+def test_a_dense_model_streams_where_it_does_not_fit(tmp_path: Path) -> None:
+    """And only there; by hand, it streams or is refused whatever the budget."""
+    path = tiny_model(tmp_path / "m.gguf", "qwen3", n_layers=8, d_ff=4096).path
+    config = mer.EngineConfig(path=path, memory="8GiB")
+    whole, plan = load_and_plan(config)
+    assert (whole.spec.routed, plan.slots) == ({}, 0)
+    with pytest.raises(mer.NotEnoughMemory) as caught:
+        load_and_plan(attrs.evolve(config, memory="1MiB"))
+    floor = caught.value.needed_bytes
+    assert floor < plan.floor_bytes
+    tight = attrs.evolve(config, memory=(floor + plan.floor_bytes) // 2)
+    model, streamed = load_and_plan(tight)
+    assert model.spec.streams_dense
+    assert (model.spec.n_routed, model.spec.n_experts, model.spec.top_k) == (8, 1, 1)
+    assert 0 < streamed.slots < 8
+    assert streamed.floor_bytes == floor
+    assert streamed.dense_bytes_per_token + streamed.expert_bytes_per_token == plan.dense_bytes_per_token
+    assert load_and_plan(attrs.evolve(config, stream_dense="on"))[1].slots == 8
+    with pytest.raises(mer.NotEnoughMemory):
+        load_and_plan(attrs.evolve(tight, stream_dense="off"))
+
+
+def test_experts_stream_anyway(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "m.gguf").path
+    with pytest.raises(mer.ConfigError, match="the model has experts"):
+        load_and_plan(mer.EngineConfig(path=path, memory="8GiB", stream_dense="on"))

@@ -108,6 +108,7 @@ class ReferenceModel:
         """Return the router's logits [T, E], its choice and weights [T, K], for the stream x with h = ffn_norm(x)."""
         router = record.router
         h = h if record.router_norm is None else self.norm(record.router_norm, x)
+        assert router.linear is not None, "a model that streams its dense networks: compute it as it is in the file"
         logits = h @ self.matrix(router.linear.weight.name).weights.T
         if router.linear.bias is not None:
             logits = logits + self.vector(router.linear.bias.name)

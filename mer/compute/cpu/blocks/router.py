@@ -7,6 +7,7 @@ from mer.compute.cpu.experts import RoutedExperts
 from mer.compute.cpu.matrix import FLOAT_BYTES, Activations, float_stride
 from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits
+from mer.compute.kernels.elementwise import clear_rows
 from mer.compute.kernels.router import route, route_by_score
 from mer.model.operators import LEAST_SUM, Experts, Norm, Router, Routing, Scoring
 
@@ -65,12 +66,17 @@ class RouterBlock:
             space.norm(program, self._norm, a["x"], n, a["h"])
         for it, h, logits, _, _ in targets:
             space.norm(program, it._record.router_norm or it._norm, a["x"], n, h)
-            space.seed(program, it._record.router.linear, n, logits)
+            if it._record.router.linear is None:
+                # One expert, which any logit chooses: the steps below are for a few threads' time, not a kind of layer.
+                program.add(clear_rows.row(x=logits, stride=float_stride(it._record.n), n=n))  # [T, 1]
+            else:
+                space.seed(program, it._record.router.linear, n, logits)
         program.barrier()
         for it, h, logits, _, _ in targets:
-            gate = space.matrix(it._record.router.linear)
-            x = Activations(n, h, float_stride(gate.cols), {})
-            space.multiply(program, it._record.router.linear, x, logits, seeded=True)  # [T, E]
+            linear = it._record.router.linear
+            if linear is not None:
+                x = Activations(n, h, float_stride(linear.cols), {})
+                space.multiply(program, linear, x, logits, seeded=True)  # [T, E]
         self._experts.prepare_token(program, self._number)
         program.barrier()
         for it, _, logits, results, damaged in targets:

@@ -32,7 +32,10 @@ class RouterBlock:
         The choice falls by scores; of equal ones the lower number is first.
         """
         h = h if self._own_norm is None else self._tools.norm(self._own_norm, x)
-        logits = self._tools.linear(self._router.linear, h, exact=True)
+        if self._router.linear is None:
+            logits = h.new_zeros(len(h), 1)
+        else:
+            logits = self._tools.linear(self._router.linear, h, exact=True)
         scores = self._scores(logits)
         return scores.sort(dim=1, descending=True, stable=True).indices[:, : self._router.top_k], logits
 
