@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from tests._lib import iq_quants
+
 Type = gguf.GGMLQuantizationType
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -164,4 +166,5 @@ ENCODERS: dict[Type, Callable[[F32], U8]] = {
     Type.Q6_K: q6_k,
     Type.IQ4_NL: iq4_nl,
     Type.IQ4_XS: iq4_xs,
+    **iq_quants.ENCODERS,
 }

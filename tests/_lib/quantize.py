@@ -24,7 +24,25 @@ HALVES: dict[Type, tuple[int, ...]] = {
     Type.Q6_K: (208,),
     Type.IQ4_NL: (0,),
     Type.IQ4_XS: (0,),
+    Type.IQ1_S: (0,),
+    Type.IQ1_M: (54,),  # where its highest bits are: a quarter is in each second byte from 49 on
+    Type.IQ2_XXS: (0,),
+    Type.IQ2_XS: (0,),
+    Type.IQ2_S: (0,),
+    Type.IQ3_XXS: (0,),
+    Type.IQ3_S: (0,),
 }
+
+
+def put_half(blocks: npt.NDArray[np.uint8], kind: Type, at: int, halves: npt.ArrayLike) -> None:
+    """Put half floats [...] or one into blocks [..., block bytes], at one of the places in `HALVES`."""
+    bits = np.asarray(halves, np.float16).view(np.uint16)
+    if kind is not Type.IQ1_M:
+        blocks[..., at : at + 2] = bits[..., None].view(np.uint8)
+        return
+    for quarter in range(4):
+        byte = blocks[..., 49 + 2 * quarter]
+        byte[...] = byte & 15 | (bits >> 4 * quarter & 15) << 4
 
 
 def encode(array: npt.NDArray[np.float32], kind: Type) -> npt.NDArray[np.uint8]:

@@ -136,6 +136,7 @@ def _floats(kind: GGMLType, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float3
     quant = getattr(gguf.quants, kind.name, None)
     if quant is not None and len(raw) <= _FEW_ROWS:
         # `dequantize` cuts what it is given into groups, which takes longer than a row
+        quant.init_grid()  # which `dequantize` does for the types with code books
         return np.asarray(quant.dequantize_rows(raw), np.float32)
     return np.asarray(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(kind))), np.float32)
 

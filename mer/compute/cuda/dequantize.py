@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import gguf.quants
 import torch
 
 from mer.compute.kernels.interleave import FIELDS, ROWS
@@ -174,6 +176,93 @@ def _mxfp4(b: Tensor) -> Tensor:
     return scale * _table(_E2M1, _nibbles(b[:, 1:]))
 
 
+@functools.cache
+def _book(name: str, device: torch.device) -> Tensor:
+    """Return a type's code book as the `gguf` package has it: float32 [entries, 4 or 8]."""
+    quant: Any = getattr(gguf.quants, name)
+    quant.init_grid()
+    return torch.tensor(quant.grid.reshape(quant.grid_shape), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _signs(device: torch.device) -> Tensor:
+    """Return 1 or -1 for each bit of every byte, the lowest first: float32 [256, 8]."""
+    return 1 - 2 * _fields(torch.arange(256, device=device)[:, None], 1, 8).float()
+
+
+@functools.cache
+def _even(device: torch.device) -> Tensor:
+    """Return 7 signs with the eighth one, which makes the negative ones even, for each number of 7 bits."""
+    sevens = torch.arange(128, device=device)
+    return sevens | (_fields(sevens[:, None], 1, 7).sum(1) & 1) << 7
+
+
+def _integers(packed: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Return bytes, or little-endian words of a type with a sign, as int64 without one."""
+    words = packed.contiguous().view(dtype).long()
+    return words & (1 << 8 * dtype.itemsize) - 1
+
+
+def _fields(words: Tensor, width: int, count: int) -> Tensor:
+    """Return the lowest `count` fields of `width` bits of words [blocks, n], the lowest first [blocks, n * count]."""
+    shifts = torch.arange(0, width * count, width, device=words.device)
+    return ((words[:, :, None] >> shifts) & (1 << width) - 1).reshape(len(words), -1)
+
+
+def _entries(name: str, numbers: Tensor, signs: Tensor | None = None) -> Tensor:
+    """Return the weights [blocks, 256] of entries of a code book, with a sign for each bit of bytes [blocks, 32]."""
+    weights = _book(name, numbers.device)[numbers].reshape(len(numbers), -1)
+    return weights if signs is None else weights * _signs(signs.device)[signs].reshape(weights.shape)
+
+
+def _iq1_s(b: Tensor) -> Tensor:
+    high = _integers(b[:, 34:], torch.int16)
+    q = 8 * _entries("IQ1_S", _integers(b[:, 2:34]) | _fields(high, 3, 4) << 8).reshape(-1, 8, 32)
+    q = q + (1 - 2 * (high >> 15))[:, :, None]
+    return _scaled(_halves(b, 0) / 8, 2 * (high >> 12 & 7) + 1, q.reshape(len(b), -1))
+
+
+def _iq1_m(b: Tensor) -> Tensor:
+    scales, four = _integers(b[:, 48:], torch.int16), _fields(_integers(b[:, 32:48]), 4, 2)
+    q = 8 * _entries("IQ1_S", _integers(b[:, :32]) | (four & 7) << 8).reshape(-1, 32, 8)
+    q = q + (1 - 2 * (four >> 3))[:, :, None]
+    high = scales >> 12
+    bits = high[:, :1] | high[:, 1:2] << 4 | high[:, 2:3] << 8 | high[:, 3:] << 12
+    scale = (bits - (bits >> 15 << 16)).to(torch.int16).view(torch.float16).float()
+    return _scaled(scale / 8, 2 * _fields(scales, 3, 4) + 1, q.reshape(len(b), -1))
+
+
+def _iq2_xxs(b: Tensor) -> Tensor:
+    words = _integers(b[:, 2:], torch.int32)
+    numbers, other = _fields(words[:, ::2], 8, 4), words[:, 1::2]
+    q = _entries("IQ2_XXS", numbers, _even(b.device)[_fields(other, 7, 4)])
+    return _scaled(_halves(b, 0) / 8, 2 * (other >> 28) + 1, q)
+
+
+def _iq2_xs(b: Tensor) -> Tensor:
+    words = _integers(b[:, 2:66], torch.int16)
+    q = _entries("IQ2_XS", words & 511, _even(b.device)[words >> 9])
+    return _scaled(_halves(b, 0) / 8, 2 * _fields(_integers(b[:, 66:]), 4, 2) + 1, q)
+
+
+def _iq2_s(b: Tensor) -> Tensor:
+    numbers = _integers(b[:, 2:34]) | _fields(_integers(b[:, 66:74]), 2, 4) << 8
+    q = _entries("IQ2_S", numbers, _integers(b[:, 34:66]))
+    return _scaled(_halves(b, 0) / 8, 2 * _fields(_integers(b[:, 74:]), 4, 2) + 1, q)
+
+
+def _iq3_xxs(b: Tensor) -> Tensor:
+    words = _integers(b[:, 66:], torch.int32)
+    q = _entries("IQ3_XXS", _integers(b[:, 2:66]), _even(b.device)[_fields(words, 7, 4)])
+    return _scaled(_halves(b, 0) / 4, 2 * (words >> 28) + 1, q)
+
+
+def _iq3_s(b: Tensor) -> Tensor:
+    numbers = _integers(b[:, 2:66]) | _fields(_integers(b[:, 66:74]), 1, 8) << 8
+    q = _entries("IQ3_S", numbers, _integers(b[:, 74:106]))
+    return _scaled(_halves(b, 0), 2 * _fields(_integers(b[:, 106:]), 4, 2) + 1, q)
+
+
 _PLAIN = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 _DECODERS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
@@ -187,6 +276,13 @@ _DECODERS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.IQ1_S: _iq1_s,
+    GGMLType.IQ1_M: _iq1_m,
+    GGMLType.IQ2_XXS: _iq2_xxs,
+    GGMLType.IQ2_XS: _iq2_xs,
+    GGMLType.IQ2_S: _iq2_s,
+    GGMLType.IQ3_XXS: _iq3_xxs,
+    GGMLType.IQ3_S: _iq3_s,
     GGMLType.IQ4_NL: _iq4_nl,
     GGMLType.IQ4_XS: _iq4_xs,
     GGMLType.MXFP4: _mxfp4,

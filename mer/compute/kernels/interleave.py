@@ -56,8 +56,15 @@ FIELDS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
         (0, 4, 32, 0),
         (128, 4, 16, 0),
     ),  # Q6_K: scale, sub-scales, low, high bits
+    16: ((0, 2, 1, 0), (2, 4, 16, 0)),  # IQ2_XXS: scale, entries and signs with sub-scale by turns
+    17: ((0, 2, 1, 0), (2, 4, 18, 0)),  # IQ2_XS: scale, entries with signs, sub-scales
+    18: ((0, 2, 1, 0), (2, 4, 24, 0)),  # IQ3_XXS: scale, entries, signs with sub-scales
+    19: ((0, 2, 1, 0), (2, 4, 12, 0)),  # IQ1_S: scale, lower bits of entries, upper ones with sub-scales and shifts
     20: ((0, 2, 1, 0), (2, 4, 4, 0)),  # IQ4_NL: scale, nibbles
+    21: ((0, 2, 1, 0), (2, 4, 27, 0)),  # IQ3_S: scale, lower and upper bits of entries, signs, sub-scales
+    22: ((0, 2, 1, 0), (2, 4, 20, 0)),  # IQ2_S: scale, lower bits of entries, signs, upper bits, sub-scales
     23: ((0, 4, 34, 0),),  # IQ4_XS: scale with upper bits of sub-scales, their lower bits, nibbles
+    29: ((0, 4, 14, 0),),  # IQ1_M: lower and upper bits of entries, sub-scales with quarters of the scale
     39: ((0, 1, 1, 0), (1, 4, 4, 0)),  # MXFP4: exponent, nibbles
 }
 

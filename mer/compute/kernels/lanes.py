@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from mer.compute.kernels.interleave import ROWS
-from mer.compute.kernels.ir import F32, I8, I16, I32, call, const, load, prefetch, widen_half
+from mer.compute.kernels.ir import F32, I8, I16, I32, call, const, i64, load, prefetch, widen_half
 from mer.compute.kernels.target import FORM, Form
 
 ROW_LANES = 8 if FORM in (Form.AVX2, Form.AVX_VNNI) else ROWS
@@ -44,6 +44,18 @@ class TilePiece:
         later = copy.copy(self)
         later._address = self._b.add(self._address, n_bytes)
         return later
+
+    def row(self, number: Any) -> Any:
+        """Return the address of the word of row `number`, an IR value, in a vector of words at offset 0."""
+        return self._b.add(self._address, self._b.add(self._b.mul(number, i64(4)), i64(4 * ROW_LANES * self._number)))
+
+    def ask_ahead_of_row(self, number: Any, n_bytes: int, columns: int) -> None:
+        """Ask for the part that row `number`, an IR value, has in what lies ahead; `n_bytes` are those of its block."""
+        if columns <= _PREFETCH_COLUMNS:
+            b = self._b
+            part = b.mul(b.add(number, i64(ROW_LANES * self._number)), i64(n_bytes))
+            for line in range(0, n_bytes, 64):
+                prefetch(b, b.add(self._address, part), _PREFETCH_BYTES + line, _L2)
 
     def ask_ahead(self, n_bytes: int, columns: int) -> None:
         """Ask for as many bytes as far ahead as is useful with so many columns; the pieces share this evenly."""

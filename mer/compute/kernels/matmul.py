@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from mer.compute.kernels.floats import matmul_bf16, matmul_f16, matmul_f32
+from mer.compute.kernels.iq1_m import interleave_iq1_m, matmul_iq1_m, matmul_iq1_m_a15
+from mer.compute.kernels.iq1_s import interleave_iq1_s, matmul_iq1_s, matmul_iq1_s_a15
+from mer.compute.kernels.iq2_s import interleave_iq2_s, matmul_iq2_s, matmul_iq2_s_a15
+from mer.compute.kernels.iq2_xs import interleave_iq2_xs, matmul_iq2_xs, matmul_iq2_xs_a15
+from mer.compute.kernels.iq2_xxs import interleave_iq2_xxs, matmul_iq2_xxs, matmul_iq2_xxs_a15
+from mer.compute.kernels.iq3_s import interleave_iq3_s, matmul_iq3_s, matmul_iq3_s_a15
+from mer.compute.kernels.iq3_xxs import interleave_iq3_xxs, matmul_iq3_xxs, matmul_iq3_xxs_a15
 from mer.compute.kernels.iq4_nl import interleave_iq4_nl, matmul_iq4_nl, matmul_iq4_nl_a15
 from mer.compute.kernels.iq4_xs import interleave_iq4_xs, matmul_iq4_xs, matmul_iq4_xs_a15
 from mer.compute.kernels.mxfp4 import interleave_mxfp4, matmul_mxfp4, matmul_mxfp4_a15
@@ -33,8 +40,15 @@ STEPS: dict[int, Step] = {
     12: matmul_q4_k,
     13: matmul_q5_k,
     14: matmul_q6_k,
+    16: matmul_iq2_xxs,
+    17: matmul_iq2_xs,
+    18: matmul_iq3_xxs,
+    19: matmul_iq1_s,
     20: matmul_iq4_nl,
+    21: matmul_iq3_s,
+    22: matmul_iq2_s,
     23: matmul_iq4_xs,
+    29: matmul_iq1_m,
     30: matmul_bf16,
     39: matmul_mxfp4,
 }
@@ -51,8 +65,15 @@ FINE_STEPS: dict[int, Step] = {
     12: matmul_q4_k_a15,
     13: matmul_q5_k_a15,
     14: matmul_q6_k_a15,
+    16: matmul_iq2_xxs_a15,
+    17: matmul_iq2_xs_a15,
+    18: matmul_iq3_xxs_a15,
+    19: matmul_iq1_s_a15,
     20: matmul_iq4_nl_a15,
+    21: matmul_iq3_s_a15,
+    22: matmul_iq2_s_a15,
     23: matmul_iq4_xs_a15,
+    29: matmul_iq1_m_a15,
     39: matmul_mxfp4_a15,
 }
 
@@ -68,8 +89,15 @@ INTERLEAVE_STEPS: dict[int, Step] = {
     12: interleave_q4_k,
     13: interleave_q5_k,
     14: interleave_q6_k,
+    16: interleave_iq2_xxs,
+    17: interleave_iq2_xs,
+    18: interleave_iq3_xxs,
+    19: interleave_iq1_s,
     20: interleave_iq4_nl,
+    21: interleave_iq3_s,
+    22: interleave_iq2_s,
     23: interleave_iq4_xs,
+    29: interleave_iq1_m,
     39: interleave_mxfp4,
 }
 

@@ -83,6 +83,10 @@ class ActivationColumn:
         offset = (plane * self._columns + column) * self._fmt.block_weights + position
         return self._b.bitcast(splat(self._b, load(self._b, self._xq, offset, I32, 4), WORDS), QUADS)
 
+    def vector(self, plane: int, column: int, vector: ir.VectorType) -> Any:
+        """The first int8 activations, as many as a vector has."""
+        return load(self._b, self._xq, (plane * self._columns + column) * self._fmt.block_weights, vector)
+
     def scale(self, column: int) -> Any:
         """The block's float32 scale, broadcast."""
         return splat(self._b, load(self._b, self._xs, 4 * column, F32, 4), FLOATS)
@@ -93,6 +97,13 @@ class ActivationColumn:
         values = [load(self._b, self._xsum, 4 * (first + index), I32, 4) for index in indices]
         total = functools.reduce(self._b.add, values)
         return splat(self._b, self._b.mul(total, ir.Constant(I32, factor)), WORDS)
+
+    def neighbours(self, plane: int, column: int, number: int) -> Any:
+        """The block's sums 2 * number and 2 * number + 1 as a pair of int16, broadcast as PAIRS."""
+        first = (plane * self._columns + column) * self._fmt.sums_per_block + 2 * number
+        low, high = (load(self._b, self._xsum, 4 * (first + i), I32, 4) for i in range(2))
+        pair = self._b.or_(self._b.and_(low, ir.Constant(I32, 0xFFFF)), self._b.shl(high, ir.Constant(I32, 16)))
+        return self._b.bitcast(splat(self._b, pair, WORDS), PAIRS)
 
     def sum_pairs(self, plane: int, column: int, per_sum: int) -> list[Any]:
         """The sums of each 16 * `per_sum` (1 or 2) weights of a block of 256, as pairs of int16 broadcast as PAIRS.

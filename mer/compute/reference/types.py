@@ -6,9 +6,10 @@ Block layouts are those of ggml (ggml-org/ggml, src/ggml-common.h).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import attrs
+import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
@@ -155,6 +156,93 @@ def _mxfp4(blocks: U8) -> Blocks:
     return _plain(_E2M1[_nibbles(blocks[:, 1:])], scale)
 
 
+def _book(name: str) -> Ints:
+    """Return a type's code book as the `gguf` package has it: integers [entries, 4 or 8]."""
+    quant: Any = getattr(gguf.quants, name)
+    quant.init_grid()
+    book: Ints = quant.grid.reshape(quant.grid_shape).astype(np.int64)
+    return book
+
+
+def _entries(name: str, numbers: Ints) -> Ints:
+    """Return the weights [blocks, 256] of the entries with these numbers [blocks, n] of a code book."""
+    found: Ints = _book(name)[numbers].reshape(len(numbers), -1)
+    return found
+
+
+def _words(packed: U8) -> Ints:
+    """Return little-endian words of 32 bits."""
+    return np.ascontiguousarray(packed).view(np.uint32).astype(np.int64)
+
+
+def _shorts(packed: U8) -> Ints:
+    """Return little-endian words of 16 bits."""
+    return np.ascontiguousarray(packed).view(np.uint16).astype(np.int64)
+
+
+def _fields(words: Ints, width: int, count: int, step: int | None = None) -> Ints:
+    """Return `count` fields of `width` bits of each word, `step` (or `width`) bits apart, the lowest first."""
+    shifts = np.arange(count) * (width if step is None else step)
+    return (words[..., None] >> shifts & (1 << width) - 1).reshape(len(words), -1)
+
+
+def _negated(q: Ints, signs: Ints) -> Ints:
+    """Return weights with a sign for each bit of bytes [blocks, 32] that is set."""
+    return np.where(_fields(signs, 1, 8) == 1, -q, q)
+
+
+def _even(sevens: Ints) -> Ints:
+    """Return 7 signs with the eighth one, which makes the negative ones even."""
+    parity: Ints = _fields(sevens, 1, 7).reshape(*sevens.shape, 7).sum(-1) & 1
+    return sevens | parity << 7
+
+
+def _iq2_xxs(blocks: U8) -> Blocks:
+    words = _words(blocks[:, 2:]).reshape(-1, 8, 2)
+    q = _entries("IQ2_XXS", _fields(words[..., 0], 8, 4))
+    signs = _even(_fields(words[..., 1], 7, 4))
+    return _scaled(_negated(q, signs), _halves(blocks, 0) / np.float32(8), 2 * (words[..., 1] >> 28) + 1)
+
+
+def _iq2_xs(blocks: U8) -> Blocks:
+    shorts = _shorts(blocks[:, 2:66])
+    q = _negated(_entries("IQ2_XS", shorts & 511), _even(shorts >> 9))
+    return _scaled(q, _halves(blocks, 0) / np.float32(8), 2 * _fields(blocks[:, 66:].astype(np.int64), 4, 2) + 1)
+
+
+def _iq2_s(blocks: U8) -> Blocks:
+    low, signs, high, scales = (blocks[:, a:b].astype(np.int64) for a, b in ((2, 34), (34, 66), (66, 74), (74, 82)))
+    q = _negated(_entries("IQ2_S", low | _fields(high, 2, 4) << 8), signs)
+    return _scaled(q, _halves(blocks, 0) / np.float32(8), 2 * _fields(scales, 4, 2) + 1)
+
+
+def _iq3_xxs(blocks: U8) -> Blocks:
+    words = _words(blocks[:, 66:])
+    q = _negated(_entries("IQ3_XXS", blocks[:, 2:66].astype(np.int64)), _even(_fields(words, 7, 4)))
+    return _scaled(q, _halves(blocks, 0) / np.float32(4), 2 * (words >> 28) + 1)
+
+
+def _iq3_s(blocks: U8) -> Blocks:
+    low, high, signs, scales = (blocks[:, a:b].astype(np.int64) for a, b in ((2, 66), (66, 74), (74, 106), (106, 110)))
+    q = _negated(_entries("IQ3_S", low | _fields(high, 1, 8) << 8), signs)
+    return _scaled(q, _halves(blocks, 0), 2 * _fields(scales, 4, 2) + 1)
+
+
+def _iq1_s(blocks: U8) -> Blocks:
+    low, high = blocks[:, 2:34].astype(np.int64), _shorts(blocks[:, 34:])
+    shift = np.repeat(1 - 2 * (high >> 15), 32, axis=1)
+    q = 8 * _entries("IQ1_S", low | _fields(high, 3, 4) << 8) + shift
+    return _scaled(q, _halves(blocks, 0) / np.float32(8), 2 * (high >> 12 & 7) + 1)
+
+
+def _iq1_m(blocks: U8) -> Blocks:
+    low, high, scales = blocks[:, :32].astype(np.int64), blocks[:, 32:48].astype(np.int64), _shorts(blocks[:, 48:])
+    four = _fields(high, 4, 2)
+    q = 8 * _entries("IQ1_S", low | (four & 7) << 8) + np.repeat(1 - 2 * (four >> 3), 8, axis=1)
+    scale = ((scales >> 12) << np.arange(0, 16, 4)).sum(1, keepdims=True).astype(np.uint16)
+    return _scaled(q, scale.view(np.float16).astype(np.float32) / np.float32(8), 2 * _fields(scales, 3, 4) + 1)
+
+
 UNPACK: Final[dict[GGMLType, Callable[[U8], Blocks]]] = {
     GGMLType.Q4_0: _q4_0,
     GGMLType.Q4_1: _q4_1,
@@ -166,6 +254,13 @@ UNPACK: Final[dict[GGMLType, Callable[[U8], Blocks]]] = {
     GGMLType.Q4_K: _q4_k,
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.IQ1_S: _iq1_s,
+    GGMLType.IQ1_M: _iq1_m,
+    GGMLType.IQ2_XXS: _iq2_xxs,
+    GGMLType.IQ2_XS: _iq2_xs,
+    GGMLType.IQ2_S: _iq2_s,
+    GGMLType.IQ3_XXS: _iq3_xxs,
+    GGMLType.IQ3_S: _iq3_s,
     GGMLType.IQ4_NL: _iq4_nl,
     GGMLType.IQ4_XS: _iq4_xs,
     GGMLType.MXFP4: _mxfp4,

@@ -13,6 +13,7 @@ from mer.compute.cpu.scratch import Limits
 from mer.compute.messages import Advance, Batch, Begin, Combine, Done, Int64Array, RunExperts, RunResident
 from mer.errors import ComputeError
 from mer.io.extents import MATRIX_TYPES
+from mer.io.ggml import GGMLType
 from tests._lib.resident import Resident, batch, joined, open_resident
 from tests._lib.tiny_models import TinyModel, Type, tiny_model
 
@@ -28,7 +29,7 @@ def limits(threads: int, *, batch_tokens: int = 24) -> Limits:
 
 def model(folder: Path, kind: Type, **shape: Any) -> TinyModel:
     shape = {"d_ff": 96 if kind.name.startswith("Q") else 90, "n_experts": 6, "top_k": 3} | shape
-    if kind.name.endswith("_K") or kind.name == "IQ4_XS":
+    if GGMLType(int(kind)).block_size == 256:
         shape |= {"d_model": 256, "d_ff": 256, "n_heads": 8}
     elif kind.name in ("MXFP4", "IQ4_NL"):
         shape |= {"d_ff": 96}

@@ -17,7 +17,7 @@ from mer.compute.reference.blocks.feed_forward import activated as reference_act
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
 from mer.model.operators import GEGLU, SWIGLU, Activation
-from tests._lib.quantize import HALVES, Type
+from tests._lib.quantize import HALVES, Type, put_half
 from tests._lib.steps import row_of
 
 KINDS = sorted(MATRIX_TYPES)
@@ -31,8 +31,7 @@ def random_bytes(kind: GGMLType, rows: int, blocks: int, seed: int) -> np.ndarra
         return np.ascontiguousarray(gguf.quants.quantize(values, Type(int(kind)))).view(np.uint8).reshape(rows, -1)
     raw = rng.integers(0, 256, (rows, blocks, kind.block_bytes), np.uint8)
     for first in HALVES.get(Type(int(kind)), ()):
-        halves = rng.normal(0.02, 0.1, (rows, blocks, 1)).astype(np.float16)
-        raw[:, :, first : first + 2] = halves.view(np.uint8)
+        put_half(raw, Type(int(kind)), first, rng.normal(0.02, 0.1, (rows, blocks)))
     if kind is GGMLType.MXFP4:
         raw[:, :, 0] = rng.integers(0, 255, (rows, blocks), np.uint8)
     return raw.reshape(rows, -1)

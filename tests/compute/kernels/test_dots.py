@@ -9,7 +9,7 @@ import pytest
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
 from tests._lib import quantize
-from tests._lib.quantize import decode
+from tests._lib.quantize import decode, put_half
 from tests._lib.steps import F32, U8, product
 
 BLOCKS = [kind for kind in sorted(MATRIX_TYPES) if kind.block_size > 1]
@@ -23,7 +23,7 @@ def extreme_weights(kind: GGMLType, factors: tuple[float, ...]) -> U8:
     constant = np.repeat(np.arange(256, dtype=np.uint8)[:, None], kind.block_bytes, axis=1)
     raw = np.concatenate([constant, rng.choice(ends, (64, kind.block_bytes))])
     for at, factor in zip(quantize.HALVES.get(quantize.Type(int(kind)), ()), factors, strict=False):
-        raw[:, at : at + 2] = np.array([factor], np.float16).view(np.uint8)
+        put_half(raw, quantize.Type(int(kind)), at, factor)
     if kind is GGMLType.MXFP4:
         raw[:, 0] = 128  # 2**0
     return raw

@@ -15,14 +15,14 @@ from mer.compute.reference.types import unpack
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
 from tests._lib import quantize
-from tests._lib.quantize import decode
+from tests._lib.quantize import Type, decode, put_half
 from tests._lib.steps import F32, U8, product, products
 
 F64 = npt.NDArray[np.float64]
 KINDS = sorted(MATRIX_TYPES)
 FLOATS = [kind for kind in KINDS if kind.block_size == 1]
 BLOCKS = [kind for kind in KINDS if kind.block_size > 1]
-HALVES = {kind: quantize.HALVES.get(quantize.Type(int(kind)), ()) for kind in BLOCKS}
+HALVES = {kind: quantize.HALVES.get(Type(int(kind)), ()) for kind in BLOCKS}
 LARGEST = {1: 127, 2: 127 * 128}  # {planes: the largest integer of an activation}
 ROUNDING = 2.0**-24  # the largest relative error of one float32 operation
 
@@ -48,7 +48,7 @@ def random_weights(kind: GGMLType, rows: int, cols: int, rng: np.random.Generato
         special = rng.random(scales.shape)
         scales[special < 0.1] = 0
         scales[special > 0.95] = 65504  # the largest half
-        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+        put_half(raw, Type(int(kind)), at, scales)
     if kind is GGMLType.MXFP4:
         raw[..., 0] = rng.integers(128 - 40, 128 + 40, raw.shape[:2])
     return raw.reshape(rows, -1)
@@ -135,7 +135,7 @@ def test_every_byte_at_every_place_stands_for_its_weight(kind: GGMLType, planes:
     place = np.arange(kind.block_bytes, dtype=np.uint8)
     raw = np.arange(256, dtype=np.uint8)[:, None] + place * np.uint8(7)
     for at in HALVES[kind]:
-        raw[:, at : at + 2] = np.array([0.5 if at != 2 else -3.25], np.float16).view(np.uint8)
+        put_half(raw, Type(int(kind)), at, 0.5 if at != 2 else -3.25)
     if kind is GGMLType.MXFP4:
         raw[:, 0] = 128 - 20 + np.arange(256) % 40
     weights = decode(raw, gguf.GGMLQuantizationType(int(kind)))
@@ -164,12 +164,12 @@ def test_every_half_float_and_bfloat_is_exact(kind: GGMLType) -> None:
     for at in HALVES[kind]:
         block = np.full(kind.block_bytes, 0x55, np.uint8)
         for other in HALVES[kind]:
-            block[other : other + 2] = 0
-        block[at : at + 2] = np.array([1], np.float16).view(np.uint8)
+            put_half(block, Type(int(kind)), other, 0)
+        put_half(block, Type(int(kind)), at, 1)
         factor = float(decode(block[None], gguf.GGMLQuantizationType(int(kind)))[0, 0])
         assert factor != 0
         raw = np.tile(block, (len(bits), 1))
-        raw[:, at : at + 2] = bits.view(np.uint8).reshape(-1, 2)
+        put_half(raw, Type(int(kind)), at, bits.view(np.float16))
         got = product(kind, raw, len(bits), x)
         assert np.array_equal(got[0, finite], (127 * factor * halves[finite]).astype(np.float32))
         assert np.array_equal(np.isnan(got[0]), np.isnan(halves))
@@ -209,8 +209,7 @@ def test_a_damaged_weight_reaches_its_row_and_no_other(kind: GGMLType, bad: floa
             size = kind.block_bytes
             hurt[row, -size:] = one.view(np.uint8)[0]
         else:
-            at = raw.shape[1] - kind.block_bytes + HALVES[kind][-1]
-            hurt[row, at : at + 2] = np.array([bad], np.float16).view(np.uint8)
+            put_half(hurt[row, -kind.block_bytes :], Type(int(kind)), HALVES[kind][-1], bad)
         got = product(kind, hurt, rows, x)
         others = np.arange(rows) != row
         assert np.array_equal(got[:, others], clean[:, others])
