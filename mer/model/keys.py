@@ -110,18 +110,14 @@ class Keys:
         """
         return self._uniform(key).get_bool(self.name(key), default=default)
 
-    def pattern(self, key: str, *, default: int) -> tuple[bool, ...]:
+    def pattern(self, key: str, *, default: object) -> tuple[bool, ...]:
         """Return a bool for each layer; an integer n means that every n-th has False, the others True.
 
         Raises:
-            GGUFError: it is neither, or has too few bools.
+            GGUFError: it is neither, has another length, or is missing and has no default.
         """
-        value = self.gguf.metadata.get(self.name(key), default)
-        if isinstance(value, np.ndarray):
-            self._asked.add(key)
-            if len(value) < self._n_blocks or not all(item in (0, 1) for item in value.tolist()):
-                raise self.error(key, f"is an array of {len(value)}; it must have {self._n_blocks} bools")
-            return tuple(map(bool, value[: self.n_layers].tolist()))
+        if isinstance(self.gguf.metadata.get(self.name(key)), np.ndarray):
+            return tuple(map(bool, self.per_layer(key, maximum=1)))
         every = self.integer(key, default=default, minimum=0, maximum=MAX_LAYERS)
         return tuple(every == 0 or (i + 1) % every != 0 for i in range(self.n_layers))
 

@@ -151,6 +151,8 @@ class Attention:
     window: int | None  # positions that a token attends to, its own included; None: all before it
     scale: float  # what the products of queries and keys are multiplied by, 1 / sqrt(C) as a rule
     v_eps: float | None = None  # each head of V is normalized without a weight, with this eps
+    # [H, D] or [H * C, D]: of what is attended, each head or each element is multiplied by the softplus of its row
+    gate: Linear | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that it reads, in the order in which a token meets them."""
@@ -161,6 +163,8 @@ class Attention:
                 yield norm.weight
         if self.rope.factors is not None:
             yield self.rope.factors
+        if self.gate is not None:
+            yield from self.gate.tensors()
         yield from self.out.tensors()
 
 

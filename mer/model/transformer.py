@@ -68,8 +68,8 @@ class Trunk:
     n_skipped: int
 
     @classmethod
-    def read(cls, keys: Keys, *, n_kv_heads: int | None = None) -> Trunk:
-        """Read the sizes, each checked against the others; the number of kv heads too, unless layers differ in it.
+    def read(cls, keys: Keys, *, n_heads: int | None = None, n_kv_heads: int | None = None) -> Trunk:
+        """Read the sizes, each checked against the others; numbers of heads too, unless layers differ in them.
 
         The last blocks of some files predict further tokens (MTP); they are not layers here.
 
@@ -84,7 +84,8 @@ class Trunk:
                 "use the model's own file"
             )
         d_model = keys.integer("embedding_length", maximum=MAX_WIDTH)
-        n_heads = keys.integer("attention.head_count", maximum=MAX_HEADS)
+        if n_heads is None:
+            n_heads = keys.integer("attention.head_count", maximum=MAX_HEADS)
         if n_kv_heads is None:
             n_kv_heads = keys.integer("attention.head_count_kv", maximum=MAX_HEADS, default=n_heads)
         if n_heads % n_kv_heads:

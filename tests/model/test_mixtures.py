@@ -19,7 +19,14 @@ from tests._lib.families.family import Family, write
 
 FAMILIES = {
     it.arch: it
-    for it in (mixtures.BAILING_MOE2, mixtures.ERNIE4_5_MOE, mixtures.GLM4_MOE, mixtures.MELLUM, mixtures.MINIMAX_M2)
+    for it in (
+        mixtures.BAILING_MOE2,
+        mixtures.ERNIE4_5_MOE,
+        mixtures.GLM4_MOE,
+        mixtures.LAGUNA,
+        mixtures.MELLUM,
+        mixtures.MINIMAX_M2,
+    )
 }
 
 
@@ -141,6 +148,44 @@ def test_every_fourth_layer_has_no_window_unless_the_file_says_which(files: dict
             windows(with_keys(gguf, attention__sliding_window_pattern=bad))
     with pytest.raises(UnsupportedModel, match="scaled RoPE"):
         windows(with_keys(gguf, rope__scaling__type="linear", rope__scaling__factor=4.0))
+
+
+def test_layers_have_their_own_heads_gates_and_rotation(files: dict[str, GGUFFile]) -> None:
+    gguf = files["laguna"]
+    mixers = [layer.mixer for layer in model_spec(gguf).layers]
+    assert [it.n_heads for it in mixers] == [6, 2, 4]
+    assert [it.gate.rows for it in mixers if it.gate is not None] == [6, 2, 4]
+    assert [it.window for it in mixers] == [None, 13, None]
+    assert [(it.rope.dim, it.rope.base, it.rope.yarn is not None) for it in mixers] == [
+        (12, 50000, True),
+        (24, 700, False),
+        (12, 50000, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "why"),
+    [
+        ({"attention__head_count": np.array([6, 3, 4])}, GGUFError, "head_count' is 3 in layer 1, of 2 kv heads"),
+        ({"attention__sliding_window_pattern": None}, GGUFError, "laguna.attention.sliding_window_pattern"),
+        ({"rope__dimension_count_swa": 26}, GGUFError, "rope.dimension_count_swa' is 26"),
+        ({"rope__dimension_count_swa": 7}, GGUFError, "rope.dimension_count_swa' is 7"),
+        ({"router_logit_softcapping": 30.0}, UnsupportedModel, "laguna.router_logit_softcapping"),
+        ({"expert_weights_norm": False}, UnsupportedModel, "laguna.expert_weights_norm"),
+    ],
+)
+def test_what_does_not_fit_a_laguna_file_is_refused_by_name(
+    files: dict[str, GGUFFile], keys: dict[str, Any], error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        model_spec(with_keys(files["laguna"], **keys))
+
+
+def test_a_gate_of_neither_heads_nor_elements_is_refused(files: dict[str, GGUFFile]) -> None:
+    gguf, name = files["laguna"], "blk.1.attn_gate.weight"
+    odd = attrs.evolve(gguf.tensors[name], shape=(5, 96))
+    with pytest.raises(GGUFError, match=rf"{name}.*\(5, 96\).*\(48, 96\)"):
+        check_model(attrs.evolve(gguf, tensors={**gguf.tensors, name: odd}))
 
 
 def test_norms_of_the_wrong_width_are_refused(files: dict[str, GGUFFile]) -> None:

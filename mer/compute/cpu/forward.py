@@ -33,6 +33,7 @@ from mer.compute.kernels.elementwise import (
     normalize_heads,
     rms_norm,
 )
+from mer.compute.kernels.gate import gate_heads
 from mer.compute.kernels.job_reads import await_reads, begin_reads, next_turn
 from mer.compute.kernels.kv_layout import KV_TILE, tile_bytes
 from mer.compute.kernels.matmul import INTERLEAVE_STEPS, matmul_step
@@ -430,5 +431,5 @@ def steps_for(kinds: Collection[GGMLType], planes: int, kv_type: KVType) -> list
     steps += [INTERLEAVE_STEPS[int(kind)] for kind in kinds if is_tiled(kind)]
     steps += AttentionBlock.steps(kv_type)
     steps += [pack, rms_norm, gather, activate, add_bias, add_gated, fill_entries, fill_rows, combine, route]
-    steps += [route_by_score, dispatch, add_rows, cap_rows, clear_rows, normalize_heads]
+    steps += [route_by_score, dispatch, add_rows, cap_rows, clear_rows, normalize_heads, gate_heads]
     return [*steps, begin_reads, await_reads, next_turn]

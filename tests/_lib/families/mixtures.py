@@ -26,7 +26,7 @@ GROUPED = {"n_group": 3, "topk_group": 2}
 def names_as(arch: str, renamed: Mapping[str, str] | None = None) -> Any:
     """Return the renaming of an architecture, as `gguf` knows it or with parts of its names replaced.
 
-    Biases that choose experts get GGUF's name for them.
+    Biases that choose experts, and gates of attention, get GGUF's names for them.
     """
 
     def of(config: Any) -> Rename:
@@ -35,6 +35,8 @@ def names_as(arch: str, renamed: Mapping[str, str] | None = None) -> Any:
         def rename(name: str, array: Array) -> Iterable[tuple[str, Array]]:
             if name.endswith("e_score_correction_bias"):
                 return [(f"blk.{name.split('.')[2]}.exp_probs_b.bias", array.reshape(-1))]
+            if name.endswith("self_attn.g_proj.weight"):
+                return [(f"blk.{name.split('.')[2]}.attn_gate.weight", array)]
             out = []
             for target, value in usual(name, array):
                 for old, new in (renamed or {}).items():
@@ -138,6 +140,22 @@ class _with_rope:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
+
+
+def laguna_keys(config: Any) -> dict[str, Any]:
+    """Return the metadata of a Laguna file."""
+    full, near = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    return mellum_keys(config) | rope_keys(full) | {
+        "attention.head_count": config.num_attention_heads_per_layer,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+        "expert_weights_scale": config.moe_routed_scaling_factor,
+        "expert_gating_func": SIGMOID,
+        "feed_forward_length": config.intermediate_size,
+        "leading_dense_block_count": config.mlp_layer_types.count("dense"),
+        "rope.dimension_count": int(config.head_dim * full.get("partial_rotary_factor", 1.0)),
+        "rope.dimension_count_swa": int(config.head_dim * near.get("partial_rotary_factor", 1.0)),
+    }  # fmt: skip
 
 
 def vision_free_names(config: Any) -> Rename:
@@ -286,4 +304,34 @@ QWEN3_VL_MOE = Family(
             "deepstack_visual_indexes": [0],
         }
     },
+)
+LAGUNA_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 50000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.5,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 1.0},
+}
+LAGUNA = Family(
+    arch="laguna",
+    model="LagunaForCausalLM",
+    config="LagunaConfig",
+    settings=common(
+        **ROUTED,
+        intermediate_size=144,
+        shared_expert_intermediate_size=112,
+        head_dim=24,
+        num_attention_heads_per_layer=[6, 2, 4],
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        moe_routed_scaling_factor=1.75,
+        sliding_window=13,
+        rope_parameters=LAGUNA_ROPE,
+    ),
+    keys=laguna_keys,
+    rename=names_as("glm4moe", {"post_attention_norm": "ffn_norm"}),
+    variants={"elements": {"gating": "per-element", "rope_parameters": MELLUM_ROPE}},
 )

@@ -19,6 +19,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     mixtures.ERNIE4_5_MOE,
     mixtures.GLM4_MOE,
     mixtures.HUNYUAN_MOE,
+    mixtures.LAGUNA,
     mixtures.MELLUM,
     mixtures.MINIMAX_M2,
     mixtures.OLMOE,

@@ -11,11 +11,12 @@ from mer.compute.cpu.program import Program
 from mer.compute.cpu.scratch import Areas, Limits
 from mer.compute.kernels.attention import ATTENTION, split_bytes, thread_bytes
 from mer.compute.kernels.elementwise import normalize_heads
+from mer.compute.kernels.gate import gate_heads
 from mer.compute.kernels.kv_layout import F16_KIND, F32_KIND, Q8_0_KIND
 from mer.compute.kernels.rope import ROPE_STORE
 from mer.compute.kernels.step import Step
 from mer.config import KVType
-from mer.model.operators import Addition, Attention, HeadNorms, Norm, Rope, RopeStyle
+from mer.model.operators import Addition, Attention, HeadNorms, Linear, Norm, Rope, RopeStyle
 
 KV_KINDS: Final[Mapping[KVType, int]] = {"f32": F32_KIND, "f16": F16_KIND, "q8_0": Q8_0_KIND}
 
@@ -53,8 +54,10 @@ class AttentionBlock:
         t, heads, kv_heads, c = limits.batch_tokens, record.n_heads, record.n_kv_heads, record.head_dim
         norms = [it.eps for it in (norm, record.q_norm, record.k_norm) if it is not None]
         v_eps = () if record.v_eps is None else (record.v_eps,)
+        gates = {} if record.gate is None else {"head_gates": t * float_stride(record.gate.rows)}
         own = Areas(
             sizes={
+                **gates,
                 "q_raw": t * float_stride(heads * c),
                 "k_raw": t * float_stride(kv_heads * c),
                 "v_raw": t * float_stride(kv_heads * c),
@@ -89,12 +92,15 @@ class AttentionBlock:
         h = Activations(n, a["h"], d, s.packed["input"])  # [T, D]
         space.norm(program, self._norm, a["x"], n, a["h"])
         program.barrier()
-        h.pack(program, q.cols, {q.type, k.type, v.type})
-        inputs = (
+        gate = set() if record.gate is None else {space.matrix(record.gate).type}
+        h.pack(program, q.cols, {q.type, k.type, v.type} | gate)
+        inputs: tuple[tuple[Linear, int], ...] = (
             (record.q, a["q_raw"]),
             (record.k, a["k_raw"]),
             (record.v, a["v_raw"]),
         )  # [T, H * C], [T, G * C] twice
+        if record.gate is not None:
+            inputs = *inputs, (record.gate, a["head_gates"])  # [T, H] or [T, H * C]
         for linear, out in inputs:
             space.seed(program, linear, n, out)
         program.barrier()
@@ -174,6 +180,19 @@ class AttentionBlock:
             )
         )
         program.barrier()
+        if record.gate is not None:
+            program.add(
+                gate_heads.row(
+                    values=a["attended"],  # [T, H * C]
+                    stride=q_stride,
+                    n=n,
+                    n_gates=record.gate.rows,
+                    width=q.rows // record.gate.rows,
+                    gates=a["head_gates"],  # [T, H] or [T, H * C]
+                    gates_stride=float_stride(record.gate.rows),
+                )
+            )
+            program.barrier()
         attended = Activations(n, a["attended"], q_stride, s.packed["input"])  # [T, H * C]
         attended.pack(program, o.cols, {o.type})
         plain = self._addition.plain

@@ -46,7 +46,11 @@ class AttentionBlock:
         if record.norms is HeadNorms.AFTER:
             q, k = self._normalized(q, k)
         self._cache.store(inputs, k, v)
-        return tools.linear(record.out, attend(record, self._cache, inputs, q, masks))
+        out = attend(record, self._cache, inputs, q, masks)
+        if record.gate is not None:
+            gates = functional.softplus(tools.linear(record.gate, h))
+            out = (out.unflatten(1, (gates.shape[1], -1)) * gates[:, :, None]).flatten(1)
+        return tools.linear(record.out, out)
 
     def _normalized(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         pairs = (q, self._record.q_norm), (k, self._record.k_norm)

@@ -35,7 +35,11 @@ def attend(record: Attention, weights: Weights, x: F64, kv_type: KVType) -> F64:
     if record.norms is HeadNorms.AFTER:
         q, k = normalized(q, k)
     k, v = (round_kv(a, kv_type) for a in (k, v))
-    return weights.linear(record.out, attention(q, k, v, record.window, scale=record.scale).reshape(len(x), -1))
+    out = attention(q, k, v, record.window, scale=record.scale)
+    if record.gate is not None:
+        gates = np.logaddexp(0, weights.linear(record.gate, x))
+        out = out * gates.reshape(len(x), record.n_heads, -1)
+    return weights.linear(record.out, out.reshape(len(x), -1))
 
 
 def pair_turns(rope: Rope, factors: npt.ArrayLike | None = None) -> F64:
