@@ -50,6 +50,7 @@ MATRIX_TYPES: Final = frozenset(
         GGMLType.IQ4_NL,
         GGMLType.IQ4_XS,
         GGMLType.MXFP4,
+        GGMLType.NVFP4,
     }
 )
 """The element types that weight matrices may have."""

@@ -76,6 +76,8 @@ def _why_unexpected(name: str, spec: ModelSpec) -> str:
         return f"{what} is of a LayerNorm, which is not implemented; models with RMSNorm work"
     if name.endswith(".bias"):
         return f"{what} is a bias, which is not implemented; '{spec.architecture}' models without biases work"
+    if name.endswith((".scale", ".input_scale")):
+        return f"{what} scales a matrix, which is not implemented; files without such tensors work, also in NVFP4"
     if "_shexp." in name:
         return f"{what} is of a shared expert, which is not implemented; models with routed experts only work"
     return f"{what} has no place in a '{spec.architecture}' model of {len(spec.layers)} layers"

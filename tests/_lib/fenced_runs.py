@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {"vocab_size": 301, "n_experts": 5, "top_k": 3, "context
 ODD: dict[str, Any] = SHAPE | {"d_model": 72, "d_ff": 75, "n_heads": 3, "n_kv_heads": 1, "head_dim": 26}  # of F32, F16
 SMALL: dict[str, Any] = SHAPE | {"d_model": 96, "d_ff": 160, "n_heads": 6, "n_kv_heads": 2, "head_dim": 32}  # by 32
 LARGE: dict[str, Any] = SHAPE | {"d_model": 256, "d_ff": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64}  # by 256
-SHAPES = {1: ("ODD", ODD), 32: ("SMALL", SMALL), 256: ("LARGE", LARGE)}  # by weights to a block
+SHAPES = {1: ("ODD", ODD), 32: ("SMALL", SMALL), 64: ("LARGE", LARGE), 256: ("LARGE", LARGE)}  # by weights to a block
 
 
 async def generate(path: Path, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Weights as the K types and IQ4, which the `gguf` package reads but cannot write; no search for better scales."""
+"""Weights as the types that the `gguf` package reads but cannot write; no search for better scales."""
 
 from __future__ import annotations
 
@@ -158,6 +158,16 @@ def iq4_xs(blocks: F32) -> U8:
     return _bytes(_half_bytes(scale), high[:, None].view(np.uint8), low[..., 0] | low[..., 1] << 4, _nibbles(q, 16))
 
 
+def nvfp4(blocks: F32) -> U8:
+    """Return NVFP4: 4 runs, a scale of 8 bits for each, of the numbers that E2M1 has."""
+    values = np.array(gguf.quants.NVFP4.kvalues, np.float32)
+    runs = blocks.reshape(-1, 4, 16)
+    code = gguf.quants.NVFP4.fp32_to_ue4m3(np.abs(runs).max(2) / 6)
+    scale = np.asarray(gguf.quants.NVFP4.ue4m3_to_fp32(code), np.float32)[..., None]
+    q = np.abs(_quotient(runs, scale)[..., None] - values).argmin(-1)
+    return _bytes(code, q[..., :8] | q[..., 8:] << 4)
+
+
 ENCODERS: dict[Type, Callable[[F32], U8]] = {
     Type.Q2_K: q2_k,
     Type.Q3_K: q3_k,
@@ -166,5 +176,6 @@ ENCODERS: dict[Type, Callable[[F32], U8]] = {
     Type.Q6_K: q6_k,
     Type.IQ4_NL: iq4_nl,
     Type.IQ4_XS: iq4_xs,
+    Type.NVFP4: nvfp4,
     **iq_quants.ENCODERS,
 }

@@ -176,6 +176,13 @@ def _mxfp4(b: Tensor) -> Tensor:
     return scale * _table(_E2M1, _nibbles(b[:, 1:]))
 
 
+def _nvfp4(b: Tensor) -> Tensor:
+    bits = b[:, :4].int()  # 4 bits exponent, 3 bits fraction, and by 2 ** 119 the half of that in float32
+    scale = ((bits & 0x7F) << 20).view(torch.float32) * 2.0**119
+    scale = torch.where(bits == 0x7F, torch.zeros_like(scale), scale)
+    return (scale[:, :, None] * _table(_E2M1, _nibbles(b[:, 4:], 8)).reshape(-1, 4, 16)).reshape(len(b), -1)
+
+
 @functools.cache
 def _book(name: str, device: torch.device) -> Tensor:
     """Return a type's code book as the `gguf` package has it: float32 [entries, 4 or 8]."""
@@ -286,4 +293,5 @@ _DECODERS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
     GGMLType.IQ4_NL: _iq4_nl,
     GGMLType.IQ4_XS: _iq4_xs,
     GGMLType.MXFP4: _mxfp4,
+    GGMLType.NVFP4: _nvfp4,
 }

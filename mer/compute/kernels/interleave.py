@@ -66,6 +66,7 @@ FIELDS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     23: ((0, 4, 34, 0),),  # IQ4_XS: scale with upper bits of sub-scales, their lower bits, nibbles
     29: ((0, 4, 14, 0),),  # IQ1_M: lower and upper bits of entries, sub-scales with quarters of the scale
     39: ((0, 1, 1, 0), (1, 4, 4, 0)),  # MXFP4: exponent, nibbles
+    40: ((0, 4, 9, 0),),  # NVFP4: scales, nibbles
 }
 
 

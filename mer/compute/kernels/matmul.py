@@ -13,6 +13,7 @@ from mer.compute.kernels.iq3_xxs import interleave_iq3_xxs, matmul_iq3_xxs, matm
 from mer.compute.kernels.iq4_nl import interleave_iq4_nl, matmul_iq4_nl, matmul_iq4_nl_a15
 from mer.compute.kernels.iq4_xs import interleave_iq4_xs, matmul_iq4_xs, matmul_iq4_xs_a15
 from mer.compute.kernels.mxfp4 import interleave_mxfp4, matmul_mxfp4, matmul_mxfp4_a15
+from mer.compute.kernels.nvfp4 import interleave_nvfp4, matmul_nvfp4, matmul_nvfp4_a15
 from mer.compute.kernels.q2_k import interleave_q2_k, matmul_q2_k, matmul_q2_k_a15
 from mer.compute.kernels.q3_k import interleave_q3_k, matmul_q3_k, matmul_q3_k_a15
 from mer.compute.kernels.q4_0 import interleave_q4_0, matmul_q4_0, matmul_q4_0_a15
@@ -51,6 +52,7 @@ STEPS: dict[int, Step] = {
     29: matmul_iq1_m,
     30: matmul_bf16,
     39: matmul_mxfp4,
+    40: matmul_nvfp4,
 }
 
 # The same for quantized types on activations of two planes
@@ -75,6 +77,7 @@ FINE_STEPS: dict[int, Step] = {
     23: matmul_iq4_xs_a15,
     29: matmul_iq1_m_a15,
     39: matmul_mxfp4_a15,
+    40: matmul_nvfp4_a15,
 }
 
 # The steps that bring quantized types into tiles
@@ -99,6 +102,7 @@ INTERLEAVE_STEPS: dict[int, Step] = {
     23: interleave_iq4_xs,
     29: interleave_iq1_m,
     39: interleave_mxfp4,
+    40: interleave_nvfp4,
 }
 
 

@@ -46,15 +46,16 @@ def quantize_q8_0(x: npt.ArrayLike) -> tuple[I8, F32]:
     Raises:
         ValueError: the last axis is not a multiple of 32, or a value is not finite.
     """
-    return _quantize_int8(x, 32)
+    return quantize_int8(x, 32)
 
 
 def quantize_q8_k(x: npt.ArrayLike) -> tuple[I8, F32]:
     """Return `(q, scales)` as `quantize_q8_0` does, in blocks of 256: the partner of the K types."""
-    return _quantize_int8(x, 256)
+    return quantize_int8(x, 256)
 
 
-def _quantize_int8(x: npt.ArrayLike, block: int) -> tuple[I8, F32]:
+def quantize_int8(x: npt.ArrayLike, block: int) -> tuple[I8, F32]:
+    """Return `(q, scales)` as `quantize_q8_0` does, in blocks of any length."""
     values = np.asarray(x, np.float32)
     if values.shape[-1] % block or not np.isfinite(values).all():
         raise ValueError(f"activations of shape {values.shape} must be finite, in rows of whole blocks of {block}")
@@ -78,7 +79,7 @@ def matmul_quantized(type: GGMLType, raw: Raw, x: npt.ArrayLike) -> F64:
         rows = len(np.frombuffer(raw, np.uint8)) // (cols * type.block_bytes)
         return values.astype(np.float64) @ dequantize(type, raw, (rows, cols)).astype(np.float64).T
     parts = unpack(type, raw)
-    q, scales = _quantize_int8(values, type.block_size)
+    q, scales = quantize_int8(values, type.block_size)
     n_blocks, n_runs = cols // type.block_size, parts.factor.shape[1]
     factors = np.repeat(parts.factor, type.block_size // n_runs, axis=1)
     weights = (parts.q * factors).astype(np.float64).reshape(-1, n_blocks, type.block_size)  # integers, exact

@@ -20,7 +20,7 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Raw: TypeAlias = bytes | U8
 
-# What the nibbles of IQ4_NL and IQ4_XS stand for, and those of MXFP4 (doubled).
+# What the nibbles of IQ4_NL and IQ4_XS stand for, and those of MXFP4 and NVFP4 (doubled).
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 
@@ -156,6 +156,13 @@ def _mxfp4(blocks: U8) -> Blocks:
     return _plain(_E2M1[_nibbles(blocks[:, 1:])], scale)
 
 
+def _nvfp4(blocks: U8) -> Blocks:
+    exponent, fraction = (blocks[:, :4] >> 3 & 15).astype(np.int64), (blocks[:, :4] & 7).astype(np.int64)
+    factor = np.where(exponent > 0, 8 + fraction << (exponent - 1).clip(0), fraction)  # times 2**-10, of half the scale
+    factor[blocks[:, :4] == 0x7F] = 0
+    return _scaled(_E2M1[_nibbles(blocks[:, 4:], 8)], np.full((len(blocks), 1), 2.0**-10, np.float32), factor)
+
+
 def _book(name: str) -> Ints:
     """Return a type's code book as the `gguf` package has it: integers [entries, 4 or 8]."""
     quant: Any = getattr(gguf.quants, name)
@@ -264,4 +271,5 @@ UNPACK: Final[dict[GGMLType, Callable[[U8], Blocks]]] = {
     GGMLType.IQ4_NL: _iq4_nl,
     GGMLType.IQ4_XS: _iq4_xs,
     GGMLType.MXFP4: _mxfp4,
+    GGMLType.NVFP4: _nvfp4,
 }

@@ -25,7 +25,7 @@ QUANTIZED = [kind for kind in KINDS if GGMLType(int(kind)).block_size > 1]
 
 def rows_for(kind: Type, **otherwise: Any) -> dict[str, Any]:
     """Return the sizes of a model whose rows are whole blocks of 256, for the types that need these."""
-    return {"d_model": 256, "d_ff": 256, "n_heads": 8} if GGMLType(int(kind)).block_size == 256 else otherwise
+    return {"d_model": 256, "d_ff": 256, "n_heads": 8} if GGMLType(int(kind)).block_size >= 64 else otherwise
 
 
 def some_tokens(n: int, vocab_size: int = 300, seed: int = 7) -> list[int]:

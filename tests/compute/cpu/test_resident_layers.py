@@ -29,7 +29,7 @@ def limits(threads: int, *, batch_tokens: int = 24) -> Limits:
 
 def model(folder: Path, kind: Type, **shape: Any) -> TinyModel:
     shape = {"d_ff": 96 if kind.name.startswith("Q") else 90, "n_experts": 6, "top_k": 3} | shape
-    if GGMLType(int(kind)).block_size == 256:
+    if GGMLType(int(kind)).block_size >= 64:
         shape |= {"d_model": 256, "d_ff": 256, "n_heads": 8}
     elif kind.name in ("MXFP4", "IQ4_NL"):
         shape |= {"d_ff": 96}

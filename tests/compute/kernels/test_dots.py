@@ -26,6 +26,8 @@ def extreme_weights(kind: GGMLType, factors: tuple[float, ...]) -> U8:
         put_half(raw, quantize.Type(int(kind)), at, factor)
     if kind is GGMLType.MXFP4:
         raw[:, 0] = 128  # 2**0
+    if kind is GGMLType.NVFP4:
+        raw[:, :4] = 0x40  # 2, of which weights have half
     return raw
 
 
@@ -50,5 +52,5 @@ def test_the_largest_numbers_do_not_saturate(kind: GGMLType, factors: tuple[floa
         assert np.array_equal(got, want.astype(np.float32))
     else:
         assert np.allclose(got, want, rtol=2.0**-22, atol=0)
-    if kind is GGMLType.MXFP4 or factors[len(quantize.HALVES[quantize.Type(int(kind))]) - 1] == 1:
+    if kind in (GGMLType.MXFP4, GGMLType.NVFP4) or factors[len(quantize.HALVES[quantize.Type(int(kind))]) - 1] == 1:
         assert np.abs(want).max() >= 127 * kind.block_size  # there was something to add

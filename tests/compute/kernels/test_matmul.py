@@ -79,10 +79,10 @@ def magnitudes(kind: GGMLType, raw: U8, cols: int) -> F64:
 def tolerance(kind: GGMLType, raw: U8, x: F32) -> F64:
     """Return the bound of the error [n, rows]: one rounding for each term that is added, and a few for the factors.
 
-    A block adds up to three terms: one for each plane, and its minimum.
+    A block adds up to three terms: one for each plane, and its minimum; NVFP4 one for each 16 weights.
     """
     cols = x.shape[1]
-    additions = 3 * cols // kind.block_size if kind in BLOCKS else cols // 16
+    additions = 3 * cols // kind.block_size if kind in BLOCKS and kind is not GGMLType.NVFP4 else cols // 16
     size = np.abs(x.astype(np.float64)) @ magnitudes(kind, raw, cols).T
     return (additions + 8) * ROUNDING * size + 1e-38
 
@@ -191,6 +191,20 @@ def test_every_exponent_of_mxfp4(planes: int) -> None:
     want = np.stack([powers, -2 * powers]) * x.max()
     assert np.array_equal(got[:, 12:], want[:, 12:])
     assert np.allclose(got, want, rtol=0, atol=2.0**-139)  # of the smallest the product of both scales loses bits
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_every_scale_of_nvfp4(planes: int) -> None:
+    """Subnormal ones too; none stands for NaN, and 0x7F is 0."""
+    raw = np.zeros((256, 36), np.uint8)
+    raw[:, :4] = np.arange(256)[:, None] ^ np.arange(4)
+    raw[:, 4:] = 0xC2  # 2, and -4 in the high nibbles
+    x = np.zeros((8, 64), np.float32)
+    x[np.arange(8), 8 * np.arange(8)] = 127 * 2.0**-7
+    weights = decode(raw, gguf.GGMLQuantizationType.NVFP4)
+    assert (weights[0x7F, 0], weights[0xFF, 0], weights[1, 8]) == (0, 480, -4 * 2.0**-10)
+    got = product(GGMLType.NVFP4, raw, 256, x, planes=planes)
+    assert np.array_equal(got, (weights[:, ::8] * x.max()).T)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in FLOATS or HALVES[kind]], ids=lambda kind: kind.name)

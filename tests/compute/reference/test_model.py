@@ -21,7 +21,7 @@ from mer.compute.reference.blocks.feed_forward import silu
 from mer.compute.reference.blocks.norm import rms_norm
 from mer.compute.reference.blocks.router import route
 from mer.compute.reference.model import ReferenceModel
-from mer.compute.reference.products import dequantize, matmul_quantized, quantize_q8_0, quantize_q8_k
+from mer.compute.reference.products import dequantize, matmul_quantized, quantize_int8, quantize_q8_0, quantize_q8_k
 from mer.embedded import embedded_model_path
 from mer.io.extents import MATRIX_TYPES
 from mer.io.ggml import GGMLType
@@ -102,7 +102,7 @@ def test_integer_matmul_equals_the_product_of_what_the_integers_stand_for(kind: 
     block = kind.block_size
     rounded = x.astype(np.float64)
     if kind.block_size > 1:
-        q, scales = quantize_q8_k(x) if block == 256 else quantize_q8_0(x)
+        q, scales = quantize_int8(x, block)
         rounded = q.astype(np.float64) * np.repeat(scales, block, axis=1)
     want = rounded @ dequantize(kind, raw.tobytes(), (5, 512)).astype(np.float64).T
     got = matmul_quantized(kind, raw.tobytes(), x)
