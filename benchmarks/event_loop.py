@@ -22,6 +22,7 @@ from pathlib import Path
 import attrs
 import make_model
 import trio
+from shapes import SHAPES
 
 import mer
 from mer.engine import Prompt
@@ -30,16 +31,16 @@ from mer.testing import LoopWatch, watch_loop
 BAR_MS = 5.0
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SHAPE = attrs.evolve(
-    make_model.SHAPES["qwen3"],
-    layers=2,
-    d_model=64,
-    d_ff=64,
-    heads=2,
-    kv_heads=1,
-    head_dim=32,
-    experts=8,
-    top_k=2,
-    vocab=250_000,
+    SHAPES["qwen3"].changed(2, d_model=64, d_ff=64, experts=8, vocab=250_000),
+    keys=SHAPES["qwen3"].changed(2, d_model=64, d_ff=64, experts=8).keys
+    | {
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "rope.dimension_count": 32,
+        "expert_used_count": 2,
+    },
 )
 WORDS = " ".join(f"w{i * 7919 % 240_000}" for i in range(2000))
 SAMPLED = mer.Sampling(temperature=0.8, top_p=0.95, seed=1)

@@ -1,16 +1,19 @@
 """Write a GGUF file of a known model's shape with random weights, for benchmarks.
 
-Usage: python benchmarks/make_model.py FILE [--shape mixtral|qwen3] [--layers N] [--type q4_0|q4_k_m|q8_0] [--seed N]
+Usage: python benchmarks/make_model.py FILE [--shape NAME] [--layers N] [--type q4_0|q4_k_m|q8_0] [--seed N] [--empty]
 
-Shapes are those of Mixtral-8x7B and of Qwen3-30B-A3B, with fewer layers where so asked; each of --d-model, --d-ff,
---experts, --vocab changes one of them. Every block is valid, weights have mean 0 and the spread that keeps a residual
-stream as it is, so that routers choose as freely as in a trained model. `q4_k_m` is Q4_K with Q6_K for the output and
-for the down matrices of every other layer, as llama.cpp mixes them. Experts are merged into one tensor per projection.
+Shapes are those of `shapes.py`, with fewer layers where so asked; each of --d-model, --d-ff, --experts, --vocab changes
+one of them. Every block is valid, weights have mean 0 and the spread that keeps a residual stream as it is, so that
+routers choose as freely as in a trained model. `q4_k_m` is Q4_K with Q6_K for the output and for the down matrices of
+every other layer, as llama.cpp mixes them; rows that are no whole blocks fall back to Q5_0, Q8_0 and F32, as there.
+Experts are merged into one tensor per projection. With --empty the file has its header and a hole: enough for
+`mer plan` and `mer inspect`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,34 +22,13 @@ import attrs
 import gguf
 import numpy as np
 import numpy.typing as npt
+from shapes import SHAPES, Shape
+
+from mer.io.extents import round_up
 
 Kind = gguf.GGMLQuantizationType
 Bytes = npt.NDArray[np.uint8]
 Random = np.random.Generator
-
-
-@attrs.frozen
-class Shape:
-    """What a model's tensors are made of."""
-
-    arch: str
-    layers: int
-    d_model: int
-    d_ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    experts: int
-    top_k: int
-    vocab: int = 32000
-    context: int = 32768
-    head_norms: bool = False
-
-
-SHAPES = {
-    "mixtral": Shape("llama", 32, 4096, 14336, 32, 8, 128, 8, 2),
-    "qwen3": Shape("qwen3moe", 48, 2048, 768, 32, 4, 128, 128, 8, head_norms=True),
-}
 
 
 def halves(values: npt.ArrayLike, n: int) -> Bytes:
@@ -127,30 +109,38 @@ class Tensor:
             yield BLOCKS[self.kind](rng, n, self.std)
 
 
+FALLBACKS = {Kind.Q4_K: Kind.Q4_0, Kind.Q6_K: Kind.Q8_0}  # for rows that are no whole blocks of 256
+
+
+def kind_of(name: str, columns: int, mix: str) -> Kind:
+    """Return the type of a matrix by its place in the model."""
+    most, kv, output, half = MIXES[mix]
+    if "gate_inp" in name:
+        return Kind.F32
+    kind = most
+    if ".attn_k." in name or ".attn_v." in name:
+        kind = kv
+    elif name == "output.weight":
+        kind = output
+    elif "ffn_down_exps" in name and int(name.split(".")[1]) % 2 == 0:
+        kind = half
+    for candidate in (kind, FALLBACKS.get(kind, kind), Kind.Q8_0):
+        if columns % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
+    return Kind.F32
+
+
 def tensors(shape: Shape, mix: str) -> list[Tensor]:
     """Return all tensors of a model, in the order of a file."""
-    most, kv, output, half = MIXES[mix]
-    d, f, e, h = shape.d_model, shape.d_ff, shape.experts, shape.head_dim
-    q_rows, kv_rows = h * shape.heads, h * shape.kv_heads
-    found = [Tensor("token_embd.weight", (shape.vocab, d), most, 1.0)]
-    for layer in range(shape.layers):
-        name = f"blk.{layer}."
-        down = half if layer % 2 == 0 else most
-        found += [
-            Tensor(f"{name}attn_norm.weight", (d,)),
-            Tensor(f"{name}attn_q.weight", (q_rows, d), most, d**-0.5),
-            Tensor(f"{name}attn_k.weight", (kv_rows, d), kv, d**-0.5),
-            Tensor(f"{name}attn_v.weight", (kv_rows, d), kv, d**-0.5),
-            Tensor(f"{name}attn_output.weight", (d, q_rows), most, q_rows**-0.5),
-            Tensor(f"{name}ffn_norm.weight", (d,)),
-            Tensor(f"{name}ffn_gate_inp.weight", (e, d), std=d**-0.5),
-            Tensor(f"{name}ffn_gate_exps.weight", (e, f, d), most, d**-0.5),
-            Tensor(f"{name}ffn_up_exps.weight", (e, f, d), most, d**-0.5),
-            Tensor(f"{name}ffn_down_exps.weight", (e, d, f), down, f**-0.5),
-        ]
-        if shape.head_norms:
-            found += [Tensor(f"{name}attn_{which}_norm.weight", (h,)) for which in "qk"]
-    return [*found, Tensor("output_norm.weight", (d,)), Tensor("output.weight", (shape.vocab, d), output, d**-0.5)]
+    found = []
+    for tensor in shape.tensors():
+        if len(tensor.shape) == 1:
+            found.append(Tensor(tensor.name, tensor.shape, std=0.0 if tensor.name.endswith("weight") else 0.1))
+            continue
+        columns = tensor.shape[-1]
+        std = 1.0 if tensor.name == "token_embd.weight" else columns**-0.5
+        found.append(Tensor(tensor.name, tensor.shape, kind_of(tensor.name, columns, mix), std))
+    return found
 
 
 def write_vocabulary(writer: Any, n: int) -> None:
@@ -168,24 +158,20 @@ def write_vocabulary(writer: Any, n: int) -> None:
     writer.add_eos_token_id(2)
 
 
-def write(path: Path, shape: Shape, mix: str, seed: int = 0, template: str | None = None) -> None:
-    """Write a model, with a chat template if there is one."""
+def write(
+    path: Path, shape: Shape, mix: str, seed: int = 0, template: str | None = None, *, empty: bool = False
+) -> None:
+    """Write a model, with a chat template if there is one; its weights are a hole if it is to be empty."""
     writer = gguf.GGUFWriter(path, shape.arch)
-    writer.add_name(f"random {shape.arch}, {shape.layers} layers")
-    writer.add_block_count(shape.layers)
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.d_model)
-    writer.add_feed_forward_length(shape.d_ff)
-    writer.add_expert_feed_forward_length(shape.d_ff)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(1e6)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(shape.experts)
-    writer.add_expert_used_count(shape.top_k)
+    writer.add_name(f"random {shape.arch}, {shape.n_layers} layers")
+    add: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
+    for key, value in shape.metadata.items():
+        add[type(value)](key, value)
     writer.add_vocab_size(shape.vocab)
     writer.add_file_type(FILE_TYPES.get(mix, gguf.LlamaFileType.MOSTLY_Q8_0))
     write_vocabulary(writer, shape.vocab)
@@ -202,6 +188,11 @@ def write(path: Path, shape: Shape, mix: str, seed: int = 0, template: str | Non
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    if empty:
+        n_bytes = sum(round_up(int(np.prod(it.shape[:-1], dtype=np.int64)) * it.row_bytes, 32) for it in found)
+        writer.close()
+        os.truncate(path, round_up(path.stat().st_size, 32) + n_bytes)
+        return
     rng = np.random.default_rng(seed)
     for tensor in found:
         # a tensor is written in one piece, as the writer pads after each
@@ -216,12 +207,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mixtral")
     parser.add_argument("--type", choices=MIXES, default="q4_0")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--empty", action="store_true")
     for name in ("layers", "d-model", "d-ff", "experts", "vocab"):
         parser.add_argument(f"--{name}", type=int)
     arguments = parser.parse_args()
-    changes = {name: getattr(arguments, name) for name in ("layers", "d_model", "d_ff", "experts", "vocab")}
-    shape = attrs.evolve(SHAPES[arguments.shape], **{name: n for name, n in changes.items() if n is not None})
-    write(arguments.file, shape, arguments.type, arguments.seed)
+    changes = {name: getattr(arguments, name) for name in ("d_model", "d_ff", "experts", "vocab")}
+    shape = SHAPES[arguments.shape].changed(arguments.layers, **changes)
+    write(arguments.file, shape, arguments.type, arguments.seed, empty=arguments.empty)
 
 
 if __name__ == "__main__":
