@@ -134,7 +134,8 @@ class HeadNorms(enum.Enum):
 class Attention:
     """Causal grouped-query attention; query head h attends with kv head h // (H / G).
 
-    With `q_norm` and `k_norm` Q and K are normalized where `norms` says.
+    With `q_norm` and `k_norm` Q and K are normalized where `norms` says. With `sinks` a head's softmax has one more
+    logit, which takes its share and has no value (OpenAI 2025, "gpt-oss").
     """
 
     q: Linear  # [H * C, D]
@@ -151,6 +152,7 @@ class Attention:
     window: int | None  # positions that a token attends to, its own included; None: all before it
     scale: float  # what the products of queries and keys are multiplied by, 1 / sqrt(C) as a rule
     v_eps: float | None = None  # each head of V is normalized without a weight, with this eps
+    sinks: Tensor | None = None  # [H]
     # [H, D] or [H * C, D]: of what is attended, each head or each element is multiplied by the softplus of its row
     gate: Linear | None = None
 
@@ -163,6 +165,8 @@ class Attention:
                 yield norm.weight
         if self.rope.factors is not None:
             yield self.rope.factors
+        if self.sinks is not None:
+            yield self.sinks
         if self.gate is not None:
             yield from self.gate.tensors()
         yield from self.out.tensors()

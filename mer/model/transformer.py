@@ -176,6 +176,7 @@ class Trunk:
         qkv_bias: bool | None = False,
         out_bias: bool | None = False,
         scale: float | None = None,
+        sinks: bool = False,
     ) -> Attention:
         """Return a layer's attention; for the biases see `linear`. By default scores are divided by sqrt(C).
 
@@ -201,6 +202,7 @@ class Trunk:
             norms=norms,
             window=self.window,
             scale=c**-0.5 if scale is None else scale,
+            sinks=vector(f"{block}sinks.weight", self.n_heads) if sinks else None,
         )
 
     def feed_forward(

@@ -97,7 +97,10 @@ def _attention_floats(record: Attention, limits: Limits) -> int:
     heads, kv_heads = record.n_heads * record.head_dim, record.n_kv_heads * record.head_dim
     floats = t * (4 * heads + 4 * kv_heads)
     floats += 2 * record.n_heads * t * positions  # scores, if no fused attention takes them
-    return floats + 4 * limits.sequences * positions * kv_heads  # K and V, gathered
+    floats += 4 * limits.sequences * positions * kv_heads  # K and V, gathered
+    if record.sinks is not None:  # one more position, and a mask for each head
+        floats += 2 * record.n_heads * t * (positions + 1) + 2 * limits.sequences * (positions + 1) * kv_heads
+    return floats
 
 
 def _ffn_floats(record: FeedForward | Experts, limits: Limits) -> int:

@@ -8,6 +8,7 @@ are merged in order (as in flash decoding: Dao et al. 2023). Tiles that lie whol
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -112,11 +113,17 @@ def _merge(total, state, n_rows, padded, r, end):  # type: ignore[no-untyped-def
 
 
 @njit
-def _finish(state, n_rows, padded, c, group, n, out, out_stride):  # type: ignore[no-untyped-def]
-    """Write the results of n tokens: out is their first row, at the group's first head."""
+def _finish(state, n_rows, padded, c, group, n, out, out_stride, sinks):  # type: ignore[no-untyped-def]
+    """Write the results of n tokens: out is their first row, at the group's first head; sinks are its heads', or 0.
+
+    A sink joins the total of all positions here, and no span's, so that it counts once however these are divided.
+    """
     for r in range(n * group):
         target = out + r // group * out_stride + 4 * c * (r % group)
         total = load_f32(state, n_rows * padded + n_rows + r)
+        if sinks != 0:
+            above = np.float64(load_f32(sinks, r % group)) - np.float64(load_f32(state, n_rows * padded + r))
+            total += np.float32(math.exp(above))  # infinite where nothing is left for the positions
         for i in range(c):
             store_f32(target, i, load_f32(state, r * padded + i) / total)
 
@@ -141,7 +148,8 @@ class AttentionWords(Words):
     q (float32 [T, H, C padded to 16]), n (T), heads (H << 32 | G), c, scale (address), kv (the layer's tiles in block
     0), block_bytes, positions, sequences (int32 [T]), table (int32), max_blocks, out (float32 [T, H * C]), out_stride
     (bytes), scratch, scratch_stride (`thread_bytes`), window (positions that a token attends to, its own included, or
-    0), split (`split_tokens`), counters (`split_bytes`; the first 4 split G are counters and zero).
+    0), split (`split_tokens`), counters (`split_bytes`; the first 4 split G are counters and zero), sinks (float32 [H],
+    or 0).
     """
 
     q: int
@@ -162,6 +170,7 @@ class AttentionWords(Words):
     window: int
     split: int
     counters: int
+    sinks: int
 
 
 ATTEND = columns(AttentionWords)
@@ -179,6 +188,7 @@ def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
     out0, out_stride = load_i64(row, ATTEND.out), load_i64(row, ATTEND.out_stride)
     scratch = load_i64(row, ATTEND.scratch) + thread * load_i64(row, ATTEND.scratch_stride)
     window, split, counters = load_i64(row, ATTEND.window), load_i64(row, ATTEND.split), load_i64(row, ATTEND.counters)
+    sinks = load_i64(row, ATTEND.sinks)
     h, g = heads >> 32, heads & 0xFFFFFFFF
     group = h // g  # heads that go through a tile together: one by one, each would read it again
     q_head, padded = (c + 15) // 16 * 64, (c + 31) // 32 * 32
@@ -242,7 +252,8 @@ def _attention(row, thread, n_threads, kind):  # type: ignore[no-untyped-def]
                 for span in range(lowest, highest + 1):
                     _merge(total, mine + part_size * span, n_rows, padded, 0, group)
             out = out0 + t * out_stride + 4 * c * head * group
-            _finish(total, n_rows, padded, c, group, run, out, out_stride)
+            own_sinks = sinks + 4 * head * group if sinks != 0 else 0
+            _finish(total, n_rows, padded, c, group, run, out, out_stride, own_sinks)
             t += run
 
 

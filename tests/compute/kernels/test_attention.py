@@ -44,6 +44,7 @@ class Shape:
     norms_last: bool = False  # after RoPE
     kind: int = F32_KIND
     window: int = 0
+    sinks: bool = False
 
     @property
     def padded(self) -> int:
@@ -150,12 +151,23 @@ class Layer:
             run_step(
                 ATTENTION[shape.kind], address(q), n, shape.heads << 32 | shape.kv_heads, shape.head_dim, scale,
                 address(self.kv), self.kv[0].nbytes, *where, address(out), out_stride, address(scratch), scratch_stride,
-                shape.window, split, address(states), n_threads=n_threads,
+                shape.window, split, address(states), areas.put(sinks_of(shape)) if shape.sinks else 0,
+                n_threads=n_threads,
             )  # fmt: skip
         areas.check()
         self.areas.check()
         assert np.isnan(out[:, width:]).all()
         return out[:, :width].reshape(n, shape.heads, shape.head_dim).copy()
+
+
+def sinks_of(shape: Shape) -> F32:
+    """Return a sink for each head: some that take nearly everything, some next to nothing."""
+    return (2 + 5 * np.random.default_rng(9).normal(size=shape.heads)).astype(np.float32)
+
+
+def attended(shape: Shape, q: F64, keys: F64, values: F64) -> F64:
+    """Return the reference's attention of a layer."""
+    return attention(q, keys, values, shape.window or None, sinks=sinks_of(shape) if shape.sinks else None)
 
 
 def rotated(shape: Shape, sequence: Sequence, norms: F32 | None = None) -> tuple[F64, F64]:
@@ -210,7 +222,7 @@ def close(got: F32, want: F64, kind: int = F32_KIND) -> bool:
 
 
 shapes = st.builds(
-    lambda kv, group, half, rope, style, norms, norms_last, kind, window: Shape(
+    lambda kv, group, half, rope, style, norms, norms_last, kind, window, sinks: Shape(
         heads=kv * group,
         kv_heads=kv,
         head_dim=32 * (1 + half % 2) if kind == Q8_0_KIND else 2 * half,
@@ -220,6 +232,7 @@ shapes = st.builds(
         norms_last=norms_last,
         kind=kind,
         window=window,
+        sinks=sinks,
     ),
     st.integers(1, 3),
     st.sampled_from([1, 2, 3, 4, 6, 8, 9, 15]),
@@ -230,6 +243,7 @@ shapes = st.builds(
     st.booleans(),
     st.sampled_from(KINDS),
     st.sampled_from([0, 0, 1, 7, 63, 64, 65, 100, 129, 1000]),
+    st.booleans(),
 )
 LENGTHS = [1, 2, 63, 64, 65, 129, 200, SPAN + 1, 2 * SPAN + 70]
 
@@ -252,7 +266,7 @@ def test_any_layer_in_two_chunks(shape: Shape, length: int, n_threads: int, data
     assert np.array_equal(values, round_kv(sequence.v.astype(np.float64), NAMES[shape.kind]))
     near = {F32_KIND: 3e-6, F16_KIND: 2.0**-10, Q8_0_KIND: 1 / 127}[shape.kind]  # a rounding may go the other way
     assert (np.abs(keys - round_kv(k, NAMES[shape.kind])) <= near * (1 + np.abs(k).max())).all()
-    assert close(got, attention(q, keys, values, shape.window or None), shape.kind)
+    assert close(got, attended(shape, q, keys, values), shape.kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -291,6 +305,26 @@ def test_keys_and_values_lie_where_the_table_says(style: RopeStyle, head_dim: in
 
 
 VALUES = [0.0, -0.0, 1.0, -1.5, 65504.0, 65519.9, 65520.0, -7e4, 2.0**-14, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 1e-30]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [0, 100])
+def test_sinks_count_once_however_positions_are_divided(kind: int, window: int) -> None:
+    """By spans, in parts that are merged, and in several passes of a span; each head has its own."""
+    shape = Shape(
+        heads=6, kv_heads=2, head_dim=32, rope_dim=8, style=RopeStyle.NEOX, kind=kind, window=window, sinks=True
+    )
+    length = 2 * SPAN + 70
+    n_blocks = -(-length // KV_TILE)
+    sequence = Sequence.random(shape, length, list(range(n_blocks)), np.random.default_rng(5))
+    layer = Layer(shape, n_blocks, n_blocks)
+    whole = layer.run([(sequence, 0, length)], 2, split=0)[0]
+    keys, values = cached(layer, sequence.table, length)
+    want = attended(shape, rotated(shape, sequence)[0], keys, values)
+    assert close(whole, want, kind)
+    assert not close(whole, attention(rotated(shape, sequence)[0], keys, values, window or None), kind)
+    last = layer.run([(sequence, length - 2, length)], 3, split=2)[0]
+    assert np.array_equal(last, whole[-2:])
 
 
 def test_half_floats_round_as_ieee_says() -> None:

@@ -177,6 +177,7 @@ class AttentionBlock:
                 window=record.window or 0,
                 split=limits.split_tokens(record.n_kv_heads),
                 counters=a["attention_parts"],
+                sinks=0 if record.sinks is None else space.weights.vector(record.sinks.name),  # [H]
             )
         )
         program.barrier()

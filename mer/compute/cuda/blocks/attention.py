@@ -46,7 +46,8 @@ class AttentionBlock:
         if record.norms is HeadNorms.AFTER:
             q, k = self._normalized(q, k)
         self._cache.store(inputs, k, v)
-        out = attend(record, self._cache, inputs, q, masks)
+        sinks = None if record.sinks is None else tools.weights.vector(record.sinks.name)
+        out = attend(record, self._cache, inputs, q, masks, sinks)
         if record.gate is not None:
             gates = functional.softplus(tools.linear(record.gate, h))
             out = (out.unflatten(1, (gates.shape[1], -1)) * gates[:, :, None]).flatten(1)
@@ -58,8 +59,10 @@ class AttentionBlock:
         return q, k
 
 
-def attend(record: Attention, cache: LayerCache, inputs: Inputs, q: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Return causal grouped-query attention [T, H * C] of q [T, H, C] over the cache.
+def attend(
+    record: Attention, cache: LayerCache, inputs: Inputs, q: Tensor, masks: Sequence[Tensor], sinks: Tensor | None
+) -> Tensor:
+    """Return causal grouped-query attention [T, H * C] of q [T, H, C] over the cache, with sinks [H] or without.
 
     Query heads that share a kv head are rows of one product: their number and the rows' order are no matter to it.
     """
@@ -72,10 +75,30 @@ def attend(record: Attention, cache: LayerCache, inputs: Inputs, q: Tensor, mask
         query = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, G, share * n, C]
         k, v = (cache.gathered(number, group.table) for number in (0, 1))
         every = mask.repeat(1, share, 1)[:, None]  # [S, 1, share * n, positions]
+        if sinks is not None:
+            k, v, every = with_sinks(sinks.view(kv_heads, share).repeat_interleave(n, 1), k, v, every)
         attended = functional.scaled_dot_product_attention(query, k, v, attn_mask=every, scale=record.scale)
         back = attended.unflatten(2, (share, n)).permute(0, 3, 1, 2, 4)  # [S, n, G, share, C]
         out[group.rows] = back.reshape(rows * n, record.n_heads, record.head_dim)
     return out.flatten(1)
+
+
+def with_sinks(sinks: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys and values with one more position, both zero, and a mask that gives it the score of each row's sink.
+
+    The product has no sinks of its own. What it adds to the scores is the mask: minus infinity where nothing is seen.
+
+    Args:
+        sinks: of each row, [G, rows].
+        k: keys [S, G, positions, C].
+        v: values of the same shape.
+        mask: what a row sees, bool [S, 1, rows, positions].
+    """
+    k, v = (functional.pad(part, (0, 0, 0, 1)) for part in (k, v))
+    seen = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, -torch.inf)
+    seen = seen.expand(-1, len(sinks), -1, -1)
+    last = sinks.to(k.dtype)[None, :, :, None].expand(len(seen), -1, -1, -1)
+    return k, v, torch.cat([seen, last], -1)
 
 
 def rotated(rope: Rope, x: Tensor, angles: Tensor) -> Tensor:

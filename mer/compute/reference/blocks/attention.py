@@ -35,7 +35,8 @@ def attend(record: Attention, weights: Weights, x: F64, kv_type: KVType) -> F64:
     if record.norms is HeadNorms.AFTER:
         q, k = normalized(q, k)
     k, v = (round_kv(a, kv_type) for a in (k, v))
-    out = attention(q, k, v, record.window, scale=record.scale)
+    sinks = None if record.sinks is None else weights.vector(record.sinks.name)
+    out = attention(q, k, v, record.window, scale=record.scale, sinks=sinks)
     if record.gate is not None:
         gates = np.logaddexp(0, weights.linear(record.gate, x))
         out = out * gates.reshape(len(x), record.n_heads, -1)
@@ -101,12 +102,20 @@ def round_kv(x: F64, kv_type: KVType) -> F64:
     return out
 
 
-def attention(q: F64, k: F64, v: F64, window: int | None = None, *, scale: float | None = None) -> F64:
+def attention(
+    q: F64,
+    k: F64,
+    v: F64,
+    window: int | None = None,
+    *,
+    scale: float | None = None,
+    sinks: npt.ArrayLike | None = None,
+) -> F64:
     """Return causal grouped-query attention [T, H, C] of the last T of S positions.
 
     Queries q [T, H, C] meet keys and values k, v [S, G, C]. Query head h attends
     with kv head h // (H / G); scores are multiplied by `scale`, by default 1 / sqrt(C). With a window, each attends
-    to that many positions, its own included.
+    to that many positions, its own included. With `sinks` [H], a key without a value has these scores.
     """
     n_tokens, n_heads, head_dim = q.shape
     n_positions, n_kv_heads, _ = k.shape
@@ -116,5 +125,9 @@ def attention(q: F64, k: F64, v: F64, window: int | None = None, *, scale: float
     positions = np.arange(n_positions)
     ahead = positions[None, :] - positions[n_positions - n_tokens :, None]  # [T, S]
     unseen = (ahead > 0) | (ahead <= -(window or n_positions))
-    out: F64 = np.einsum("hts,shc->thc", softmax(np.where(unseen, -np.inf, scores)), values)
+    scores = np.where(unseen, -np.inf, scores)
+    if sinks is not None:
+        column = np.broadcast_to(np.asarray(sinks, np.float64)[:, None, None], (n_heads, n_tokens, 1))
+        scores = np.concatenate([scores, column], -1)
+    out: F64 = np.einsum("hts,shc->thc", softmax(scores)[..., :n_positions], values)
     return out
