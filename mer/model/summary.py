@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from mer.model.operators import Attention, Experts, FeedForward
+import attrs
+
+from mer.model.operators import GEGLU, SWIGLU, Attention, Experts, ExpertWeights, FeedForward
 from mer.model.spec import ModelSpec
 
 T = TypeVar("T")
@@ -16,6 +18,7 @@ def summary(spec: ModelSpec) -> dict[str, Any]:
     mixers = [layer.mixer for layer in spec.layers]
     experts = list(spec.routed.values())
     dense = [layer.ffn.gate.rows for layer in spec.layers if isinstance(layer.ffn, FeedForward)]
+    networks = [it.ffn if isinstance(it.ffn, FeedForward) else it.ffn.weights for it in spec.layers]
 
     def mixer(read: Callable[[Attention], Any]) -> Any:
         return _agreed(map(read, mixers))
@@ -32,6 +35,8 @@ def summary(spec: ModelSpec) -> dict[str, Any]:
         "shared_d_ff": routed(lambda it: None if it.shared is None else it.shared.gate.rows),
         "n_experts": spec.n_experts,
         "top_k": spec.top_k,
+        "activation": _agreed(map(_activation, networks)),
+        "expert_bias": routed(lambda it: bool(it.weights.biases)),
         "routing": routed(lambda it: it.router.routing.scoring.value),
         "n_heads": mixer(lambda it: it.n_heads),
         "n_kv_heads": mixer(lambda it: it.n_kv_heads),
@@ -45,9 +50,18 @@ def summary(spec: ModelSpec) -> dict[str, Any]:
         "rope_style": mixer(lambda it: it.rope.style.value),
         "qk_norm": mixer(lambda it: it.q_norm is not None),
         "qkv_bias": mixer(lambda it: it.q.bias is not None),
+        "rope_yarn": mixer(lambda it: None if it.rope.yarn is None else it.rope.yarn.factor),
+        "sinks": mixer(lambda it: it.sinks is not None),
         "sliding_window": mixer(lambda it: it.window),
         "tied_head": spec.tied_head,
     }
+
+
+def _activation(network: FeedForward | ExpertWeights) -> str:
+    """Return an activation's name, or its numbers where it has none."""
+    record = network.activation
+    names = {SWIGLU: "swiglu", GEGLU: "geglu"}
+    return names.get(record) or ", ".join(f"{name} {number:g}" for name, number in attrs.asdict(record).items())
 
 
 def _agreed(values: Iterable[T]) -> T | list[T] | None:

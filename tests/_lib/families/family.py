@@ -168,6 +168,8 @@ def random_state(model: Any, seed: int) -> None:
         shape = tuple(tensor.shape)
         if "norm" in name and len(shape) == 1 and not name.endswith("bias"):
             values = 1 + 0.25 * rng.normal(size=shape)
+        elif "gate_up_proj_bias" in name:
+            values = 4 * rng.normal(size=shape)  # clamps of gate and up are to clamp
         elif len(shape) <= 1 or name.endswith("bias"):
             values = 0.4 * rng.normal(size=shape)
         elif "embed_tokens" in name:
@@ -228,6 +230,7 @@ def write(
     metadata: Mapping[str, Any] | None = None,
     fused: bool = False,
     predicting: bool = False,
+    expert_type: Type | None = None,
 ) -> FamilyModel:
     """Write a family's tiny model and return it.
 
@@ -239,6 +242,7 @@ def write(
         weight_type: of the matrices whose rows are whole blocks of it; of the router never.
         metadata: more keys, under their full names.
         fused: as if the family's files were.
+        expert_type: of the routed experts, where it is another.
         predicting: add a block that predicts further tokens: the last layer again, and what such blocks have beside.
     """
     model = build(family, seed, variant)
@@ -263,7 +267,7 @@ def write(
     if predicting:
         tensors |= predictor(tensors, config)
     for target, array in tensors.items():
-        kind = weight_type
+        kind = expert_type if expert_type is not None and "_exps." in target else weight_type
         if array.ndim == 1 or "gate_inp" in target or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = Type.F32
         if target.endswith(".bias"):

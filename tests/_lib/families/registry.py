@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests._lib.families import dense, experts, gemma, mixtures
+from tests._lib.families import dense, experts, gemma, gpt_oss, mixtures
 from tests._lib.families.family import Family
 
 FAMILIES: Final[tuple[Family, ...]] = (
@@ -27,6 +27,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     experts.GRANITE_MOE,
     experts.GRANITE_SHARED,
     gemma.GEMMA4,
+    gpt_oss.GPT_OSS,
 )
 
 CASES: Final[tuple[tuple[Family, str | None], ...]] = tuple(
