@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-from mer.model.operators import GEGLU, SWIGLU, Attention, Experts, ExpertWeights, FeedForward
+from mer.model.operators import GEGLU, SWIGLU, Attention, Experts, ExpertWeights, FeedForward, Router
 from mer.model.spec import ModelSpec
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ def summary(spec: ModelSpec) -> dict[str, Any]:
     return {
         "n_layers": len(spec.layers),
         "n_routed_layers": spec.n_routed,
+        "n_skipped_layers": spec.n_skipped,
         "d_model": spec.d_model,
         "d_ff": routed(lambda it: it.d_ff),
         "dense_d_ff": _agreed(dense),
@@ -37,7 +38,7 @@ def summary(spec: ModelSpec) -> dict[str, Any]:
         "top_k": spec.top_k,
         "activation": _agreed(map(_activation, networks)),
         "expert_bias": routed(lambda it: bool(it.weights.biases)),
-        "routing": routed(lambda it: it.router.routing.scoring.value),
+        "routing": routed(lambda it: _routing(it.router)),
         "n_heads": mixer(lambda it: it.n_heads),
         "n_kv_heads": mixer(lambda it: it.n_kv_heads),
         "head_dim": mixer(lambda it: it.head_dim),
@@ -62,6 +63,21 @@ def _activation(network: FeedForward | ExpertWeights) -> str:
     record = network.activation
     names = {SWIGLU: "swiglu", GEGLU: "geglu"}
     return names.get(record) or ", ".join(f"{name} {number:g}" for name, number in attrs.asdict(record).items())
+
+
+def _routing(router: Router) -> str:
+    """Return in words how experts are chosen and weighed."""
+    routing = router.routing
+    parts = [routing.scoring.value]
+    if router.selection_bias is not None:
+        parts.append("chosen with a bias")
+    if routing.groups is not None:
+        parts.append(f"within {routing.groups.used} of {routing.groups.count} groups")
+    if routing.normalize:
+        parts.append("normalized")
+    if routing.scale != 1:
+        parts.append(f"times {routing.scale:g}")
+    return ", ".join(parts)
 
 
 def _agreed(values: Iterable[T]) -> T | list[T] | None:

@@ -13,6 +13,7 @@ from mer.compute.reference.model import ReferenceModel
 from mer.errors import GGUFError, UnsupportedModel
 from mer.io.gguf import read_gguf
 from mer.model.loading import Model, check_model
+from mer.model.summary import summary
 from tests._lib.families import experts
 from tests._lib.families.family import VOCAB, Family, Type, write
 from tests._lib.resident import batch
@@ -89,6 +90,7 @@ def test_blocks_that_predict_further_tokens_are_neither_run_nor_counted(tmp_path
     a, b = loaded(plain.path), loaded(more.path)
     assert "blk.3.nextn.eh_proj.weight" in b.gguf.tensors
     assert (len(b.spec.layers), b.spec.n_skipped) == (3, 1)
+    assert summary(b.spec)["n_skipped_layers"] == 1
     assert a.dense.keys() == b.dense.keys()
     assert a.experts.shape == b.experts.shape
     assert a.experts.total_bytes == b.experts.total_bytes

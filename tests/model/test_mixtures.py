@@ -14,6 +14,7 @@ from mer.model.loading import check_model
 from mer.model.operators import FeedForward, Groups, HeadNorms, Routing, Scoring
 from mer.model.registry import model_spec
 from mer.model.spec import ModelSpec
+from mer.model.summary import summary
 from tests._lib.families import mixtures
 from tests._lib.families.family import Family, write
 
@@ -111,6 +112,15 @@ def test_weights_that_are_not_normalized_are_refused_where_they_always_are(
     assert routing(model_spec(with_keys(files[arch], expert_weights_norm=True))).normalize
     with pytest.raises(UnsupportedModel, match="expert_weights_norm"):
         model_spec(with_keys(files[arch], expert_weights_norm=False))
+
+
+def test_the_summary_says_how_experts_are_chosen(files: dict[str, GGUFFile]) -> None:
+    def words(arch: str) -> object:
+        return summary(model_spec(files[arch]))["routing"]
+
+    assert words("bailingmoe2") == "sigmoid, chosen with a bias, within 2 of 3 groups, normalized, times 1.75"
+    assert words("ernie4_5-moe") == "softmax over all, chosen with a bias, normalized"
+    assert words("mellum") == "softmax over the chosen"
 
 
 def test_layers_are_dense_up_to_the_first_and_between_those_with_experts(files: dict[str, GGUFFile]) -> None:

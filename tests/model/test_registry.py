@@ -32,6 +32,7 @@ def test_a_mixtral_file_gives_its_specification(tmp_path: Path) -> None:
     assert summary(spec_of(path)) == {
         "n_layers": 2,
         "n_routed_layers": 2,
+        "n_skipped_layers": 0,
         "d_model": 96,
         "d_ff": 160,
         "dense_d_ff": None,
@@ -65,6 +66,7 @@ def test_a_qwen3moe_file_gives_its_specification(tmp_path: Path) -> None:
     assert summary(spec_of(path)) == {
         "n_layers": 2,
         "n_routed_layers": 2,
+        "n_skipped_layers": 0,
         "d_model": 96,
         "d_ff": 160,  # the experts', not feed_forward_length
         "dense_d_ff": None,
