@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,7 @@ BILLIONS = {
 def shapes() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        import shapes
-
-        yield shapes
+        yield importlib.import_module("shapes")
         sys.modules.pop("shapes")
 
 
