@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import attrs
 
 from mer.compute.cpu.program import Memory, Program
+from mer.compute.kernels.blocks import BlockFormat
 from mer.compute.kernels.entry import flags
 from mer.compute.kernels.interleave import FIELDS, ROWS
 from mer.compute.kernels.matmul import block_format, matmul_step
 from mer.compute.kernels.pack import pack
 from mer.compute.kernels.step import Row
-from mer.compute.kernels.tile import BlockFormat
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType
 

@@ -13,8 +13,8 @@ from mer.compute.cpu.matrix import FLOAT_BYTES, PackedArea
 from mer.compute.cpu.program import Memory
 from mer.compute.kernels.activation import NUMBERS
 from mer.compute.kernels.attention import split_tokens
+from mer.compute.kernels.blocks import BlockFormat
 from mer.compute.kernels.matmul import block_format
-from mer.compute.kernels.tile import BlockFormat
 from mer.config import KVType
 from mer.io.extents import round_up
 from mer.io.ggml import GGMLType

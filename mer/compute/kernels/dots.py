@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llvmlite import binding, ir
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.ir import I1, call, const
 from mer.compute.kernels.lanes import PAIRS, QUADS, WORDS
 from mer.compute.kernels.target import FORM, Form
-
-if TYPE_CHECKING:
-    from mer.compute.kernels.tile import ActivationColumn
 
 _ACTIVATION = 127  # the largest magnitude of an int8 activation
 # LLVM 22 gives the operands of vpdpbusd the type that they have

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import widen_half
 from mer.compute.kernels.lanes import SHORTS, TilePiece, lookup16
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, accumulate_block, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, accumulate_block, matmul_rows
 
 KIND = 20  # ggml type id
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.iq4_nl import OFFSET, VALUES
@@ -20,7 +21,7 @@ from mer.compute.kernels.lanes import WORDS, TilePiece, half_pair, lookup16
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import Part, add_planes, integer_sums, shifted, times
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, matmul_rows
 
 KIND = 23  # ggml type id
 _SCALES, _LOW = 64, 128  # byte offsets in the tile block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mer.compute.kernels.blocks import BlockFormat
 from mer.compute.kernels.floats import matmul_bf16, matmul_f16, matmul_f32
 from mer.compute.kernels.iq1_m import interleave_iq1_m, matmul_iq1_m, matmul_iq1_m_a15
 from mer.compute.kernels.iq1_s import interleave_iq1_s, matmul_iq1_s, matmul_iq1_s_a15
@@ -25,7 +26,7 @@ from mer.compute.kernels.q5_k import interleave_q5_k, matmul_q5_k, matmul_q5_k_a
 from mer.compute.kernels.q6_k import interleave_q6_k, matmul_q6_k, matmul_q6_k_a15
 from mer.compute.kernels.q8_0 import interleave_q8_0, matmul_q8_0, matmul_q8_0_a15
 from mer.compute.kernels.step import Step
-from mer.compute.kernels.tile import FORMATS, BlockFormat
+from mer.compute.kernels.tile import FORMATS
 
 # {ggml type id: step}; a quantized type also registers its BlockFormat in FORMATS
 STEPS: dict[int, Step] = {

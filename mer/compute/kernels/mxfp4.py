@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const
 from mer.compute.kernels.lanes import BYTES, FLOATS, WORDS, TilePiece, lookup16
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, accumulate_block, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, accumulate_block, matmul_rows
 
 KIND = 39  # ggml type id
 VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)

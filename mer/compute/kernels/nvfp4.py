@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Place, Quants, dots
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const, fma
 from mer.compute.kernels.lanes import FLOATS, PAIRS, QUADS, WORDS, TilePiece, lookup16
 from mer.compute.kernels.mxfp4 import OFFSET, VALUES
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, joined, matmul_rows
 
 KIND = 40  # ggml type id
 _NIBBLES = 64  # byte offset in the tile block

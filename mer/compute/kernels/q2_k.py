@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const
@@ -27,7 +28,7 @@ from mer.compute.kernels.super_block import (
     subtract_minima,
     times,
 )
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, joined, matmul_rows
 
 KIND = 10  # ggml type id
 _SCALES, _LOW = 64, 320  # byte offsets in the tile block

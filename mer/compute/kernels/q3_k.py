@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import I16, const, splat, widen_half
@@ -27,7 +28,7 @@ from mer.compute.kernels.super_block import (
     shifted,
     times,
 )
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, joined, matmul_rows
 
 KIND = 11  # ggml type id
 _HIGH, _LOW, _SCALES = 32, 544, 1568  # byte offsets in the tile block

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import fma, widen_half
 from mer.compute.kernels.lanes import FLOATS, SHORTS, TilePiece
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, block_dot, joined, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, block_dot, joined, matmul_rows
 
 KIND = 3  # ggml type id
 

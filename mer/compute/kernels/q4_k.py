@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const, i64
@@ -25,7 +26,7 @@ from mer.compute.kernels.super_block import (
     subtract_minima,
     times,
 )
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, matmul_rows
 
 KIND = 12  # ggml type id
 _SCALES = 64  # byte offset in the tile block

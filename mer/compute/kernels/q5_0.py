@@ -10,13 +10,14 @@ from typing import Any
 
 from llvmlite import ir
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import I32, const, widen_half
 from mer.compute.kernels.lanes import QUADS, SHORTS, TilePiece
 from mer.compute.kernels.q4_0 import nibbles
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, accumulate_block, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, accumulate_block, matmul_rows
 
 KIND = 6  # ggml type id
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.lanes import TilePiece, half_pair
 from mer.compute.kernels.q4_1 import add_with_minimum
 from mer.compute.kernels.q5_0 import five_bits
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, block_dot, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, block_dot, matmul_rows
 
 KIND = 7  # ggml type id
 

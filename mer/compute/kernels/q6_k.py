@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import const, widen_half
 from mer.compute.kernels.lanes import BYTES, PAIRS, QUADS, SHORTS, WORDS, TilePiece
 from mer.compute.kernels.step import step
 from mer.compute.kernels.super_block import Part, add_planes, begin_of_halves, halves, integer_sums, times
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, matmul_rows
 
 KIND = 14  # ggml type id
 _SCALES, _LOW, _HIGH = 32, 288, 2336  # byte offsets in the tile block

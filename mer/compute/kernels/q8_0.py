@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Quants
 from mer.compute.kernels.interleave import InterleaveWords, interleave_rows
 from mer.compute.kernels.ir import widen_half
 from mer.compute.kernels.lanes import QUADS, SHORTS, TilePiece
 from mer.compute.kernels.step import step
-from mer.compute.kernels.tile import FORMATS, ActivationColumn, TileProductWords, accumulate_block, matmul_rows
+from mer.compute.kernels.tile import FORMATS, TileProductWords, accumulate_block, matmul_rows
 
 KIND = 8  # ggml type id
 

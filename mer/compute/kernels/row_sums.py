@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from llvmlite import ir
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.code_books import V32I8
 from mer.compute.kernels.dots import dot2
 from mer.compute.kernels.interleave import ROWS
@@ -25,7 +26,7 @@ from mer.compute.kernels.lanes import FLOATS, PAIRS, ROW_LANES, SHORTS, WORDS, T
 from mer.compute.kernels.numba_api import cgutils
 from mer.compute.kernels.super_block import add_planes, shifted, times
 from mer.compute.kernels.target import FORM, Form
-from mer.compute.kernels.tile import ActivationColumn, joined
+from mer.compute.kernels.tile import joined
 
 GROUPS, GROUP = 8, 32  # groups of a super-block, and weights of one
 _FEW = 2  # columns times planes for which the code is long rather than a loop

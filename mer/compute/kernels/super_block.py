@@ -14,12 +14,13 @@ import itertools
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from mer.compute.kernels.blocks import ActivationColumn
 from mer.compute.kernels.dots import Place, Quants, add_scaled_dots, dot2
 from mer.compute.kernels.interleave import ROWS
 from mer.compute.kernels.ir import I32, I64, const, fma, i64, splat
 from mer.compute.kernels.lanes import FLOATS, PAIRS, WORDS, TilePiece
 from mer.compute.kernels.numba_api import cgutils
-from mer.compute.kernels.tile import PLANE_SHIFT, ActivationColumn, joined
+from mer.compute.kernels.tile import PLANE_SHIFT, joined
 
 TURNS = 4
 
