@@ -1,6 +1,6 @@
 """Write a GGUF file of a known model's shape with random weights, for benchmarks.
 
-Usage: python benchmarks/make_model.py FILE [--shape NAME] [--layers N] [--type q4_0|q4_k_m|q8_0] [--seed N] [--empty]
+Usage: python benchmarks/make_model.py FILE [--shape NAME] [--layers N] [--type TYPE] [--seed N] [--empty]
 
 Shapes are those of `shapes.py`, with fewer layers where so asked; each of --d-model, --d-ff, --experts, --vocab changes
 one of them. Every block is valid, weights have mean 0 and the spread that keeps a residual stream as it is, so that
@@ -68,16 +68,24 @@ def q6_k(rng: Random, n: int, std: float) -> Bytes:
     return np.concatenate([bits, sub.view(np.uint8), halves(std / (18.5 * 104.0), n)], axis=1)
 
 
+def mxfp4(rng: Random, n: int, std: float) -> Bytes:
+    """Return random blocks of MXFP4: the exponent of a scale, 32 four-bit floats; all of one scale, a power of two."""
+    exponent = np.full((n, 1), 127 + round(float(np.log2(std / 2.78))), np.uint8)  # 2.78: the values' spread
+    return np.concatenate([exponent, rng.integers(0, 256, (n, 16), dtype=np.uint8)], axis=1)
+
+
 BLOCKS: dict[Kind, Callable[[Random, int, float], Bytes]] = {
     Kind.Q4_0: q4_0,
     Kind.Q8_0: q8_0,
     Kind.Q4_K: q4_k,
     Kind.Q6_K: q6_k,
+    Kind.MXFP4: mxfp4,
 }
-MIXES = {  # type: (most matrices, keys and values, output, down matrices of every other layer)
-    "q4_0": (Kind.Q4_0, Kind.Q8_0, Kind.Q8_0, Kind.Q4_0),
-    "q4_k_m": (Kind.Q4_K, Kind.Q4_K, Kind.Q6_K, Kind.Q6_K),
-    "q8_0": (Kind.Q8_0, Kind.Q8_0, Kind.Q8_0, Kind.Q8_0),
+MIXES = {  # type: (most matrices, keys and values, output, experts, experts' down matrices of every other layer)
+    "q4_0": (Kind.Q4_0, Kind.Q8_0, Kind.Q8_0, Kind.Q4_0, Kind.Q4_0),
+    "q4_k_m": (Kind.Q4_K, Kind.Q4_K, Kind.Q6_K, Kind.Q4_K, Kind.Q6_K),
+    "q8_0": (Kind.Q8_0, Kind.Q8_0, Kind.Q8_0, Kind.Q8_0, Kind.Q8_0),
+    "mxfp4": (Kind.Q8_0, Kind.Q8_0, Kind.Q8_0, Kind.MXFP4, Kind.MXFP4),
 }
 FILE_TYPES = {"q4_0": gguf.LlamaFileType.MOSTLY_Q4_0, "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M}
 
@@ -114,7 +122,7 @@ FALLBACKS = {Kind.Q4_K: Kind.Q4_0, Kind.Q6_K: Kind.Q8_0}  # for rows that are no
 
 def kind_of(name: str, columns: int, mix: str) -> Kind:
     """Return the type of a matrix by its place in the model."""
-    most, kv, output, half = MIXES[mix]
+    most, kv, output, experts, half = MIXES[mix]
     if "gate_inp" in name:
         return Kind.F32
     kind = most
@@ -122,8 +130,8 @@ def kind_of(name: str, columns: int, mix: str) -> Kind:
         kind = kv
     elif name == "output.weight":
         kind = output
-    elif "ffn_down_exps" in name and int(name.split(".")[1]) % 2 == 0:
-        kind = half
+    elif "_exps" in name:
+        kind = half if "down" in name and int(name.split(".")[1]) % 2 == 0 else experts
     for candidate in (kind, FALLBACKS.get(kind, kind), Kind.Q8_0):
         if columns % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
             return candidate
@@ -134,7 +142,7 @@ def tensors(shape: Shape, mix: str) -> list[Tensor]:
     """Return all tensors of a model, in the order of a file."""
     found = []
     for tensor in shape.tensors():
-        if len(tensor.shape) == 1:
+        if len(tensor.shape) == 1 or tensor.name.endswith(".bias"):
             found.append(Tensor(tensor.name, tensor.shape, std=0.0 if tensor.name.endswith("weight") else 0.1))
             continue
         columns = tensor.shape[-1]
@@ -168,6 +176,7 @@ def write(
         bool: writer.add_bool,
         int: writer.add_uint32,
         float: writer.add_float32,
+        str: writer.add_string,
         list: writer.add_array,
     }
     for key, value in shape.metadata.items():

@@ -135,6 +135,21 @@ def _qwen3(layers: int, d_model: int, heads: int, kv_heads: int, d_ff: int) -> S
     return Shape("qwen3moe", 151936, keys, ("output.weight",))
 
 
+def _gpt_oss(layers: int, experts: int) -> Shape:
+    keys = (
+        _common(layers, 2880, 64, 8, 64, feed_forward_length=2880)
+        | _experts(experts, 4, 2880)
+        | {
+            "rope.freq_base": 150000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 32.0,
+            "rope.scaling.original_context_length": 4096,
+            "attention.sliding_window": 128,
+        }
+    )
+    return Shape("gpt-oss", 201088, keys, ("output.weight",))
+
+
 def _llama(layers: int, d_model: int, heads: int, d_ff: int) -> Shape:
     keys = _common(layers, d_model, heads, 8, 128, feed_forward_length=d_ff)
     return Shape("llama", 128256, keys, ("output.weight", "rope_freqs.weight"))
@@ -188,6 +203,8 @@ SHAPES = {
         | {"rope.dimension_count": 64, "rope.freq_base": 5e6, "expert_gating_func": 2},
         ("output.weight",),
     ),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
     "olmoe": Shape(
         "olmoe",
         50304,

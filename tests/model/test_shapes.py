@@ -19,6 +19,8 @@ BILLIONS = {
     "gemma4-26b": 25.2,
     "glm-4.5-air": 106.9,
     "minimax-m2": 228.7,
+    "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 116.8,
     "olmoe": 6.9,
     "llama-8b": 8.0,
     "llama-70b": 70.6,
