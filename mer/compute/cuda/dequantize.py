@@ -183,12 +183,16 @@ def _nvfp4(b: Tensor) -> Tensor:
     return (scale[:, :, None] * _table(_E2M1, _nibbles(b[:, 4:], 8)).reshape(-1, 4, 16)).reshape(len(b), -1)
 
 
-@functools.cache
-def _book(name: str, device: torch.device) -> Tensor:
-    """Return a type's code book as the `gguf` package has it: float32 [entries, 4 or 8]."""
+def book(name: str) -> Tensor:
+    """Return a type's code book as the `gguf` package has it, in memory: float32 [entries, 4 or 8]."""
     quant: Any = getattr(gguf.quants, name)
     quant.init_grid()
-    return torch.tensor(quant.grid.reshape(quant.grid_shape), dtype=torch.float32, device=device)
+    return torch.tensor(quant.grid.reshape(quant.grid_shape), dtype=torch.float32)
+
+
+@functools.cache
+def _book(name: str, device: torch.device) -> Tensor:
+    return book(name).to(device)
 
 
 @functools.cache

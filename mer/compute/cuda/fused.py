@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mer.compute.cuda import triton_kernels as kernels
+from mer.compute.cuda.dequantize import book
 from mer.compute.cuda.device import Device
 from mer.compute.cuda.products import Biases, DeviceExpert, ExpertCut, TorchKernels, Work
 from mer.compute.cuda.weights import DeviceMatrix
@@ -22,6 +23,8 @@ class TritonKernels(TorchKernels):
 
     def __init__(self, device: Device) -> None:
         super().__init__(device, "triton")
+        words = [book(name).to(torch.uint8).view(torch.int32).reshape(-1) for name, _ in kernels.BOOKS]
+        self._books = torch.cat(words).to(device.torch)
 
     def matmul(self, matrix: DeviceMatrix, x: Tensor, *, exact: bool = False) -> Tensor:
         """See `TorchKernels.matmul`."""
@@ -30,8 +33,8 @@ class TritonKernels(TorchKernels):
         x = x.contiguous()
         out = torch.empty((len(x), matrix.rows), dtype=torch.float32, device=x.device)
         kernels.matvec[_grid(matrix, len(x))](
-            matrix.raw.data_ptr(), x, out, matrix.rows, matrix.cols, matrix.raw.shape[1], int(matrix.type), kernels.R,
-            num_warps=kernels.WARPS,
+            matrix.raw.data_ptr(), self._books, x, out, matrix.rows, matrix.cols, matrix.raw.shape[1],
+            int(matrix.type), kernels.R, num_warps=kernels.WARPS,
         )  # fmt: skip
         return out
 
@@ -77,11 +80,12 @@ class TritonKernels(TorchKernels):
         n, (gate, up, down), act = len(work), (like.gate, like.up, like.down), like.activation
         inner = torch.empty((n, gate.rows), dtype=torch.float32, device=h.device)
         kernels.gate_up[_grid(gate, n)](
-            work, h, inner, gate.rows, gate.cols, gate.raw.shape[1], up.raw.shape[1], int(gate.type), int(up.type),
+            work, self._books, h, inner, gate.rows, gate.cols, gate.raw.shape[1], up.raw.shape[1],
+            int(gate.type), int(up.type),
             act.alpha, act.beta, act.limit, act.shift, biased, kernels.R, num_warps=kernels.WARPS,
         )  # fmt: skip
         kernels.down[_grid(down, n)](
-            work, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), biased, kernels.R,
+            work, self._books, inner, y, down.rows, down.cols, down.raw.shape[1], int(down.type), biased, kernels.R,
             num_warps=kernels.WARPS,
         )  # fmt: skip
 

@@ -14,8 +14,11 @@ import triton.language as tl
 
 R = 8  # rows of a matrix that a program computes
 WARPS = 1  # of a program: each thread has its share of all rows, and loads an activation once for these
-F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, MXFP4 = (tl.constexpr(kind) for kind in (0, 1, 2, 8, 12, 14, 30, 39))
-KINDS = frozenset({0, 1, 2, 8, 12, 14, 30, 39})  # ggml's ids of the types that have a branch
+KINDS = frozenset({0, 1, 2, 8, 12, 14, 16, 18, 20, 30, 39})  # ggml's ids of the types that have a branch
+F32, F16, Q4_0, Q8_0, Q4_K, Q6_K = (tl.constexpr(kind) for kind in (0, 1, 2, 8, 12, 14))
+IQ2_XXS, IQ3_XXS, IQ4_NL, BF16, MXFP4 = (tl.constexpr(kind) for kind in (16, 18, 20, 30, 39))
+BOOKS = (("IQ2_XXS", 0), ("IQ3_XXS", 512))  # code books, and where their words of 32 bits begin in `books`
+_IQ3_BOOK = tl.constexpr(BOOKS[1][1])
 WORK_WORDS, BIASED_WORDS = 5, 8  # int64 of a pair that an expert computes
 _WORK_WORDS, _BIASED_WORDS = tl.constexpr(WORK_WORDS), tl.constexpr(BIASED_WORDS)
 _BLOCKS = tl.constexpr(8)  # blocks of 32 weights in one step
@@ -97,6 +100,83 @@ def _dot_mxfp4(rows, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-d
         high = tl.load(at + 16, mask=there[:, None], other=0.0)
         scale = tl.exp2(tl.load(block, mask=there[None, :], other=0).to(tl.float32) - 128)
         acc += (_e2m1(q & 15) * low[None] + _e2m1(q >> 4) * high[None]) * scale[:, :, None]
+    return tl.sum(tl.sum(acc, 2), 1)
+
+
+@triton.jit
+def _iq4(codes):  # type: ignore[no-untyped-def]
+    """Return what nibbles of IQ4_NL stand for; four words hold the 16 values, with 128 added."""
+    low = tl.where(codes < 4, 0x3F2D1801, 0x766A5D4F)
+    high = tl.where(codes < 12, 0xA6998D81 - 0x100000000, 0xF1D9C5B5 - 0x100000000)
+    return _field(tl.where(codes < 8, low, high) >> ((codes & 3) * 8), 0xFF, 128)
+
+
+@triton.jit
+def _dot_iq4_nl(rows, x, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Byte j of a block's 16 holds weight j below and weight 16 + j above."""
+    acc = tl.zeros((R, _BLOCKS, 8), tl.float32)
+    j = tl.arange(0, 8)
+    for first in range(0, n_blocks, _BLOCKS):
+        b = first + tl.arange(0, _BLOCKS)
+        there = b < n_blocks
+        block = rows[:, None] + b[None, :] * 18
+        words = _words(block[:, :, None] + 2 + 2 * j[None, None, :], there[None, :, None])
+        dot = tl.zeros((R, _BLOCKS, 8), tl.float32)
+        for nibble in tl.static_range(4):  # of weights 2 j, 16 + 2 j, 2 j + 1, 17 + 2 j
+            at = x + b[:, None] * 32 + 2 * j[None, :] + 16 * (nibble % 2) + nibble // 2
+            dot += _iq4((words >> (4 * nibble)) & 15) * tl.load(at, mask=there[:, None], other=0.0)[None]
+        acc += dot * _halves(block, there[None, :])[:, :, None]
+    return tl.sum(tl.sum(acc, 2), 1)
+
+
+@triton.jit
+def _eight(low, high, seven, x):  # type: ignore[no-untyped-def]
+    """Return the products of 8 magnitudes, bytes of two words, with activations at x; `seven` holds 7 of their signs.
+
+    The eighth makes the number of negative ones even.
+    """
+    folded = seven ^ (seven >> 4)
+    folded ^= folded >> 2
+    signs = seven | (((folded ^ (folded >> 1)) & 1) << 7)
+    dot = tl.zeros(signs.shape, tl.float32)
+    for i in tl.static_range(8):
+        size = _field((low if i < 4 else high) >> (8 * (i % 4)), 0xFF, 0)
+        dot += tl.where(((signs >> i) & 1) != 0, -size, size) * tl.load(x + i)[None]
+    return dot
+
+
+@triton.jit
+def _dot_iq2_xxs(rows, x, books, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """8 groups of 32 weights: the numbers of 4 entries of 8, then 4 times 7 signs and the sub-scale."""
+    acc = tl.zeros((R, 8, 4), tl.float32)
+    g, j = tl.arange(0, 8), tl.arange(0, 4)
+    everywhere = tl.full((1, 1, 1), 1, tl.int1)
+    for b in range(n_blocks):
+        block = rows + b * 66
+        group = block[:, None, None] + 2 + 8 * g[None, :, None]
+        entry = books + 2 * tl.load(group + j[None, None, :]).to(tl.int32)
+        packed = _words(group + 4, everywhere) | (_words(group + 6, everywhere) << 16)
+        at = x + b * 256 + 32 * g[:, None] + 8 * j[None, :]
+        dot = _eight(tl.load(entry), tl.load(entry + 1), (packed >> (7 * j)[None, None, :]) & 127, at)
+        acc += dot * _field((packed >> 27) & 30 | 1, 31, 0) * (_halves(block, True) * 0.125)[:, None, None]
+    return tl.sum(tl.sum(acc, 2), 1)
+
+
+@triton.jit
+def _dot_iq3_xxs(rows, x, books, n_blocks, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The numbers of 64 entries of 4 weights, then for each 32 weights 4 times 7 signs and the sub-scale."""
+    acc = tl.zeros((R, 8, 4), tl.float32)
+    g, j = tl.arange(0, 8), tl.arange(0, 4)
+    everywhere = tl.full((1, 1, 1), 1, tl.int1)
+    for b in range(n_blocks):
+        block = rows + b * 98
+        numbers = _words(block[:, None, None] + 2 + 8 * g[None, :, None] + 2 * j[None, None, :], everywhere)
+        other = block[:, None, None] + 66 + 4 * g[None, :, None]
+        packed = _words(other, everywhere) | (_words(other + 2, everywhere) << 16)
+        at = x + b * 256 + 32 * g[:, None] + 8 * j[None, :]
+        low, high = tl.load(books + _IQ3_BOOK + (numbers & 255)), tl.load(books + _IQ3_BOOK + (numbers >> 8))
+        dot = _eight(low, high, (packed >> (7 * j)[None, None, :]) & 127, at)
+        acc += dot * _field((packed >> 27) & 30 | 1, 31, 0) * (_halves(block, True) * 0.25)[:, None, None]
     return tl.sum(tl.sum(acc, 2), 1)
 
 
@@ -195,8 +275,8 @@ def _dot_plain(rows, x, cols, KIND: tl.constexpr, R: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _dot(address, row, n_rows, x, cols, row_bytes, KIND: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the products [R] of rows of the matrix at an address with activations x [cols]."""
+def _dot(address, books, row, n_rows, x, cols, row_bytes, KIND: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the products [R] of rows of the matrix at an address with activations x [cols]; `books` as in `BOOKS`."""
     mask = row < n_rows
     base = address.to(tl.int64).to(tl.pointer_type(tl.uint8))
     rows = base + tl.where(mask, row, 0).to(tl.int64) * row_bytes
@@ -204,6 +284,12 @@ def _dot(address, row, n_rows, x, cols, row_bytes, KIND: tl.constexpr, R: tl.con
         return _dot_q4_0(rows, x, cols // 32, R)
     elif KIND == MXFP4:
         return _dot_mxfp4(rows, x, cols // 32, R)
+    elif KIND == IQ4_NL:
+        return _dot_iq4_nl(rows, x, cols // 32, R)
+    elif KIND == IQ2_XXS:
+        return _dot_iq2_xxs(rows, x, books, cols // 256, R)
+    elif KIND == IQ3_XXS:
+        return _dot_iq3_xxs(rows, x, books, cols // 256, R)
     elif KIND == Q8_0:
         return _dot_q8_0(rows, x, cols // 32, R)
     elif KIND == Q4_K:
@@ -222,17 +308,18 @@ def _floats(address, row, n_rows):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def matvec(  # type: ignore[no-untyped-def]
-    address, x, out, n_rows, cols, row_bytes, KIND: tl.constexpr, R: tl.constexpr
+    address, books, x, out, n_rows, cols, row_bytes, KIND: tl.constexpr, R: tl.constexpr
 ):
     """out[t] = matrix @ x[t], for x [T, cols] and out [T, n_rows]; grid (row groups, T)."""
     row, t = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)
-    sums = _dot(address, row, n_rows, x + t * cols, cols, row_bytes, KIND, R)
+    sums = _dot(address, books, row, n_rows, x + t * cols, cols, row_bytes, KIND, R)
     tl.store(out + t * n_rows + row, sums, mask=row < n_rows)
 
 
 @triton.jit
 def gate_up(  # type: ignore[no-untyped-def]
     work,
+    books,
     x,
     inner,
     n_rows,
@@ -256,8 +343,8 @@ def gate_up(  # type: ignore[no-untyped-def]
     work += tl.program_id(1) * (_BIASED_WORDS if BIASED else _WORK_WORDS)
     row, p = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)
     at = x + tl.load(work) * cols
-    gate = _dot(tl.load(work + 2), row, n_rows, at, cols, gate_bytes, GATE, R)
-    up = _dot(tl.load(work + 3), row, n_rows, at, cols, up_bytes, UP, R)
+    gate = _dot(tl.load(work + 2), books, row, n_rows, at, cols, gate_bytes, GATE, R)
+    up = _dot(tl.load(work + 3), books, row, n_rows, at, cols, up_bytes, UP, R)
     if BIASED:
         gate += _floats(tl.load(work + 5), row, n_rows)
         up += _floats(tl.load(work + 6), row, n_rows)
@@ -273,12 +360,12 @@ def gate_up(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def down(  # type: ignore[no-untyped-def]
-    work, inner, y, n_rows, cols, row_bytes, KIND: tl.constexpr, BIASED: tl.constexpr, R: tl.constexpr
+    work, books, inner, y, n_rows, cols, row_bytes, KIND: tl.constexpr, BIASED: tl.constexpr, R: tl.constexpr
 ):
     """y[pair] = down @ inner[p], for the same work; grid (row groups, P)."""
     row, p = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)
     work += p * (_BIASED_WORDS if BIASED else _WORK_WORDS)
-    sums = _dot(tl.load(work + 4), row, n_rows, inner + p * cols, cols, row_bytes, KIND, R)
+    sums = _dot(tl.load(work + 4), books, row, n_rows, inner + p * cols, cols, row_bytes, KIND, R)
     if BIASED:
         sums += _floats(tl.load(work + 7), row, n_rows)
     tl.store(y + tl.load(work + 1) * n_rows + row, sums, mask=row < n_rows)

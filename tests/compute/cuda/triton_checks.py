@@ -87,6 +87,7 @@ FORMS = [
     (GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q6_K),
     (GGMLType.MXFP4, GGMLType.MXFP4, GGMLType.BF16),
     (GGMLType.F32, GGMLType.F16, GGMLType.Q4_0),
+    (GGMLType.IQ2_XXS, GGMLType.IQ3_XXS, GGMLType.IQ4_NL),
 ]
 
 
@@ -117,7 +118,7 @@ def check_chosen() -> None:
     kernels = TritonKernels(Device(TORCH_CPU))
     rng = np.random.default_rng(6)
     for number, form in enumerate(FORMS):
-        activation, biased = ACTIVATIONS[number], number % 2 == 0
+        activation, biased = ACTIVATIONS[number % len(ACTIVATIONS)], number % 2 == 0
         experts = [
             expert_of(form, 256, 256, seed=100 * number + 10 * i, activation=activation, biased=biased)
             for i in range(4)
@@ -156,7 +157,7 @@ def check_compile() -> None:
     numbers = dict.fromkeys(("n_rows", "cols", "gate_bytes", "up_bytes"), "i32")
     numbers_of = {name.upper(): getattr(GEGLU, name) for name in ("alpha", "beta", "limit", "shift")}
     constants = dict.fromkeys(("GATE", "UP", "BIASED", "R", *numbers_of), "constexpr")
-    signature = {"work": "*i64", "x": "*fp32", "inner": "*fp32"} | numbers | constants
+    signature = {"work": "*i64", "books": "*i32", "x": "*fp32", "inner": "*fp32"} | numbers | constants
     for kind in sorted(KINDS):
         values = {"GATE": kind, "UP": kind, "BIASED": True, "R": triton_kernels.R} | numbers_of
         source = ASTSource(triton_kernels.gate_up, signature, values)
