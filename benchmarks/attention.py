@@ -104,6 +104,7 @@ class Case:
                     window=0,
                     split=split,
                     counters=a["parts"],
+                    sinks=0,
                 )
             )
             self.program.barrier()
