@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import mer
 from mer.compute.cpu.forward import kv_layout
 from mer.compute.kernels.kv_layout import KV_TILE
-from mer.io.extents import ExpertMap
+from mer.io.extents import MATRIX_TYPES, ExpertMap
 from mer.io.ggml import GGMLType
 from mer.model.loading import Model, load_model
 from mer.plan import memory as planner_module
@@ -358,3 +358,8 @@ def test_experts_stream_anyway(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "m.gguf").path
     with pytest.raises(mer.ConfigError, match="the model has experts"):
         load_and_plan(mer.EngineConfig(path=path, memory="8GiB", stream_dense="on"))
+
+
+@pytest.mark.parametrize("kind", sorted(MATRIX_TYPES), ids=lambda kind: kind.name)
+def test_every_weight_type_has_its_share_of_the_compilers_memory(kind: GGMLType) -> None:
+    assert planner_module.compiler_bytes([kind]) > planner_module.compiler_bytes([])
