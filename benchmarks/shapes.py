@@ -45,8 +45,13 @@ class Shape:
 
     def changed(self, n_layers: int | None = None, vocab: int | None = None, **keys: int | None) -> Shape:
         """Return the shape with other numbers: with fewer layers, they are the first ones."""
-        given = {name: number for name, number in keys.items() if number is not None}
-        kept = {**self.keys, **{_KEYS[name]: number for name, number in given.items()}}
+        given = {_KEYS[name]: number for name, number in keys.items() if number is not None}
+        own, together = "expert_feed_forward_length", "feed_forward_length"
+        if own in given and self.keys.get(own, self.keys[together]) == self.keys[together]:
+            given[together] = given[own]  # of experts, or of a dense model
+            if own not in self.keys:
+                del given[own]
+        kept = {**self.keys, **given}
         if n_layers is not None:
             kept = {key: it[:n_layers] if isinstance(it, list) else it for key, it in kept.items()}
             kept["block_count"] = n_layers

@@ -44,3 +44,10 @@ def test_a_shape_has_the_parameters_of_its_model(shapes: Any, name: str) -> None
     shape = shapes.SHAPES[name]
     total = sum(float(np.prod(tensor.shape)) for tensor in shape.tensors())
     assert total / 1e9 == pytest.approx(BILLIONS[name], abs=0.06)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_a_shape_can_be_made_smaller(shapes: Any, name: str) -> None:
+    shape = shapes.SHAPES[name].changed(2, vocab=1000, d_ff=256)
+    spec = shape.spec()
+    assert (len(spec.layers), spec.vocab_size, spec.d_ff) == (2, 1000, 256 if spec.routed else 0)
