@@ -6,7 +6,7 @@ import abc
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -34,10 +34,6 @@ def land(work: Work, meter: ReadMeter, now_s: float) -> None:
     operation.on_landed(operation)
 
 
-def ignore_failure(_reason: str) -> None:
-    """Do nothing."""
-
-
 class FileReader(abc.ABC):
     """A reader of model files; see `Reader` for the contract, and `ChunkQueue` for the order of reads.
 
@@ -54,7 +50,6 @@ class FileReader(abc.ABC):
         engine: how it gets the kernel to read: "threads" or "io_uring".
         default_depth: reads of each drive that are in flight at once by default.
         depth: the number in force.
-        on_failure: told, in the trio thread, why the reader can read nothing more; may be set at any time.
         chunk_bytes: the largest read.
 
     Args:
@@ -110,7 +105,8 @@ class FileReader(abc.ABC):
         self._told = False  # whether it is about to
         self._open = False  # written in the trio thread
         self._disowned = False
-        self.on_failure: Callable[[str], None] = ignore_failure
+        self._failure: str | None = None  # why nothing can be read any more
+        self._listeners: list[Callable[[str], None]] = []  # of the failure
         self._meter = ReadMeter()
 
     def __enter__(self) -> Self:
@@ -233,9 +229,22 @@ class FileReader(abc.ABC):
             with contextlib.suppress(trio.RunFinishedError):  # no task is left to tell
                 self._token.run_sync_soon(self._land)
 
+    @contextlib.contextmanager
+    def telling(self, on_failure: Callable[[str], None]) -> Iterator[None]:
+        """Call `on_failure` in the trio thread, with the reason, if the reader fails during the block or has before."""
+        if self._failure is not None:
+            on_failure(self._failure)
+        self._listeners.append(on_failure)
+        try:
+            yield
+        finally:
+            self._listeners.remove(on_failure)
+
     def _fail(self, error: BaseException) -> None:
         """Stop reading after an error that is a defect; in the trio thread."""
-        self.on_failure(f"reading has stopped: {type(error).__name__}: {error}")
+        self._failure = f"reading has stopped: {type(error).__name__}: {error}"
+        for listener in list(self._listeners):
+            listener(self._failure)
         self.close()  # or idle threads would wait for ever
 
     @abc.abstractmethod

@@ -83,8 +83,8 @@ def _reading(reader: FileReader) -> Iterator[None]:
             failures.append(why)
             scope.cancel()
 
-        reader.on_failure = stop
-        yield
+        with reader.telling(stop):
+            yield
     if failures:
         raise EngineClosed(f"the engine could not be opened: {failures[0]}")
 
@@ -203,7 +203,7 @@ async def run_engine(config: EngineConfig, *, task_status: trio.TaskStatus[Engin
                 )
                 stack.callback(engine.release)
                 stack.callback(engine.close)  # however it ends
-                reader.on_failure = engine.fail
+                stack.enter_context(reader.telling(engine.fail))
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(_compute, worker, engine)
                 if residency.recorder is not None:

@@ -406,6 +406,8 @@ async def test_when_one_thread_dies_none_is_left(path: Path, monkeypatch: pytest
     before = open_fds()
     failed = trio.Event()
     said: list[str] = []
+    unheard: list[str] = []
+    late: list[str] = []
 
     def on_failure(why: str) -> None:
         said.append(why)
@@ -414,10 +416,15 @@ async def test_when_one_thread_dies_none_is_left(path: Path, monkeypatch: pytest
     with ThreadReader([path], n_threads=3) as reader:
         threads = io_threads()
         assert len(threads) == 3
-        reader.on_failure = on_failure
         monkeypatch.setattr(ThreadReader, "_finish", dying)
-        reader.start(Landings().operation(0, 100))
-        await failed.wait()
+        with reader.telling(on_failure):
+            with reader.telling(unheard.append):
+                pass
+            reader.start(Landings().operation(0, 100))
+            await failed.wait()
+        with reader.telling(late.append):
+            pass
+        assert (unheard, late) == ([], said)
         assert said == ["reading has stopped: ValueError: for the test"]
         join(threads)
         assert open_fds() == before
