@@ -158,6 +158,7 @@ def test_options_reach_the_engine(engine: FakeEngine) -> None:
         "memory": "8GiB",
         "threads": 3,
         "mirrors": (Path("a.gguf"), Path("b.gguf")),
+        "stream_dense": "auto",
         "prefetch": "gate",
         "io_engine": "threads",
         "device": "cpu",

@@ -51,7 +51,7 @@ def engine() -> None:
 
 
 def swarm() -> None:
-    for seed in range(15, 45):
+    for seed in range(15, 60):
         run_seed(seed)
 
 

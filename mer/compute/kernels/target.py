@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llvmlite import binding
 
+from mer import limits
 from mer.errors import ConfigError
 from mer.io.loan import words
 from mer.version import VERSION
@@ -71,7 +72,7 @@ def _choose_form() -> Form:
 
 def sources() -> list[Path]:
     """Return the files that the compiled code depends on: all kernels, and the constants that they import."""
-    return [*sorted(Path(__file__).parent.glob("*.py")), Path(words.__file__)]
+    return [*sorted(Path(__file__).parent.glob("*.py")), Path(words.__file__), Path(limits.__file__)]
 
 
 def _source_hash() -> str:
