@@ -119,6 +119,7 @@ def granite_names(config: Any) -> Rename:
 
 
 GRANITE = {
+    "rms_norm_eps": 0.02,  # large, so that what is done to it shows
     "intermediate_size": 80,
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
