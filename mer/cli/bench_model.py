@@ -25,7 +25,7 @@ from mer.cli.rates import disk_bytes_per_s, memory_bytes_per_s
 from mer.config import EngineConfig, Progress, default_threads
 from mer.errors import ConfigError
 from mer.model.loading import Model, load_model
-from mer.plan.plan import plan_memory
+from mer.plan.plan import load_and_plan
 from mer.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def bench_model(options: ModelOptions) -> Exit:
     cases = plan_cases(prompts, gens, depths, model.spec.context_length)
     arguments = [_arguments(options, memory, cases) for memory in budgets]
     for one in arguments:
-        plan_memory(model, EngineConfig(path=options.model, **one))  # refused, if at all, before anything is measured
+        load_and_plan(EngineConfig(path=options.model, **one))  # refused, if at all, before anything is measured
     threads = options.settings["threads"] or default_threads()
     turns: list[_Turn] = []
     with Bars() as bars:
