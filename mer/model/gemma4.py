@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import attrs
 
 from mer.limits import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_WIDTH
@@ -46,7 +44,8 @@ def model(keys: Keys) -> ModelSpec:
     narrow = keys.integer("attention.key_length_swa", default=trunk.head_dim, maximum=MAX_HEAD_DIM)
     keys.neutral("attention.value_length_swa", narrow)
     window = keys.integer("attention.sliding_window", maximum=MAX_CONTEXT)
-    ropes = _ropes(trunk, narrow)
+    # of layers that see everything, and of those with a window
+    ropes = trunk.rope(RopeStyle.NEOX, factors=True), trunk.window_rope(narrow, base=10000.0, dim=narrow)
     dense = is_dense(keys)
     n, top_k = (0, 0) if dense else read_routing(keys, trunk.n_layers)
     experts_ff = 0 if dense else keys.integer("expert_feed_forward_length", maximum=MAX_WIDTH)
@@ -63,16 +62,6 @@ def model(keys: Keys) -> ModelSpec:
         layers.append(_layer(trunk, i, _attention(own, i, ropes[windowed[i]]), ffn))
     cap = keys.real("final_logit_softcapping", default=30.0, maximum=1e6)
     return attrs.evolve(trunk.model(layers, embedding_scale=trunk.d_model**0.5), softcap=cap)
-
-
-def _ropes(trunk: Trunk, narrow: int) -> Sequence[Rope]:
-    """Return the rotation of layers that see everything, and of those with a window."""
-    keys = trunk.keys
-    base = keys.real("rope.freq_base_swa", default=10000.0, maximum=1e15)
-    dim = keys.integer("rope.dimension_count_swa", default=narrow, maximum=narrow)
-    if dim % 2:
-        raise keys.error("rope.dimension_count_swa", f"is {dim}; it must be even")
-    return trunk.rope(RopeStyle.NEOX, factors=True), Rope(dim, base, 1.0, RopeStyle.NEOX)
 
 
 def _attention(trunk: Trunk, layer: int, rope: Rope) -> Attention:

@@ -66,15 +66,15 @@ class Keys:
             return default
         return self._uniform(key).get_int(self.name(key), minimum=minimum, maximum=maximum)
 
-    def per_layer(self, key: str, *, maximum: int, minimum: int = 0, default: object = REQUIRED) -> tuple[int, ...]:
+    def per_layer(self, key: str, *, maximum: int, minimum: int = 0) -> tuple[int, ...]:
         """Return an integer for each layer; a key that is one number gives it to all, and booleans are 0 and 1.
 
         Raises:
-            GGUFError: it is missing and has no default, is no integer, is out of bounds, or has another length.
+            GGUFError: it is missing, is no integer, is out of bounds, or has another length.
         """
         array = self.gguf.metadata.get(self.name(key))
         if not isinstance(array, np.ndarray):
-            return (self.integer(key, maximum=maximum, minimum=minimum, default=default),) * self.n_layers
+            return (self.integer(key, maximum=maximum, minimum=minimum),) * self.n_layers
         self._asked.add(key)
         if array.dtype.kind not in "iub":
             raise self.error(key, "is an array of something else than integers or booleans")

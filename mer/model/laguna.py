@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import attrs
 
-from mer.limits import MAX_HEAD_DIM, MAX_HEADS
+from mer.limits import MAX_HEADS
 from mer.model.keys import REQUIRED, Keys
 from mer.model.mixture import Mixture
-from mer.model.operators import Attention, Linear, Rope, RopeStyle, Scoring, Tensor
+from mer.model.operators import Attention, Linear, RopeStyle, Scoring, Tensor
 from mer.model.spec import ModelSpec
 from mer.model.transformer import Trunk
 
@@ -24,7 +24,7 @@ def model(keys: Keys) -> ModelSpec:
     windowed = keys.pattern("attention.sliding_window_pattern", default=REQUIRED)
     mixture = Mixture.read(trunk, Scoring.SIGMOID, normalize=True, n_shared=0)
     full = trunk.rope(RopeStyle.NEOX)
-    near = _near(trunk, full)
+    near = trunk.window_rope(trunk.head_dim, base=full.base, dim=full.dim)
     layers = []
     for i in range(trunk.n_layers):
         own = attrs.evolve(trunk, n_heads=n_heads[i], window=trunk.window if windowed[i] else None)
@@ -34,17 +34,6 @@ def model(keys: Keys) -> ModelSpec:
         attention = attrs.evolve(attention, gate=_gate(own, i, attention))
         layers.append(trunk.layer(i, attention, mixture.ffn(i)))
     return trunk.model(layers)
-
-
-def _near(trunk: Trunk, full: Rope) -> Rope:
-    """Return the rotation of layers with a window."""
-    keys = trunk.keys
-    base = keys.real("rope.freq_base_swa", default=full.base, maximum=1e15)
-    dim = keys.integer("rope.dimension_count_swa", default=full.dim, maximum=MAX_HEAD_DIM)
-    if dim % 2 or dim > trunk.head_dim:
-        most = f"it must be even and at most the head dimension {trunk.head_dim}"
-        raise keys.error("rope.dimension_count_swa", f"is {dim}; {most}")
-    return Rope(dim, base, 1.0, RopeStyle.NEOX)
 
 
 def _gate(trunk: Trunk, layer: int, attention: Attention) -> Linear:

@@ -389,6 +389,7 @@ class Experts:
         yield from self.weights.biases
         if self.shared is not None:
             yield from self.shared.tensors()
+        yield from (norm.weight for norm in self.norms())
 
     def norms(self) -> Iterator[Norm]:
         """Yield its norms."""
@@ -416,6 +417,13 @@ class Addition:
         """Whether y is added as it is, so that products can add to x themselves."""
         return self.norm is None and self.scale is None
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that it reads."""
+        if self.norm is not None:
+            yield self.norm.weight
+        if self.scale is not None:
+            yield self.scale
+
 
 PLAIN: Final = Addition()
 
@@ -433,12 +441,13 @@ class Layer:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the dense tensors that it reads, in the order in which a token meets them."""
-        yield from (norm.weight for norm in self.norms())
-        yield from self.mixer.tensors()
-        yield from self.ffn.tensors()
-        for addition in (self.mixer_add, self.ffn_add):
-            if addition.scale is not None:
-                yield addition.scale
+        for norm, half, addition in (
+            (self.mixer_norm, self.mixer, self.mixer_add),
+            (self.ffn_norm, self.ffn, self.ffn_add),
+        ):
+            yield norm.weight
+            yield from half.tensors()
+            yield from addition.tensors()
 
     def norms(self) -> Iterator[Norm]:
         """Yield its norms."""

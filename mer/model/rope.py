@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from math import ceil, floor, log, pi
 
 import numpy as np
@@ -37,11 +37,6 @@ class Rotation:
         """Return the cosines and sines [2, T, dim / 2] of positions [T]."""
         angle = positions[:, None] * self.turns
         return (np.stack([np.cos(angle), np.sin(angle)]) * self._magnitude).astype(np.float32)
-
-
-def rotations(ropes: Collection[Rope], vector: Callable[[str], npt.ArrayLike]) -> list[Rotation]:
-    """Return the rotation of each RoPE of a model, in order."""
-    return [Rotation(rope, vector) for rope in ropes]
 
 
 def _interpolated(turns: F64, rope: Rope, yarn: Yarn) -> F64:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import attrs
 
-from mer.model.operators import Attention, Experts, ExpertWeights, Layer, Linear, Norm, Tensor
+from mer.model.operators import Attention, Experts, ExpertWeights, Layer, Linear, Norm, Rope, Tensor
 
 _NUMBER = re.compile(r"blk\.(\d+)\.", re.ASCII)
 
@@ -99,6 +99,11 @@ class ModelSpec:
         for layer in self.layers:
             kinds.setdefault(_NUMBER.sub("", repr(layer)), layer)
         return tuple(kinds.values())
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The ways in which layers rotate their heads, each once."""
+        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers))
 
     def norm_factors(self) -> Mapping[str, float]:
         """Return what the weights of norms are multiplied by when they are loaded, where it is not 1, by tensor."""

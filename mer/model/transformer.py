@@ -166,6 +166,24 @@ class Trunk:
         has_factors = factors and name in keys.gguf.tensors
         return Rope(dim, base, scale, style, vector(name, dim // 2) if has_factors else None, yarn)
 
+    def window_rope(self, head_dim: int, *, base: float, dim: int) -> Rope:
+        """Read how positions rotate the heads of layers with a window, where those of the others rotate otherwise.
+
+        Args:
+            head_dim: of these layers.
+            base: where the file does not say.
+            dim: likewise.
+
+        Raises:
+            GGUFError: a number is out of range.
+        """
+        keys, key = self.keys, "rope.dimension_count_swa"
+        base = keys.real("rope.freq_base_swa", default=base, maximum=1e15)
+        dim = keys.integer(key, default=dim, maximum=MAX_HEAD_DIM)
+        if dim % 2 or dim > head_dim:
+            raise keys.error(key, f"is {dim}; it must be even and at most the head dimension {head_dim}")
+        return Rope(dim, base, 1.0, RopeStyle.NEOX)
+
     def attention(
         self,
         layer: int,

@@ -50,7 +50,7 @@ from mer.io.gguf import TensorInfo
 from mer.io.loan.loan import Loan
 from mer.limits import MAX_MATRICES
 from mer.model.operators import Experts, Rope
-from mer.model.rope import Rotation, rotations
+from mer.model.rope import Rotation
 from mer.model.spec import ModelSpec
 
 _NO_ROWS = np.zeros(0, np.int32)
@@ -183,7 +183,7 @@ class Forward:
         self._table[:tables] = batch.tables.ravel()
         self._outputs[: len(batch.outputs)] = batch.outputs
         if not self._rotations:
-            self._rotations = rotations(self._ropes, self._weights.floats)
+            self._rotations = [Rotation(rope, self._weights.floats) for rope in self._ropes]
         for rotation, area in zip(self._rotations, self._angles, strict=True):
             both = rotation.angles(batch.positions)
             area[: both.size] = both.swapaxes(0, 1).ravel()  # [T, 2, dim / 2]
@@ -415,8 +415,7 @@ def scratch_areas(spec: ModelSpec, limits: Limits, experts: ExpertMap) -> Areas:
 
 def _ropes(spec: ModelSpec) -> dict[Rope, str]:
     """Return the ways in which layers rotate their heads, and the area of each one's angles."""
-    ropes = dict.fromkeys(layer.mixer.rope for layer in spec.layers)
-    return {rope: f"angles{number}" for number, rope in enumerate(ropes)}
+    return {rope: f"angles{number}" for number, rope in enumerate(spec.ropes)}
 
 
 def matrix_types(dense: Iterable[TensorInfo], experts: ExpertMap) -> set[GGMLType]:

@@ -24,7 +24,7 @@ from mer.compute.kernels.kv_layout import KV_TILE
 from mer.compute.messages import Batch, Float32Array, Int32Array, Uint8Array
 from mer.compute.places import Pairs
 from mer.model.operators import Addition, Attention, Experts
-from mer.model.rope import Rotation, rotations
+from mer.model.rope import Rotation
 from mer.model.spec import ModelSpec
 
 Tensor = torch.Tensor
@@ -49,8 +49,7 @@ class DeviceForward:
         self._spec, self._weights, self._device = spec, weights, device
         self._tools = Tools(weights, kernels)
         self._kv = KVCache(kv_layout(spec, limits.kv_type), limits.kv_blocks, limits.kv_type, device)
-        self._ropes = list(dict.fromkeys(layer.mixer.rope for layer in spec.layers))
-        self._rotations: list[Rotation] = []  # of `_ropes`, made once the weights are there
+        self._rotations: list[Rotation] = []  # of the model's ropes, made once the weights are there
         self._between: list[list[tuple[Attention | None, AttentionBlock | FeedForwardBlock, Addition]]] = [[]]
         self._routers: list[RouterBlock] = []
         self._shared: list[FeedForwardBlock | None] = []
@@ -69,7 +68,7 @@ class DeviceForward:
     def _make_blocks(self) -> None:
         tools = self._tools
         for layer, cache in zip(self._spec.layers, self._kv.layers, strict=True):
-            rope = self._ropes.index(layer.mixer.rope)
+            rope = self._spec.ropes.index(layer.mixer.rope)
             mixer = AttentionBlock(layer.mixer, layer.mixer_norm, tools, cache, rope)
             self._between[-1].append((layer.mixer, mixer, layer.mixer_add))
             if isinstance(layer.ffn, Experts):
@@ -115,7 +114,8 @@ class DeviceForward:
             "outputs": batch.outputs.astype(np.int64),
         }
         if not self._rotations:
-            self._rotations = rotations(self._ropes, lambda name: self._device.to_host(self._weights.vector(name)))
+            host = self._device.to_host
+            self._rotations = [Rotation(it, lambda name: host(self._weights.vector(name))) for it in self._spec.ropes]
         for number, rotation in enumerate(self._rotations):
             arrays[f"angles{number}"] = rotation.angles(batch.positions)
         return arrays

@@ -90,31 +90,22 @@ class RouterBlock:
         e, k, router = record.n, record.top_k, record.router
         routing, groups, bias = router.routing, router.routing.groups, router.selection_bias
         factor = router.expert_scale
+        words = {
+            "logits": logits,
+            "stride": float_stride(e),
+            "n": n,
+            "n_experts": e,
+            "k": k,
+            "ids": ids,
+            "weights": weights,
+            "damaged": damaged,
+        }
         if is_plain(router):
-            program.add(
-                route.row(
-                    logits=logits,
-                    stride=float_stride(e),
-                    n=n,
-                    n_experts=e,
-                    k=k,
-                    ids=ids,
-                    weights=weights,
-                    damaged=damaged,
-                    over_all=int(routing.scoring is Scoring.SOFTMAX),
-                )
-            )
+            program.add(route.row(**words, over_all=int(routing.scoring is Scoring.SOFTMAX)))
             return
         program.add(
             route_by_score.row(
-                logits=logits,
-                stride=float_stride(e),
-                n=n,
-                n_experts=e,
-                k=k,
-                ids=ids,
-                weights=weights,
-                damaged=damaged,
+                **words,
                 scores=scores,
                 scores_stride=score_stride(record),
                 bias=0 if bias is None else space.weights.vector(bias.name),  # [E]
